@@ -1,0 +1,32 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Variance reduction for Optax: alpha-SVRG as a gradient transformation."""
+
+import importlib
+import types
+
+from optax_svrg._alpha_svrg import alpha_svrg as alpha_svrg
+from optax_svrg._alpha_svrg import SVRGState as SVRGState
+from optax_svrg._alpha_svrg import take_snapshot as take_snapshot
+from optax_svrg._mean_gradient import mean_gradient as mean_gradient
+from optax_svrg._schedules import linear_decay as linear_decay
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> types.ModuleType:
+  # Flax is optional: it is imported when optax_svrg.flax is first used.
+  if name == "flax":
+    return importlib.import_module("optax_svrg.flax")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,170 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Argument checks shared by all modules.
+
+Every check runs on shapes and dtypes alone, so that it works on tracers and
+costs nothing in a compiled step.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+_keystr = jax.tree_util.keystr
+
+
+def is_masked(node: Any) -> bool:
+  """Whether a tree node is the placeholder that ``optax.masked`` leaves."""
+  return isinstance(node, optax.MaskedNode)
+
+
+def path_of(path: Any) -> str:
+  """A key path as the user would write it; the root of a tree has no path."""
+  return f"at {_keystr(path)}" if path else "at the root"
+
+
+def _dtype_kind(dtype: Any) -> str:
+  for kind in (jnp.complexfloating, jnp.floating):
+    if jnp.issubdtype(dtype, kind):
+      return kind.__name__
+  return str(dtype)
+
+
+def dtype_of(leaf: Any) -> Any:
+  """The dtype of an array, ``jax.ShapeDtypeStruct`` or Python number."""
+  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def check_inexact(tree: Any, name: str) -> None:
+  """Raises TypeError at the first leaf that has no gradient."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    dtype = dtype_of(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise TypeError(
+          f"{name} must have float or complex leaves, got {dtype}"
+          f"{list(np.shape(leaf))} {path_of(path)}. Keep such leaves out of"
+          f" {name}, e.g. let the loss close over them."
+      )
+
+
+def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
+  """Raises ValueError unless two trees agree in structure, shape, dtype kind.
+
+  Args:
+    got: the tree to check, with array-like leaves.
+    want: the tree that it must match.
+    got_name: what to call ``got`` in the message.
+    want_name: what to call ``want`` in the message.
+  """
+  got_leaves, got_def = jax.tree_util.tree_flatten_with_path(got)
+  want_leaves, want_def = jax.tree_util.tree_flatten_with_path(want)
+  if got_def != want_def:
+    got_paths = [_keystr(path) for path, _ in got_leaves]
+    want_paths = [_keystr(path) for path, _ in want_leaves]
+    missing = [p for p in want_paths if p not in set(got_paths)]
+    extra = [p for p in got_paths if p not in set(want_paths)]
+    if missing or extra:
+      detail = "; ".join(
+          f"{what} {', '.join(p or 'a bare leaf' for p in paths[:3])}"
+          + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+          for what, paths in (("missing", missing), ("unexpected", extra))
+          if paths
+      )
+    else:
+      detail = f"same leaves in other containers: {got_def}, not {want_def}"
+    raise ValueError(
+        f"{got_name} must have the tree structure of {want_name}: {detail}."
+    )
+  for (path, g), (_, w) in zip(got_leaves, want_leaves, strict=True):
+    if np.shape(g) != np.shape(w):
+      raise ValueError(
+          f"{got_name} must have the shapes of {want_name}, got"
+          f" {np.shape(g)} instead of {np.shape(w)} {path_of(path)}."
+      )
+    if _dtype_kind(dtype_of(g)) != _dtype_kind(dtype_of(w)):
+      raise ValueError(
+          f"{got_name} must have the kinds of dtype of {want_name}, got"
+          f" {dtype_of(g)} instead of {dtype_of(w)} {path_of(path)}."
+      )
+
+
+def check_coefficient(value: Any, name: str) -> None:
+  """Raises unless ``value`` is one finite real number, as far as is known.
+
+  Args:
+    value: a number or array; a tracer is checked by its shape and dtype only.
+    name: what to call it in the message.
+  """
+  if isinstance(value, (bool, np.bool_)) or not isinstance(
+      value, (numbers.Real, np.ndarray, np.generic, jax.Array)
+  ):
+    raise TypeError(f"{name} must be a real number, got {value!r}.")
+  if np.shape(value):
+    raise ValueError(
+        f"{name} must be a scalar, got an array of shape {np.shape(value)}."
+    )
+  dtype = dtype_of(value)
+  if not (
+      jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+  ):
+    raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
+  if not isinstance(value, jax.core.Tracer) and not math.isfinite(value):
+    raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def check_count(value: Any, name: str) -> int:
+  """Returns ``value`` as an int; raises unless it is a positive integer."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{name} must be an integer, got {value!r}.")
+  if value < 1:
+    raise ValueError(f"{name} must be at least 1, got {value}.")
+  return int(value)
+
+
+def check_varying(tree: Any, axis_name: Any, name: str) -> None:
+  """Raises ValueError if gradients were reduced over ``axis_name`` already.
+
+  Under the type checking of ``jax.shard_map`` the gradient of replicated
+  parameters is summed over the axis by ``jax.grad`` itself. Averaging it again
+  would be a no-op, and the gradient as many times too large as there are
+  devices. Where types are not tracked (``pmap``, ``vmap``, ``check_vma=False``)
+  nothing is summed implicitly and there is nothing to check.
+
+  Args:
+    tree: the gradients.
+    axis_name: name of a mapped axis, or a tuple of names.
+    name: what to call the gradients in the message.
+  """
+  try:
+    axis_index = jax.lax.axis_index(axis_name)
+  except NameError as e:
+    raise ValueError(
+        f"axis_name={axis_name!r} is not an axis of the enclosing"
+        " jax.shard_map, jax.pmap or jax.vmap."
+    ) from e
+  tracked = jax.typeof(axis_index).manual_axis_type.varying
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not tracked <= jax.typeof(leaf).manual_axis_type.varying:
+      raise ValueError(
+          f"{name} must be device-local with axis_name={axis_name!r}, but"
+          f" {path_of(path)} it does not vary over that axis: it has already"
+          " been summed. Inside jax.shard_map jax.grad sums the gradient of"
+          " replicated parameters; differentiate with respect to"
+          f" jax.lax.pcast(params, {axis_name!r}, to='varying') instead."
+      )

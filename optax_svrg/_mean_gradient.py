@@ -1,0 +1,221 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mean gradient over a data set, from a stream of batches."""
+
+from collections.abc import Callable, Iterable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks
+
+
+def mean_gradient(
+    grad_fn: Callable[[optax.Params, Any], optax.Updates],
+    params: optax.Params,
+    batches: Iterable[Any],
+    *,
+    axis_name: Any = None,
+) -> optax.Updates:
+  r"""Mean gradient over a data set that is streamed in batches.
+
+  .. math::
+
+    \nabla f(\theta) = \frac{1}{n} \sum_B |B| \, \nabla f_B(\theta),
+    \qquad n = \sum_B |B|
+
+  Each batch counts by its number of examples, so a short last batch is weighted
+  rightly. One accumulator of the size of the parameters is kept, in float32 for
+  narrower dtypes; it is donated from batch to batch. The accumulation is
+  compiled once per shape of a batch, and the host does not wait for the device
+  between batches. Wrap ``batches`` to see progress, e.g. in ``tqdm``.
+
+  Args:
+    grad_fn: a pure function ``grad_fn(params, batch)`` to the mean gradient
+      over that batch, a tree like ``params``; usually ``jax.grad(loss)``. As
+      with :func:`jax.jit`, what it closes over is compiled in, and a new
+      function object is compiled anew: make it once, outside of the training
+      loop. To have values of a changing closure passed as arguments, give a
+      :class:`jax.tree_util.Partial`.
+    params: parameters with float or complex leaves, at which gradients are
+      taken.
+    batches: any iterable of batches: a generator, a data loader, a tuple of
+      traced batches inside :func:`jax.jit`. A batch is a tree of arrays whose
+      leading axis is the examples, of the same length in all leaves; leaves
+      without axes (a number, a PRNG key) count for nothing. All batches have
+      the same structure and numbers of axes.
+    axis_name: name of the axis (or tuple of names) of an enclosing
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`, each member
+      of which has ``batches`` of its own and a device-local ``grad_fn``. The
+      result is reduced once, at the end of the pass.
+
+  Returns:
+    The mean gradient: a tree with the structure and shapes of ``params``, and
+    their dtypes promoted with float32.
+
+  Raises:
+    TypeError: if ``grad_fn`` cannot be called, ``batches`` is an array, a
+      mapping or not iterable, or leaves of ``params`` or of a batch have no
+      dtype that is fit for it.
+    ValueError: if ``batches`` is empty, a batch is empty or its leaves disagree
+      in their number of examples, a batch differs from the first one in
+      structure or number of axes, a gradient differs from ``params`` in
+      structure, shape or kind of dtype, ``axis_name`` is no enclosing axis, or
+      gradients have already been summed over it.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0]])
+    >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    >>> w = jnp.array([1.0, -1.0])
+    >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x[:2], x[2:]]))
+    [3.3333335 0.       ]
+
+    Data that lie on the device as one array need no loop in Python: give them
+    as a single batch to a ``grad_fn`` that scans over micro-batches, which all
+    have the same size. A remainder makes a second batch.
+
+    >>> def scanned_grad(w, x):
+    ...   micro_batches = x.reshape(-1, 2, *x.shape[1:])
+    ...   def body(total, micro_batch):
+    ...     return total + jax.grad(loss)(w, micro_batch), None
+    ...   total, _ = jax.lax.scan(body, jnp.zeros_like(w), micro_batches)
+    ...   return total / len(micro_batches)
+    >>> x = jnp.arange(20.0).reshape(10, 2)
+    >>> print(optax_svrg.mean_gradient(scanned_grad, w, [x]))
+    [-18. -20.]
+    >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x]))
+    [-18. -20.]
+
+    ``optax.microbatching.microbatch`` makes such a function of any gradient.
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025
+  """
+  if not callable(grad_fn):
+    raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
+  _checks.check_inexact(params, "params")
+  check_batches(batches)
+  # A Partial is a tree: its arrays are arguments, its function is static.
+  leaves, treedef = jax.tree.flatten(
+      grad_fn if isinstance(grad_fn, jax.tree_util.Partial)
+      else jax.tree_util.Partial(grad_fn)
+  )
+  accumulate = _accumulation(treedef)
+
+  total = jax.tree.map(
+      lambda p: jnp.zeros_like(
+          p, jnp.promote_types(_checks.dtype_of(p), jnp.float32)
+      ),
+      params,
+  )
+  num_examples = 0
+  first_ndims = None
+  for index, batch in enumerate(batches):
+    num_examples += _check_batch(batch, index)
+    ndims = jax.tree.map(np.ndim, batch)
+    first_ndims = ndims if first_ndims is None else first_ndims
+    _check_ndims(ndims, first_ndims, index)
+    total = accumulate(total, leaves, params, batch)
+  if not num_examples:
+    raise ValueError("batches must hold at least one batch, got none.")
+  if axis_name is not None:
+    _checks.check_varying(total, axis_name, "the gradients of grad_fn")
+    # Every member has as many examples: shapes are the same on all devices.
+    total = jax.lax.pmean(total, axis_name)
+  return jax.tree.map(lambda t: t / num_examples, total)
+
+
+# Compiled functions are kept for as many gradients as a program may use in
+# turn, not for ever: jax.jit would keep each closure and what it refers to.
+@functools.lru_cache(maxsize=16)
+def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
+  """The jitted accumulation for one ``grad_fn``, given as a tree structure."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def accumulate(total, leaves, params, batch):
+    grads = jax.tree.unflatten(treedef, leaves)(params, batch)
+    _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
+    weight = _num_examples(batch)[0][1]
+    return jax.tree.map(
+        lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
+    )
+
+  return accumulate
+
+
+def _num_examples(batch: Any) -> list[tuple[Any, int]]:
+  """Path and length of the leading axis of each leaf that has one."""
+  return [
+      (path, np.shape(leaf)[0])
+      for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+      if np.ndim(leaf)
+  ]
+
+
+def check_batches(batches: Any) -> None:
+  """Raises TypeError for what iterates, but not over batches."""
+  if isinstance(batches, (jax.Array, np.ndarray, dict, str)) or not isinstance(
+      batches, Iterable
+  ):
+    raise TypeError(
+        "batches must be an iterable of batches, got a"
+        f" {type(batches).__name__}. For a single batch write [batch]."
+    )
+
+
+def _check_batch(batch: Any, index: int) -> int:
+  """Returns the number of examples of a batch; raises if it has none."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if not isinstance(leaf, jax.typing.ArrayLike):
+      raise TypeError(
+          f"batches[{index}] must be a tree of arrays, got a"
+          f" {type(leaf).__name__} {_checks.path_of(path)}."
+      )
+  sizes = _num_examples(batch)
+  if not sizes:
+    raise ValueError(
+        f"batches[{index}] must have leaves whose leading axis is the examples,"
+        f" got none in {jax.tree.structure(batch)}."
+    )
+  for path, size in sizes:
+    if size != sizes[0][1]:
+      raise ValueError(
+          f"batches[{index}] must have the same number of examples in all"
+          f" leaves, got {sizes[0][1]} {_checks.path_of(sizes[0][0])} and"
+          f" {size} {_checks.path_of(path)}."
+      )
+  if not sizes[0][1]:
+    raise ValueError(f"batches[{index}] has no examples.")
+  return sizes[0][1]
+
+
+def _check_ndims(ndims: Any, first_ndims: Any, index: int) -> None:
+  """Raises unless a batch has the form of the first, given by axes per leaf."""
+  name = f"batches[{index}]"
+  _checks.check_same_tree(ndims, first_ndims, name, "batches[0]")
+  for (path, ndim), first_ndim in zip(
+      jax.tree_util.tree_leaves_with_path(ndims), jax.tree.leaves(first_ndims),
+      strict=True,
+  ):
+    if ndim != first_ndim:
+      raise ValueError(
+          f"{name} must have the numbers of axes of batches[0], got {ndim}"
+          f" instead of {first_ndim} {_checks.path_of(path)}."
+      )

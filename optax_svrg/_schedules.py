@@ -1,0 +1,88 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The coefficient schedule of the alpha-SVRG paper."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_svrg import _checks
+
+
+def linear_decay(
+    init_value: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    steps_per_snapshot: int | None = None,
+) -> optax.Schedule:
+  r"""The paper's schedule: decays linearly, constant between snapshots.
+
+  Training is divided into
+  :math:`n = \text{epochs} \cdot \lceil \text{steps_per_epoch} /
+  \text{steps_per_snapshot} \rceil` intervals, one per snapshot. Intervals start
+  anew with each epoch, so the last one of an epoch may be short. During
+  interval :math:`i = 0, \ldots, n - 1` the value is
+  ``numpy.linspace(init_value, 0, n)[i]``: ``init_value`` in the first interval,
+  exactly 0 in the last (where neither the snapshot nor its gradients are of any
+  use), and 0 afterwards. With ``n = 1`` it is ``init_value`` throughout.
+
+  Args:
+    init_value: the coefficient :math:`\alpha_0` of the first interval, a finite
+      number. The paper uses 0.5 and 0.75.
+    epochs: number of epochs of the whole training, at least 1.
+    steps_per_epoch: number of updates in an epoch, at least 1.
+    steps_per_snapshot: number of updates between two snapshots, at least 1;
+      ``None`` for one snapshot per epoch.
+
+  Returns:
+    An :class:`optax.Schedule`: a function from the number of updates made so
+    far (an integer or an integer array of any shape) to the coefficient, a
+    float array of the same shape in JAX's default float dtype.
+
+  Raises:
+    TypeError: if an argument is not a number of the kind described above.
+    ValueError: if ``init_value`` is not finite, or a count is below 1.
+
+  Examples:
+    >>> import optax_svrg
+    >>> schedule = optax_svrg.linear_decay(0.75, epochs=4, steps_per_epoch=100)
+    >>> [float(schedule(step)) for step in (0, 99, 100, 200, 399, 400)]
+    [0.75, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025 (section 4; ``svrg_scheduler`` in
+    the authors' code)
+  """
+  _checks.check_coefficient(init_value, "init_value")
+  epochs = _checks.check_count(epochs, "epochs")
+  steps_per_epoch = _checks.check_count(steps_per_epoch, "steps_per_epoch")
+  if steps_per_snapshot is None:
+    steps_per_snapshot = steps_per_epoch
+  interval = _checks.check_count(steps_per_snapshot, "steps_per_snapshot")
+  intervals_per_epoch = math.ceil(steps_per_epoch / interval)
+  last = epochs * intervals_per_epoch - 1
+
+  def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    epoch, step = jnp.divmod(jnp.asarray(count), steps_per_epoch)
+    index = jnp.minimum(epoch * intervals_per_epoch + step // interval, last)
+    # The share that remains, rather than a sum of decrements: exact at both
+    # ends and to the last bit of the dtype in between.
+    remaining = (last - index).astype(float) / max(last, 1)
+    return init_value * (remaining if last else jnp.ones_like(remaining))
+
+  return schedule
