@@ -14,7 +14,6 @@
 """alpha-SVRG as a gradient transformation (Yin et al., 2025)."""
 
 from collections.abc import Callable
-import numbers
 import sys
 from typing import Any, NamedTuple
 
@@ -26,8 +25,8 @@ import optax
 from optax_svrg import _checks
 
 _FLAT_HINT = (
-    " The stored snapshot is a single vector. If optax.flatten made it so, write"
-    " optax.chain(alpha_svrg(...), optax.flatten(...)) instead of"
+    " The stored snapshot is a single vector. If optax.flatten made it so,"
+    " write optax.chain(alpha_svrg(...), optax.flatten(...)) instead of"
     " optax.flatten(alpha_svrg(...))."
 )
 _MASKED_HINT = (
@@ -53,7 +52,7 @@ class SVRGState(NamedTuple):
       parameters' dtypes.
   """
 
-  count: jax.Array  # shape=(), dtype=jnp.int32
+  count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
   num_snapshots: jax.Array  # shape=(), dtype=jnp.int32
   alpha: jax.Array  # shape=(), JAX's default float dtype
   snapshot_params: optax.Params
@@ -185,7 +184,7 @@ def alpha_svrg(
           f" {snapshot_dtype}."
       )
   # A number is known now; an array may hold a traced value.
-  always_off = isinstance(alpha, (numbers.Real, np.generic)) and alpha == 0
+  always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
 
   def init_fn(params: optax.Params) -> SVRGState:
     _checks.check_inexact(params, "params")
@@ -222,7 +221,7 @@ def alpha_svrg(
     coefficient = jnp.where(
         state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
     )
-    active = coefficient != 0
+    active: Any = coefficient != 0
     if always_off:
       active = False
     elif not isinstance(active, jax.core.Tracer):
@@ -305,7 +304,8 @@ def take_snapshot(
     raise TypeError(f"mean_grad_fn must be a function, got {mean_grad_fn!r}.")
   # An nnx.Optimizer's state has a Variable around each leaf.
   pure_state, pure_params = _as_pure(opt_state), _as_pure(params)
-  states = list(filter(_is_state, jax.tree.leaves(pure_state, is_leaf=_is_state)))
+  nodes = jax.tree.leaves(pure_state, is_leaf=_is_state)
+  states = [node for node in nodes if _is_state(node)]
   if not states:
     raise ValueError(
         "opt_state holds no SVRGState: there is no alpha_svrg in this"
@@ -313,6 +313,12 @@ def take_snapshot(
     )
   for state in states:
     _check_params(pure_params, state.snapshot_params)
+
+  leaves, treedef = jax.tree.flatten(params)
+  dtypes = [_checks.dtype_of(leaf) for leaf in leaves]
+
+  def like_params(snapshot: list[Any]) -> optax.Params:
+    return jax.tree.unflatten(treedef, map(jnp.asarray, snapshot, dtypes))
 
   means: dict[Any, optax.Updates] = {}
 
@@ -322,13 +328,9 @@ def take_snapshot(
     stored = _map_unmasked(_copy_into, node.snapshot_params, pure_params)
     # Leaves that a wrapper has masked are not stored: they enter as they are.
     snapshot = jax.tree.leaves(_unmask(stored, pure_params))
-    rounding = tuple(w.dtype for w in map(jnp.asarray, snapshot))
+    rounding = tuple(map(_checks.dtype_of, snapshot))
     if rounding not in means:
-      leaves, treedef = jax.tree.flatten(params)
-      mean = _as_pure(mean_grad_fn(treedef.unflatten(
-          jnp.asarray(w, _checks.dtype_of(p))
-          for w, p in zip(snapshot, leaves, strict=True)
-      )))
+      mean = _as_pure(mean_grad_fn(like_params(snapshot)))
       _checks.check_same_tree(
           mean, pure_params, "the result of mean_grad_fn", "params"
       )

@@ -18,7 +18,6 @@ costs nothing in a compiled step.
 """
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -72,9 +71,9 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
     got_name: what to call ``got`` in the message.
     want_name: what to call ``want`` in the message.
   """
-  got_leaves, got_def = jax.tree_util.tree_flatten_with_path(got)
-  want_leaves, want_def = jax.tree_util.tree_flatten_with_path(want)
-  if got_def != want_def:
+  got_leaves = jax.tree_util.tree_leaves_with_path(got)
+  want_leaves = jax.tree_util.tree_leaves_with_path(want)
+  if jax.tree.structure(got) != jax.tree.structure(want):
     got_paths = [_keystr(path) for path, _ in got_leaves]
     want_paths = [_keystr(path) for path, _ in want_leaves]
     missing = [p for p in want_paths if p not in set(got_paths)]
@@ -87,7 +86,10 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
           if paths
       )
     else:
-      detail = f"same leaves in other containers: {got_def}, not {want_def}"
+      detail = (
+          "same leaves in other containers:"
+          f" {jax.tree.structure(got)} instead of {jax.tree.structure(want)}"
+      )
     raise ValueError(
         f"{got_name} must have the tree structure of {want_name}: {detail}."
     )
@@ -112,12 +114,12 @@ def check_coefficient(value: Any, name: str) -> None:
     name: what to call it in the message.
   """
   if isinstance(value, (bool, np.bool_)) or not isinstance(
-      value, (numbers.Real, np.ndarray, np.generic, jax.Array)
+      value, (int, float, np.ndarray, np.number, jax.Array)
   ):
     raise TypeError(f"{name} must be a real number, got {value!r}.")
-  if np.shape(value):
+  if jnp.ndim(value):
     raise ValueError(
-        f"{name} must be a scalar, got an array of shape {np.shape(value)}."
+        f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
     )
   dtype = dtype_of(value)
   if not (

@@ -24,6 +24,8 @@ import optax
 
 from optax_svrg import _checks
 
+_ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, int, float, complex)
+
 
 def mean_gradient(
     grad_fn: Callable[[optax.Params, Any], optax.Updates],
@@ -149,7 +151,9 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
   """The jitted accumulation for one ``grad_fn``, given as a tree structure."""
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def accumulate(total, leaves, params, batch):
+  def accumulate(
+      total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
+  ) -> optax.Updates:
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
     weight = _num_examples(batch)[0][1]
@@ -183,7 +187,7 @@ def check_batches(batches: Any) -> None:
 def _check_batch(batch: Any, index: int) -> int:
   """Returns the number of examples of a batch; raises if it has none."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    if not isinstance(leaf, jax.typing.ArrayLike):
+    if not isinstance(leaf, _ARRAY_LIKE):
       raise TypeError(
           f"batches[{index}] must be a tree of arrays, got a"
           f" {type(leaf).__name__} {_checks.path_of(path)}."

@@ -36,8 +36,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from optax_svrg import _alpha_svrg
-from optax_svrg import _mean_gradient
+from optax_svrg import _alpha_svrg, _mean_gradient
 
 
 def grad_fn(
@@ -244,7 +243,7 @@ class _FrozenGrad:
   ) -> Any:
     index, batch = indexed_batch["index"], indexed_batch["batch"]
 
-    def loss_and_counts(params, counts):
+    def loss_and_counts(params: Any, counts: Any) -> tuple[Any, Any]:
       model = nnx.merge(self.graphdef, params, counts, rest, copy=True)
       loss = self.loss_fn(model, batch)
       counts = nnx.as_pure(nnx.state(model, nnx.RngCount))
@@ -263,7 +262,8 @@ class _FrozenGrad:
 def _freeze(
     loss_fn: Callable[..., Any], model: nnx.Module, wrt: Any, has_aux: bool
 ) -> jax.tree_util.Partial:
-  graphdef, _, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
+  graphdef, *states = nnx.split(model, wrt, nnx.RngCount, ...)
+  _, counts, rest = states
   # A Partial, as its arrays are arguments of compiled functions, not constants.
   return jax.tree_util.Partial(
       _FrozenGrad(loss_fn, graphdef, has_aux),
