@@ -25,16 +25,16 @@ import optax
 from optax_svrg import _checks
 
 _FLAT_HINT = (
-    " The stored snapshot is a single vector. If optax.flatten made it so,"
-    " write optax.chain(alpha_svrg(...), optax.flatten(...)) instead of"
-    " optax.flatten(alpha_svrg(...))."
+  " The stored snapshot is a single vector. If optax.flatten made it so,"
+  " write optax.chain(alpha_svrg(...), optax.flatten(...)) instead of"
+  " optax.flatten(alpha_svrg(...))."
 )
 _MASKED_HINT = (
-    "the snapshot holds optax.MaskedNode placeholders: alpha_svrg is wrapped in"
-    " optax.masked or optax.partition and sees only part of the parameters,"
-    " while grad_fn needs all of them. Write optax.chain(alpha_svrg(...),"
-    " optax.masked(...)) or optax.chain(alpha_svrg(...), optax.partition(...))"
-    " instead."
+  "the snapshot holds optax.MaskedNode placeholders: alpha_svrg is wrapped in"
+  " optax.masked or optax.partition and sees only part of the parameters,"
+  " while grad_fn needs all of them. Write optax.chain(alpha_svrg(...),"
+  " optax.masked(...)) or optax.chain(alpha_svrg(...), optax.partition(...))"
+  " instead."
 )
 
 
@@ -60,10 +60,10 @@ class SVRGState(NamedTuple):
 
 
 def alpha_svrg(
-    alpha: optax.ScalarOrSchedule,
-    *,
-    axis_name: Any = None,
-    snapshot_dtype: Any = None,
+  alpha: optax.ScalarOrSchedule,
+  *,
+  axis_name: Any = None,
+  snapshot_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Stochastic variance reduced gradient with a coefficient (alpha-SVRG).
 
@@ -180,8 +180,8 @@ def alpha_svrg(
       raise TypeError(f"snapshot_dtype: {e}") from e
     if not jnp.issubdtype(snapshot_dtype, jnp.inexact):
       raise TypeError(
-          "snapshot_dtype must be a float or complex dtype, got"
-          f" {snapshot_dtype}."
+        "snapshot_dtype must be a float or complex dtype, got"
+        f" {snapshot_dtype}."
       )
   # A number is known now; an array may hold a traced value.
   always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
@@ -190,25 +190,25 @@ def alpha_svrg(
     _checks.check_inexact(params, "params")
     _check_snapshot_dtype(params, snapshot_dtype)
     return SVRGState(
-        count=jnp.zeros([], jnp.int32),
-        num_snapshots=jnp.zeros([], jnp.int32),
-        alpha=jnp.zeros([], float),
-        snapshot_params=jax.tree.map(
-            lambda p: _copy(p, snapshot_dtype or _checks.dtype_of(p)), params
-        ),
-        mean_grads=jax.tree.map(
-            lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
-        ),
+      count=jnp.zeros([], jnp.int32),
+      num_snapshots=jnp.zeros([], jnp.int32),
+      alpha=jnp.zeros([], float),
+      snapshot_params=jax.tree.map(
+        lambda p: _copy(p, snapshot_dtype or _checks.dtype_of(p)), params
+      ),
+      mean_grads=jax.tree.map(
+        lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
+      ),
     )
 
   def update_fn(
-      updates: optax.Updates,
-      state: SVRGState,
-      params: optax.Params | None = None,
-      *,
-      grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
-      snapshot_grads: optax.Updates | None = None,
-      **extra_args: Any,
+    updates: optax.Updates,
+    state: SVRGState,
+    params: optax.Params | None = None,
+    *,
+    grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
+    snapshot_grads: optax.Updates | None = None,
+    **extra_args: Any,
   ) -> tuple[optax.Updates, SVRGState]:
     del extra_args  # Meant for other transformations of the chain.
     _check_update(updates, state, params, grad_fn, snapshot_grads)
@@ -219,7 +219,7 @@ def alpha_svrg(
     _checks.check_coefficient(value, "alpha")
     # Without a snapshot the mean gradient is a mere placeholder.
     coefficient = jnp.where(
-        state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
+      state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
     )
     active: Any = coefficient != 0
     if always_off:
@@ -231,27 +231,27 @@ def alpha_svrg(
 
     if active is not False:
       updates = _correct(
-          updates,
-          _snapshot_gradient(
-              updates, state, grad_fn, snapshot_grads, active, axis_name
-          ),
-          state.mean_grads,
-          coefficient,
-          active,
+        updates,
+        _snapshot_gradient(
+          updates, state, grad_fn, snapshot_grads, active, axis_name
+        ),
+        state.mean_grads,
+        coefficient,
+        active,
       )
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
     return updates, state._replace(
-        count=optax.safe_increment(state.count), alpha=coefficient
+      count=optax.safe_increment(state.count), alpha=coefficient
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def take_snapshot(
-    opt_state: optax.OptState,
-    params: optax.Params,
-    mean_grad_fn: Callable[[optax.Params], optax.Updates],
+  opt_state: optax.OptState,
+  params: optax.Params,
+  mean_grad_fn: Callable[[optax.Params], optax.Updates],
 ) -> optax.OptState:
   """Moves the snapshot of every SVRG state inside ``opt_state`` to ``params``.
 
@@ -308,8 +308,8 @@ def take_snapshot(
   states = [node for node in nodes if _is_state(node)]
   if not states:
     raise ValueError(
-        "opt_state holds no SVRGState: there is no alpha_svrg in this"
-        f" optimizer. Got {jax.tree.structure(opt_state)}."
+      "opt_state holds no SVRGState: there is no alpha_svrg in this"
+      f" optimizer. Got {jax.tree.structure(opt_state)}."
     )
   for state in states:
     _check_params(pure_params, state.snapshot_params)
@@ -332,20 +332,18 @@ def take_snapshot(
     if rounding not in means:
       mean = _as_pure(mean_grad_fn(like_params(snapshot)))
       _checks.check_same_tree(
-          mean, pure_params, "the result of mean_grad_fn", "params"
+        mean, pure_params, "the result of mean_grad_fn", "params"
       )
       means[rounding] = mean
     return node._replace(
-        num_snapshots=optax.safe_increment(node.num_snapshots),
-        snapshot_params=stored,
-        mean_grads=_map_unmasked(
-            _copy_into, node.mean_grads, means[rounding]
-        ),
+      num_snapshots=optax.safe_increment(node.num_snapshots),
+      snapshot_params=stored,
+      mean_grads=_map_unmasked(_copy_into, node.mean_grads, means[rounding]),
     )
 
   new_state = jax.tree.map(refresh, pure_state, is_leaf=_is_state)
   return jax.tree.unflatten(
-      jax.tree.structure(opt_state), jax.tree.leaves(new_state)
+    jax.tree.structure(opt_state), jax.tree.leaves(new_state)
   )
 
 
@@ -355,8 +353,8 @@ def _is_state(node: Any) -> bool:
 
 def _as_pure(tree: Any) -> Any:
   """The tree without nnx.Variable; there is none before Flax is imported."""
-  nnx = sys.modules.get("flax.nnx")
-  return tree if nnx is None else nnx.as_pure(tree)
+  as_pure = getattr(sys.modules.get("flax.nnx"), "as_pure", None)
+  return tree if as_pure is None else as_pure(tree)
 
 
 def _copy(x: Any, dtype: Any) -> Any:
@@ -370,11 +368,13 @@ def _copy_into(old: Any, new: Any) -> jax.Array:
   """A copy of ``new`` with the dtype and the placement of ``old``."""
   copy = _copy(new, old.dtype)
   concrete = isinstance(old, jax.Array) and not any(
-      isinstance(x, jax.core.Tracer) for x in (old, copy)
+    isinstance(x, jax.core.Tracer) for x in (old, copy)
   )
   # An array that is not committed to its devices follows the others.
-  if concrete and old.committed and not old.sharding.is_equivalent_to(
-      copy.sharding, copy.ndim
+  if (
+    concrete
+    and old.committed
+    and not old.sharding.is_equivalent_to(copy.sharding, copy.ndim)
   ):
     copy = jax.device_put(copy, old.sharding)
   return copy
@@ -383,22 +383,27 @@ def _copy_into(old: Any, new: Any) -> jax.Array:
 def _map_unmasked(fn: Callable, masked: Any, full: Any) -> Any:
   """Maps over two trees; what is masked in the first one stays masked."""
   return jax.tree.map(
-      lambda m, x: m if _checks.is_masked(m) else fn(m, x),
-      masked, full, is_leaf=_checks.is_masked,
+    lambda m, x: m if _checks.is_masked(m) else fn(m, x),
+    masked,
+    full,
+    is_leaf=_checks.is_masked,
   )
 
 
 def _unmask(masked: Any, full: Any) -> Any:
   """Fills the masked places of the first tree from the second."""
   return jax.tree.map(
-      lambda m, x: x if _checks.is_masked(m) else m,
-      masked, full, is_leaf=_checks.is_masked,
+    lambda m, x: x if _checks.is_masked(m) else m,
+    masked,
+    full,
+    is_leaf=_checks.is_masked,
   )
 
 
 def _has_masked(tree: Any) -> bool:
-  return any(map(_checks.is_masked,
-                 jax.tree.leaves(tree, is_leaf=_checks.is_masked)))
+  return any(
+    map(_checks.is_masked, jax.tree.leaves(tree, is_leaf=_checks.is_masked))
+  )
 
 
 def _is_flat(tree: Any) -> bool:
@@ -410,10 +415,10 @@ def _check_snapshot_dtype(params: optax.Params, snapshot_dtype: Any) -> None:
     return
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     dtype = _checks.dtype_of(leaf)
-    if jnp.iscomplexobj(dtype) != jnp.iscomplexobj(snapshot_dtype):
+    if _checks.dtype_kind(dtype) != _checks.dtype_kind(snapshot_dtype):
       raise ValueError(
-          f"snapshot_dtype={snapshot_dtype} cannot hold parameters of dtype"
-          f" {dtype} {_checks.path_of(path)}."
+        f"snapshot_dtype={snapshot_dtype} cannot hold parameters of dtype"
+        f" {dtype} {_checks.path_of(path)}."
       )
 
 
@@ -425,7 +430,7 @@ def _check_params(params: optax.Params, snapshot: optax.Params) -> None:
       snapshot = _unmask(snapshot, params)
     except (ValueError, TypeError) as e:
       raise ValueError(
-          f"params must have the tree structure given to init: {e}"
+        f"params must have the tree structure given to init: {e}"
       ) from e
   elif _is_flat(snapshot):
     hint = _FLAT_HINT
@@ -436,20 +441,20 @@ def _check_params(params: optax.Params, snapshot: optax.Params) -> None:
 
 
 def _check_update(
-    updates: optax.Updates,
-    state: SVRGState,
-    params: optax.Params | None,
-    grad_fn: Any,
-    snapshot_grads: Any,
+  updates: optax.Updates,
+  state: SVRGState,
+  params: optax.Params | None,
+  grad_fn: Any,
+  snapshot_grads: Any,
 ) -> None:
   """Checks the arguments of update before anything is computed."""
   if (grad_fn is None) == (snapshot_grads is None):
     given = "neither" if grad_fn is None else "both"
     raise ValueError(
-        "alpha_svrg needs exactly one of the extra arguments grad_fn and"
-        f" snapshot_grads, got {given}. Call update(grads, state, params,"
-        " grad_fn=lambda p: jax.grad(loss)(p, batch)); a wrapper around"
-        " alpha_svrg may have dropped the argument."
+      "alpha_svrg needs exactly one of the extra arguments grad_fn and"
+      f" snapshot_grads, got {given}. Call update(grads, state, params,"
+      " grad_fn=lambda p: jax.grad(loss)(p, batch)); a wrapper around"
+      " alpha_svrg may have dropped the argument."
     )
   snapshot = state.snapshot_params
   _checks.check_same_tree(updates, snapshot, "updates", "the stored snapshot")
@@ -463,12 +468,12 @@ def _check_update(
 
 
 def _snapshot_gradient(
-    updates: optax.Updates,
-    state: SVRGState,
-    grad_fn: Callable[[optax.Params], optax.Updates] | None,
-    snapshot_grads: optax.Updates | None,
-    active: Any,
-    axis_name: Any,
+  updates: optax.Updates,
+  state: SVRGState,
+  grad_fn: Callable[[optax.Params], optax.Updates] | None,
+  snapshot_grads: optax.Updates | None,
+  active: Any,
+  axis_name: Any,
 ) -> optax.Updates:
   """The gradient of the current batch at the snapshot, like ``updates``."""
 
@@ -489,39 +494,51 @@ def _snapshot_gradient(
   def evaluate() -> optax.Updates:
     # mean_grads have the dtypes of the parameters.
     snapshot = jax.tree.map(
-        lambda w, m: w.astype(m.dtype), state.snapshot_params, state.mean_grads
+      lambda w, m: w.astype(m.dtype), state.snapshot_params, state.mean_grads
     )
     try:
       return check(grad_fn(snapshot), "the result of grad_fn")
     except Exception as e:
       if _is_flat(snapshot):
         raise ValueError(
-            f"grad_fn failed at the snapshot with {e!r}.{_FLAT_HINT}"
+          f"grad_fn failed at the snapshot with {e!r}.{_FLAT_HINT}"
         ) from e
       raise
 
   if active is True:
     return evaluate()
   return jax.lax.cond(
-      active, evaluate, lambda: jax.tree.map(jnp.zeros_like, updates)
+    active, evaluate, lambda: jax.tree.map(jnp.zeros_like, updates)
   )
 
 
 def _correct(
-    updates: optax.Updates,
-    snapshot_grads: optax.Updates,
-    mean_grads: optax.Updates,
-    coefficient: jax.Array,
-    active: Any,
+  updates: optax.Updates,
+  snapshot_grads: optax.Updates,
+  mean_grads: optax.Updates,
+  coefficient: jax.Array,
+  active: Any,
 ) -> optax.Updates:
   """The paper's estimator, leaf by leaf; the identity while not active."""
 
   def correct(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    dtype = _checks.wide_dtype(g.dtype)
     a = coefficient.astype(dtype)
     # In this order g = s and a = 1 give the mean to the last bit.
-    corrected = (g.astype(dtype) - a * s.astype(dtype)) + a * mean.astype(dtype)
+    corrected = _widen(g, dtype) - a * _widen(s, dtype) + a * mean.astype(dtype)
     corrected = corrected.astype(g.dtype)
     return corrected if active is True else jnp.where(active, corrected, g)
 
   return jax.tree.map(correct, updates, snapshot_grads, mean_grads)
+
+
+def _widen(x: jax.Array, dtype: Any) -> jax.Array:
+  """Casts to a wider dtype a value that is rounded to its own.
+
+  XLA may keep the excess precision of a fused gradient, and then two gradients
+  that were computed alike differ by a rounding.
+  """
+  if x.dtype == dtype:
+    return x
+  info = jnp.finfo(x.dtype)
+  return jax.lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant)

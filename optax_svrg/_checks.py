@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Argument checks shared by all modules.
+"""Checks of arguments and dtypes shared by all modules.
 
 Every check runs on shapes and dtypes alone, so that it works on tracers and
 costs nothing in a compiled step.
@@ -38,7 +38,8 @@ def path_of(path: Any) -> str:
   return f"at {_keystr(path)}" if path else "at the root"
 
 
-def _dtype_kind(dtype: Any) -> str:
+def dtype_kind(dtype: Any) -> str:
+  """Whether a dtype is complex or real; integers are of their own kinds."""
   for kind in (jnp.complexfloating, jnp.floating):
     if jnp.issubdtype(dtype, kind):
       return kind.__name__
@@ -50,15 +51,21 @@ def dtype_of(leaf: Any) -> Any:
   return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
+def wide_dtype(dtype: Any) -> Any:
+  """The dtype to form sums in: float32 for narrower ones."""
+  # Not jnp.promote_types, which refuses under strict dtype promotion.
+  return np.promote_types(dtype, np.float32)
+
+
 def check_inexact(tree: Any, name: str) -> None:
   """Raises TypeError at the first leaf that has no gradient."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     dtype = dtype_of(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise TypeError(
-          f"{name} must have float or complex leaves, got {dtype}"
-          f"{list(np.shape(leaf))} {path_of(path)}. Keep such leaves out of"
-          f" {name}, e.g. let the loss close over them."
+        f"{name} must have float or complex leaves, got {dtype}"
+        f"{list(np.shape(leaf))} {path_of(path)}. Keep such leaves out of"
+        f" {name}, e.g. let the loss close over them."
       )
 
 
@@ -73,36 +80,35 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
   """
   got_leaves = jax.tree_util.tree_leaves_with_path(got)
   want_leaves = jax.tree_util.tree_leaves_with_path(want)
-  if jax.tree.structure(got) != jax.tree.structure(want):
+  got_def: Any = jax.tree.structure(got)
+  want_def: Any = jax.tree.structure(want)
+  if got_def != want_def:
     got_paths = [_keystr(path) for path, _ in got_leaves]
     want_paths = [_keystr(path) for path, _ in want_leaves]
     missing = [p for p in want_paths if p not in set(got_paths)]
     extra = [p for p in got_paths if p not in set(want_paths)]
     if missing or extra:
       detail = "; ".join(
-          f"{what} {', '.join(p or 'a bare leaf' for p in paths[:3])}"
-          + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-          for what, paths in (("missing", missing), ("unexpected", extra))
-          if paths
+        f"{what} {', '.join(p or 'a bare leaf' for p in paths[:3])}"
+        + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        for what, paths in (("missing", missing), ("unexpected", extra))
+        if paths
       )
     else:
-      detail = (
-          "same leaves in other containers:"
-          f" {jax.tree.structure(got)} instead of {jax.tree.structure(want)}"
-      )
+      detail = f"other containers: {got_def} instead of {want_def}"
     raise ValueError(
-        f"{got_name} must have the tree structure of {want_name}: {detail}."
+      f"{got_name} must have the tree structure of {want_name}: {detail}."
     )
   for (path, g), (_, w) in zip(got_leaves, want_leaves, strict=True):
     if np.shape(g) != np.shape(w):
       raise ValueError(
-          f"{got_name} must have the shapes of {want_name}, got"
-          f" {np.shape(g)} instead of {np.shape(w)} {path_of(path)}."
+        f"{got_name} must have the shapes of {want_name}, got"
+        f" {np.shape(g)} instead of {np.shape(w)} {path_of(path)}."
       )
-    if _dtype_kind(dtype_of(g)) != _dtype_kind(dtype_of(w)):
+    if dtype_kind(dtype_of(g)) != dtype_kind(dtype_of(w)):
       raise ValueError(
-          f"{got_name} must have the kinds of dtype of {want_name}, got"
-          f" {dtype_of(g)} instead of {dtype_of(w)} {path_of(path)}."
+        f"{got_name} must have the kinds of dtype of {want_name}, got"
+        f" {dtype_of(g)} instead of {dtype_of(w)} {path_of(path)}."
       )
 
 
@@ -114,16 +120,16 @@ def check_coefficient(value: Any, name: str) -> None:
     name: what to call it in the message.
   """
   if isinstance(value, (bool, np.bool_)) or not isinstance(
-      value, (int, float, np.ndarray, np.number, jax.Array)
+    value, (int, float, np.ndarray, np.number, jax.Array)
   ):
     raise TypeError(f"{name} must be a real number, got {value!r}.")
   if jnp.ndim(value):
     raise ValueError(
-        f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
+      f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
     )
   dtype = dtype_of(value)
   if not (
-      jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
   ):
     raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
   if not isinstance(value, jax.core.Tracer) and not math.isfinite(value):
@@ -157,16 +163,16 @@ def check_varying(tree: Any, axis_name: Any, name: str) -> None:
     axis_index = jax.lax.axis_index(axis_name)
   except NameError as e:
     raise ValueError(
-        f"axis_name={axis_name!r} is not an axis of the enclosing"
-        " jax.shard_map, jax.pmap or jax.vmap."
+      f"axis_name={axis_name!r} is not an axis of the enclosing"
+      " jax.shard_map, jax.pmap or jax.vmap."
     ) from e
   tracked = jax.typeof(axis_index).manual_axis_type.varying
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if not tracked <= jax.typeof(leaf).manual_axis_type.varying:
       raise ValueError(
-          f"{name} must be device-local with axis_name={axis_name!r}, but"
-          f" {path_of(path)} it does not vary over that axis: it has already"
-          " been summed. Inside jax.shard_map jax.grad sums the gradient of"
-          " replicated parameters; differentiate with respect to"
-          f" jax.lax.pcast(params, {axis_name!r}, to='varying') instead."
+        f"{name} must be device-local with axis_name={axis_name!r}, but"
+        f" {path_of(path)} it does not vary over that axis: it has already"
+        " been summed. Inside jax.shard_map jax.grad sums the gradient of"
+        " replicated parameters; differentiate with respect to"
+        f" jax.lax.pcast(params, {axis_name!r}, to='varying') instead."
       )

@@ -28,11 +28,11 @@ _ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 
 def mean_gradient(
-    grad_fn: Callable[[optax.Params, Any], optax.Updates],
-    params: optax.Params,
-    batches: Iterable[Any],
-    *,
-    axis_name: Any = None,
+  grad_fn: Callable[[optax.Params, Any], optax.Updates],
+  params: optax.Params,
+  batches: Iterable[Any],
+  *,
+  axis_name: Any = None,
 ) -> optax.Updates:
   r"""Mean gradient over a data set that is streamed in batches.
 
@@ -116,16 +116,15 @@ def mean_gradient(
   check_batches(batches)
   # A Partial is a tree: its arrays are arguments, its function is static.
   leaves, treedef = jax.tree.flatten(
-      grad_fn if isinstance(grad_fn, jax.tree_util.Partial)
-      else jax.tree_util.Partial(grad_fn)
+    grad_fn
+    if isinstance(grad_fn, jax.tree_util.Partial)
+    else jax.tree_util.Partial(grad_fn)
   )
   accumulate = _accumulation(treedef)
 
   total = jax.tree.map(
-      lambda p: jnp.zeros_like(
-          p, jnp.promote_types(_checks.dtype_of(p), jnp.float32)
-      ),
-      params,
+    lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
+    params,
   )
   num_examples = 0
   first_ndims = None
@@ -152,13 +151,13 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
 
   @functools.partial(jax.jit, donate_argnums=0)
   def accumulate(
-      total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
+    total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
   ) -> optax.Updates:
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
     weight = _num_examples(batch)[0][1]
     return jax.tree.map(
-        lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
+      lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
     )
 
   return accumulate
@@ -167,20 +166,20 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
 def _num_examples(batch: Any) -> list[tuple[Any, int]]:
   """Path and length of the leading axis of each leaf that has one."""
   return [
-      (path, np.shape(leaf)[0])
-      for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-      if np.ndim(leaf)
+    (path, np.shape(leaf)[0])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+    if np.ndim(leaf)
   ]
 
 
 def check_batches(batches: Any) -> None:
   """Raises TypeError for what iterates, but not over batches."""
   if isinstance(batches, (jax.Array, np.ndarray, dict, str)) or not isinstance(
-      batches, Iterable
+    batches, Iterable
   ):
     raise TypeError(
-        "batches must be an iterable of batches, got a"
-        f" {type(batches).__name__}. For a single batch write [batch]."
+      "batches must be an iterable of batches, got a"
+      f" {type(batches).__name__}. For a single batch write [batch]."
     )
 
 
@@ -189,21 +188,21 @@ def _check_batch(batch: Any, index: int) -> int:
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
     if not isinstance(leaf, _ARRAY_LIKE):
       raise TypeError(
-          f"batches[{index}] must be a tree of arrays, got a"
-          f" {type(leaf).__name__} {_checks.path_of(path)}."
+        f"batches[{index}] must be a tree of arrays, got a"
+        f" {type(leaf).__name__} {_checks.path_of(path)}."
       )
   sizes = _num_examples(batch)
   if not sizes:
     raise ValueError(
-        f"batches[{index}] must have leaves whose leading axis is the examples,"
-        f" got none in {jax.tree.structure(batch)}."
+      f"batches[{index}] must have leaves whose leading axis is the examples,"
+      f" got none in {jax.tree.structure(batch)}."
     )
   for path, size in sizes:
     if size != sizes[0][1]:
       raise ValueError(
-          f"batches[{index}] must have the same number of examples in all"
-          f" leaves, got {sizes[0][1]} {_checks.path_of(sizes[0][0])} and"
-          f" {size} {_checks.path_of(path)}."
+        f"batches[{index}] must have the same number of examples in all"
+        f" leaves, got {sizes[0][1]} {_checks.path_of(sizes[0][0])} and"
+        f" {size} {_checks.path_of(path)}."
       )
   if not sizes[0][1]:
     raise ValueError(f"batches[{index}] has no examples.")
@@ -215,11 +214,12 @@ def _check_ndims(ndims: Any, first_ndims: Any, index: int) -> None:
   name = f"batches[{index}]"
   _checks.check_same_tree(ndims, first_ndims, name, "batches[0]")
   for (path, ndim), first_ndim in zip(
-      jax.tree_util.tree_leaves_with_path(ndims), jax.tree.leaves(first_ndims),
-      strict=True,
+    jax.tree_util.tree_leaves_with_path(ndims),
+    jax.tree.leaves(first_ndims),
+    strict=True,
   ):
     if ndim != first_ndim:
       raise ValueError(
-          f"{name} must have the numbers of axes of batches[0], got {ndim}"
-          f" instead of {first_ndim} {_checks.path_of(path)}."
+        f"{name} must have the numbers of axes of batches[0], got {ndim}"
+        f" instead of {first_ndim} {_checks.path_of(path)}."
       )

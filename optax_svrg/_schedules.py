@@ -23,11 +23,11 @@ from optax_svrg import _checks
 
 
 def linear_decay(
-    init_value: float,
-    epochs: int,
-    steps_per_epoch: int,
-    *,
-    steps_per_snapshot: int | None = None,
+  init_value: float,
+  epochs: int,
+  steps_per_epoch: int,
+  *,
+  steps_per_snapshot: int | None = None,
 ) -> optax.Schedule:
   r"""The paper's schedule: decays linearly, constant between snapshots.
 

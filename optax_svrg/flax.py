@@ -40,12 +40,12 @@ from optax_svrg import _alpha_svrg, _mean_gradient
 
 
 def grad_fn(
-    loss_fn: Callable[..., Any],
-    model: nnx.Module,
-    batch: Any,
-    *,
-    wrt: Any = nnx.Param,
-    has_aux: bool = False,
+  loss_fn: Callable[..., Any],
+  model: nnx.Module,
+  batch: Any,
+  *,
+  wrt: Any = nnx.Param,
+  has_aux: bool = False,
 ) -> Callable[[nnx.State], nnx.State]:
   """The gradient of a model's loss as a pure function of its parameters.
 
@@ -83,7 +83,7 @@ def grad_fn(
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, has_aux: bool = False
+  loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, has_aux: bool = False
 ) -> Callable[[nnx.Module, Any], tuple[Any, Any, Callable]]:
   """Like :func:`flax.nnx.value_and_grad`, with the gradient function beside it.
 
@@ -123,7 +123,7 @@ def value_and_grad(
     True
   """
   live = nnx.value_and_grad(
-      loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
+    loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux
   )
 
   def value_and_grad_fn(model: nnx.Module, batch: Any) -> tuple[Any, Any, Any]:
@@ -136,13 +136,13 @@ def value_and_grad(
 
 
 def mean_grad_fn(
-    loss_fn: Callable[..., Any],
-    model: nnx.Module,
-    batches: Iterable[Any],
-    *,
-    wrt: Any = nnx.Param,
-    has_aux: bool = False,
-    axis_name: Any = None,
+  loss_fn: Callable[..., Any],
+  model: nnx.Module,
+  batches: Iterable[Any],
+  *,
+  wrt: Any = nnx.Param,
+  has_aux: bool = False,
+  axis_name: Any = None,
 ) -> Callable[[nnx.State], nnx.State]:
   """The mean gradient of a model's loss over a data set, for a snapshot.
 
@@ -178,14 +178,14 @@ def mean_grad_fn(
   frozen = _freeze(loss_fn, model, wrt, has_aux)
   indexed = ({"index": i, "batch": b} for i, b in enumerate(batches))
   return lambda params: _mean_gradient.mean_gradient(
-      frozen, nnx.as_pure(params), indexed, axis_name=axis_name
+    frozen, nnx.as_pure(params), indexed, axis_name=axis_name
   )
 
 
 def take_snapshot(
-    optimizer: nnx.Optimizer,
-    model: nnx.Module,
-    mean_grad_fn: Callable[[nnx.State], nnx.State],
+  optimizer: nnx.Optimizer,
+  model: nnx.Module,
+  mean_grad_fn: Callable[[nnx.State], nnx.State],
 ) -> None:
   """Moves the snapshot of an :class:`flax.nnx.Optimizer` to the model.
 
@@ -220,9 +220,9 @@ def take_snapshot(
     [2. 2.]
   """
   opt_state = _alpha_svrg.take_snapshot(
-      nnx.as_pure(optimizer.opt_state),
-      nnx.as_pure(nnx.state(model, optimizer.wrt)),
-      mean_grad_fn,
+    nnx.as_pure(optimizer.opt_state),
+    nnx.as_pure(nnx.state(model, optimizer.wrt)),
+    mean_grad_fn,
   )
   nnx.update(optimizer.opt_state, nnx.state(opt_state))
 
@@ -239,7 +239,7 @@ class _FrozenGrad:
   has_aux: bool
 
   def __call__(
-      self, counts: Any, rest: Any, params: Any, indexed_batch: Any
+    self, counts: Any, rest: Any, params: Any, indexed_batch: Any
   ) -> Any:
     index, batch = indexed_batch["index"], indexed_batch["batch"]
 
@@ -254,19 +254,19 @@ class _FrozenGrad:
       # compiler drops it.
       after = loss_and_counts(params, counts)[1]
       counts = jax.tree.map(
-          lambda c, a: c + index.astype(c.dtype) * (a - c), counts, after
+        lambda c, a: c + index.astype(c.dtype) * (a - c), counts, after
       )
     return jax.grad(lambda p: loss_and_counts(p, counts)[0])(params)
 
 
 def _freeze(
-    loss_fn: Callable[..., Any], model: nnx.Module, wrt: Any, has_aux: bool
+  loss_fn: Callable[..., Any], model: nnx.Module, wrt: Any, has_aux: bool
 ) -> jax.tree_util.Partial:
   graphdef, *states = nnx.split(model, wrt, nnx.RngCount, ...)
   _, counts, rest = states
   # A Partial, as its arrays are arguments of compiled functions, not constants.
   return jax.tree_util.Partial(
-      _FrozenGrad(loss_fn, graphdef, has_aux),
-      nnx.as_pure(counts),
-      nnx.as_pure(rest),
+    _FrozenGrad(loss_fn, graphdef, has_aux),
+    nnx.as_pure(counts),
+    nnx.as_pure(rest),
   )

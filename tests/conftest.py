@@ -1,0 +1,52 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Strict JAX promotion for our own arithmetic, and double precision."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+# Compilation makes the first example slow; time is no subject of these tests.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  config.addinivalue_line(
+    "markers",
+    "standard_promotion: the test runs code of others, e.g. optax.adam, which"
+    " fails under strict dtype promotion",
+  )
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+  """Implicit promotion of dtypes and ranks is an error."""
+  if request.node.get_closest_marker("standard_promotion"):
+    yield
+  else:
+    with (
+      jax.numpy_dtype_promotion("strict"),
+      jax.numpy_rank_promotion("raise"),
+    ):
+      yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+  """Double precision."""
+  with jax.enable_x64(True):
+    yield

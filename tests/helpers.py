@@ -1,0 +1,186 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Problems and assertions shared by all tests."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_svrg
+
+
+def _params(dtype: Any) -> dict[str, Any]:
+  """Nested containers, a scalar, a None leaf."""
+  values = np.linspace(-1.0, 2.0, 6)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    values = values * (1 + 0.5j)
+  return {
+    "matrix": jnp.asarray(values.reshape(2, 3), dtype),
+    "list": [jnp.asarray(values[:2], dtype), None],
+    "tuple": (jnp.asarray(values[3], dtype),),
+  }
+
+
+# Name to (make parameters, whether double precision is needed).
+TREES: dict[str, tuple[Callable[[], Any], bool]] = {
+  "float32": (lambda: _params(jnp.float32), False),
+  "bfloat16": (lambda: _params(jnp.bfloat16), False),
+  "float16": (lambda: _params(jnp.float16), False),
+  "float64": (lambda: _params(jnp.float64), True),
+  "complex64": (lambda: _params(jnp.complex64), False),
+  "complex128": (lambda: _params(jnp.complex128), True),
+  "mixed": (
+    lambda: {"a": _params(jnp.float32), "b": _params(jnp.bfloat16)},
+    False,
+  ),
+  "array": (lambda: jnp.arange(3.0), False),
+  "scalar": (lambda: jnp.array(2.0), False),
+  "python_scalar": (lambda: {"w": 2.0}, False),
+  "numpy": (lambda: {"w": np.ones((2, 2), np.float32)}, False),
+  "empty": (dict, False),
+  "nnx_state": (
+    lambda: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param),
+    False,
+  ),
+  "nnx_pure_state": (
+    lambda: nnx.as_pure(
+      nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    ),
+    False,
+  ),
+}
+
+
+class FiniteSum(NamedTuple):
+  """Gradients that are affine in the parameters, for trees of any form.
+
+  The gradient of example (a, b) in leaf number k is a * (params + k) + b.
+  """
+
+  batches: Sequence[tuple[jax.Array, jax.Array]]
+
+  @staticmethod
+  def grad(params: Any, batch: Any) -> Any:
+    """Mean gradient over a batch."""
+    leaves, treedef = jax.tree.flatten(params)
+    grads = []
+    for k, x in enumerate(leaves):
+      a, b = (jnp.mean(values.astype(_dtype(x))) for values in batch)
+      grads.append(a * (x + k) + b)
+    return jax.tree.unflatten(treedef, grads)
+
+  @property
+  def data(self) -> tuple[jax.Array, jax.Array]:
+    """The whole data set as one batch."""
+    return tuple(jnp.concatenate(x) for x in zip(*self.batches, strict=True))
+
+  def full_grad(self, params: Any) -> Any:
+    """Mean gradient over all examples."""
+    return self.grad(params, self.data)
+
+
+def finite_sum(sizes: Sequence[int], seed: int = 0) -> FiniteSum:
+  """A problem with batches of the given sizes, in JAX's default precision."""
+  rng = np.random.default_rng(seed)
+  return FiniteSum(
+    [
+      tuple(jnp.asarray(rng.normal(size=n), float) for _ in range(2))
+      for n in sizes
+    ]
+  )
+
+
+def _dtype(x: Any) -> Any:
+  return jnp.result_type(x)
+
+
+def perturbed(tree: Any, by: float = 0.25) -> Any:
+  """Parameters other than the snapshot, in the same dtypes."""
+  return jax.tree.map(
+    lambda x: (
+      jnp.asarray(x) * jnp.asarray(1 + by, _dtype(x))
+      + jnp.asarray(by, _dtype(x))
+    ),
+    tree,
+  )
+
+
+def leaves_with_names(tree: Any) -> Iterator[tuple[str, Any]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield jax.tree_util.keystr(path), leaf
+
+
+def assert_equal(got: Any, want: Any) -> None:
+  """The same structure and dtypes, and values equal to the last bit."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for (name, g), w in zip(
+    leaves_with_names(got), jax.tree.leaves(want), strict=True
+  ):
+    g, w = np.asarray(g), np.asarray(w)
+    assert g.dtype == w.dtype, name
+    assert g.tobytes() == w.tobytes(), f"{name}: {g} is not {w}"
+
+
+def assert_close(got: Any, want: Any, rtol: float, atol: float = 0.0) -> None:
+  """Tolerances as in numpy, relative to the largest entry of each leaf."""
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for (name, g), w in zip(
+    leaves_with_names(got), jax.tree.leaves(want), strict=True
+  ):
+    g, w = (
+      np.asarray(x).astype(np.complex128 if jnp.iscomplexobj(x) else float)
+      for x in (g, w)
+    )
+    assert g.shape == w.shape, name
+    scale = np.max(np.abs(w), initial=0.0)
+    np.testing.assert_allclose(
+      g, w, rtol=0, atol=rtol * scale + atol, err_msg=name
+    )
+
+
+def tolerance(tree: Any) -> float:
+  """A few roundings of the narrowest dtype in a tree."""
+  eps = [float(jnp.finfo(_dtype(x)).eps) for x in jax.tree.leaves(tree)]
+  return 16 * max(eps, default=0.0)
+
+
+def types(tree: Any) -> Any:
+  """Structure, shapes, dtypes and weak types, to compare states."""
+  return jax.tree.structure(tree), [
+    (jnp.shape(x), _dtype(x), getattr(x, "weak_type", None))
+    for x in jax.tree.leaves(tree)
+  ]
+
+
+def svrg_state(opt_state: Any) -> optax_svrg.SVRGState:
+  """The only SVRGState in an optimizer state."""
+  is_state = lambda x: isinstance(x, optax_svrg.SVRGState)
+  (state,) = filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state))
+  return state
+
+
+def with_snapshot(
+  tx: optax.GradientTransformation, params: Any, problem: FiniteSum
+) -> Any:
+  """The state of ``tx`` after a snapshot at ``params``."""
+  return optax_svrg.take_snapshot(
+    tx.init(params),
+    params,
+    lambda p: optax_svrg.mean_gradient(problem.grad, p, problem.batches),
+  )
