@@ -153,6 +153,8 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
   def accumulate(
     total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
   ) -> optax.Updates:
+    # Inside a jit with several batches XLA would compute all gradients first.
+    total, params = jax.lax.optimization_barrier((total, params))
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
     weight = _num_examples(batch)[0][1]

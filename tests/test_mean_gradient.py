@@ -1,0 +1,330 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mean gradient over streams of batches."""
+
+import gc
+import itertools
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_svrg
+from tests import helpers
+
+
+def loss(params, batch):
+  x, y = batch["x"], batch["y"]
+  hidden = jnp.tanh(x @ params["w"])
+  return jnp.mean((hidden @ params["v"] - y) ** 2)
+
+
+GRAD = jax.grad(loss)
+
+
+def data(n, dtype=jnp.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": jnp.asarray(rng.normal(size=(n, 3)), dtype),
+    "y": jnp.asarray(rng.normal(size=n), dtype),
+  }
+
+
+def make_params(dtype=jnp.float32):
+  rng = np.random.default_rng(1)
+  return {
+    "w": jnp.asarray(rng.normal(size=(3, 4)), dtype),
+    "v": jnp.asarray(rng.normal(size=4), dtype),
+  }
+
+
+def split(batch, sizes):
+  """Consecutive batches of the given sizes."""
+  ends = list(itertools.accumulate(sizes))
+  return [
+    jax.tree.map(lambda a, i=end - size, j=end: a[i:j], batch)
+    for size, end in zip(sizes, ends, strict=True)
+  ]
+
+
+@pytest.mark.parametrize("make", [list, tuple, iter, lambda b: (x for x in b)])
+@pytest.mark.parametrize(
+  "sizes", [[10], [5, 5], [4, 4, 2], [1, 2, 3, 4], [1] * 10]
+)
+def test_weights_batches_by_their_size(x64, sizes, make):
+  params, batch = make_params(float), data(10, float)
+  got = optax_svrg.mean_gradient(GRAD, params, make(split(batch, sizes)))
+  helpers.assert_close(got, GRAD(params, batch), rtol=1e-14)
+
+
+@pytest.mark.parametrize("tree", helpers.TREES)
+def test_dtypes_and_structure(tree):
+  make, x64 = helpers.TREES[tree]
+  with jax.enable_x64(x64):
+    problem, params = helpers.finite_sum([2, 3]), make()
+    got = optax_svrg.mean_gradient(problem.grad, params, problem.batches)
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(got), strict=True):
+      assert g.shape == jnp.shape(p)
+      assert g.dtype == np.promote_types(jnp.result_type(p), np.float32)
+    helpers.assert_close(
+      got, problem.full_grad(params), rtol=helpers.tolerance(params)
+    )
+
+
+def test_accumulates_in_float32():
+  # In bfloat16 the sum would stop growing at 256.
+  batches = [jnp.ones(1)] * 1000
+  got = optax_svrg.mean_gradient(
+    lambda p, b: jnp.ones_like(p), jnp.zeros(2, jnp.bfloat16), batches
+  )
+  np.testing.assert_array_equal(got, np.ones(2, np.float32))
+
+
+class TestCompilation:
+  @staticmethod
+  def traced_grad():
+    traces = []
+
+    def grad(params, batch):
+      traces.append(batch["x"].shape)
+      return GRAD(params, batch)
+
+    return grad, traces
+
+  def test_once_per_shape_of_a_batch(self):
+    grad, traces = self.traced_grad()
+    batches = split(data(22), [4, 4, 4, 4, 4, 2])
+    for factor in (1.0, 2.0):
+      params = jax.tree.map(lambda p, f=factor: f * p, make_params())
+      optax_svrg.mean_gradient(grad, params, batches)
+    assert traces == [(4, 3), (2, 3)]
+
+  def test_partial_passes_arrays_as_arguments(self):
+    traces = []
+
+    def scaled(scale, params, batch):
+      traces.append(1)
+      return jax.tree.map(lambda g: scale * g, GRAD(params, batch))
+
+    params, batches = make_params(), split(data(8), [4, 4])
+    for scale in (1.0, 3.0):
+      got = optax_svrg.mean_gradient(
+        jax.tree_util.Partial(scaled, jnp.array(scale)), params, batches
+      )
+      want = jax.tree.map(lambda g, s=scale: s * g, GRAD(params, data(8)))
+      helpers.assert_close(got, want, rtol=1e-6)
+    assert len(traces) == 1
+
+  def test_closures_are_not_kept_for_ever(self):
+    params, batches = make_params(), split(data(8), [4, 4])
+    references = []
+    for _ in range(40):
+
+      def grad(params, batch):
+        return GRAD(params, batch)
+
+      references.append(weakref.ref(grad))
+      optax_svrg.mean_gradient(grad, params, batches)
+    del grad
+    gc.collect()
+    alive = sum(reference() is not None for reference in references)
+    assert alive < 20
+
+  @pytest.mark.skipif(
+    jax.__version_info__ < (0, 12) and jax.default_backend() == "cpu",
+    reason="this XLA for CPU drops optimization barriers before scheduling",
+  )
+  def test_compiled_memory_is_one_accumulator(self):
+    # Inside one program temporary memory does not grow with the batches.
+    params = {"w": jnp.ones((64, 64)), "v": jnp.ones(64)}
+
+    def batches(n):
+      return [{"x": jnp.ones((2, 64)), "y": jnp.ones(2)} for _ in range(n)]
+
+    def temporaries(n):
+      compiled = (
+        jax.jit(lambda p, b: optax_svrg.mean_gradient(GRAD, p, b))
+        .lower(params, batches(n))
+        .compile()
+      )
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    parameter_bytes = sum(p.nbytes for p in jax.tree.leaves(params))
+    assert temporaries(16) < temporaries(2) + parameter_bytes / 2
+
+
+def test_streams_and_donates():
+  """One batch at a time is alive, and one accumulator."""
+  alive = []
+
+  def batches():
+    for seed in range(5):
+      batch = data(4, seed=seed)
+      alive.append(weakref.ref(batch["x"]))
+      yield batch
+      del batch
+      # All but the batch in use by the loop have been freed.
+      assert sum(ref() is not None for ref in alive) <= 1
+
+  before = {id(x) for x in jax.live_arrays()}
+  result = optax_svrg.mean_gradient(GRAD, make_params(), batches())
+  gc.collect()
+  new = [x for x in jax.live_arrays() if id(x) not in before]
+  assert len(new) <= len(jax.tree.leaves(result)) + 2  # The params are new too.
+
+
+def test_no_host_synchronisation():
+  params, batches = make_params(), split(data(8), [4, 4])
+  optax_svrg.mean_gradient(GRAD, params, batches)
+  with jax.transfer_guard_device_to_host("disallow"):
+    optax_svrg.mean_gradient(GRAD, params, batches)
+
+
+def test_consumes_each_batch_once():
+  stream = iter(split(data(12), [4, 4, 4]))
+  optax_svrg.mean_gradient(GRAD, make_params(), stream)
+  assert list(stream) == []
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_inside_jit(make):
+  params, batches = make_params(), make(split(data(10), [4, 4, 2]))
+  got = jax.jit(lambda p, b: optax_svrg.mean_gradient(GRAD, p, b))(
+    params, batches
+  )
+  helpers.assert_close(got, GRAD(params, data(10)), rtol=1e-5)
+
+
+def test_inside_jit_twice_with_a_closure_over_tracers():
+  params, batches = make_params(), tuple(split(data(8), [4, 4]))
+
+  @jax.jit
+  def scaled_mean(scale, params, batches):
+    grad = lambda p, b: jax.tree.map(lambda g: scale * g, GRAD(p, b))
+    first = optax_svrg.mean_gradient(grad, params, batches)
+    return first, optax_svrg.mean_gradient(grad, params, batches[:1])
+
+  for scale in (1.0, 2.0):
+    first, second = scaled_mean(scale, params, batches)
+    for got, batch in ((first, data(8)), (second, batches[0])):
+      want = jax.tree.map(lambda g, s=scale: s * g, GRAD(params, batch))
+      helpers.assert_close(got, want, rtol=1e-5)
+
+
+def test_leaves_without_axes_do_not_count():
+  def grad(params, batch):
+    noise = jax.random.normal(batch["key"], ())
+    return jax.tree.map(lambda g: g * noise, GRAD(params, batch))
+
+  key = jax.random.key(0)
+  batches = [{"key": key, **b} for b in split(data(6), [4, 2])]
+  noise = jax.random.normal(key, ())
+  want = jax.tree.map(lambda g: g * noise, GRAD(make_params(), data(6)))
+  got = optax_svrg.mean_gradient(grad, make_params(), batches)
+  helpers.assert_close(got, want, rtol=1e-5)
+
+
+def test_numpy_batches():
+  batch = jax.tree.map(np.asarray, data(6))
+  got = optax_svrg.mean_gradient(GRAD, make_params(), split(batch, [4, 2]))
+  helpers.assert_close(got, GRAD(make_params(), data(6)), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # The first zeros.
+def test_vmap():
+  params, batches = make_params(), split(data(6), [4, 2])
+  mean = lambda p: optax_svrg.mean_gradient(GRAD, p, batches)
+  stacked = optax.tree.scale(jnp.array(2.0), params)
+  both = jax.tree.map(lambda *x: jnp.stack(x), params, stacked)
+  got = jax.vmap(mean)(both)
+  for i, p in enumerate((params, stacked)):
+    helpers.assert_close(
+      jax.tree.map(lambda g, i=i: g[i], got), mean(p), rtol=1e-5
+    )
+
+
+def with_leaf(**leaves):
+  return {**data(4), **leaves}
+
+
+@pytest.mark.parametrize(
+  ("batches", "error", "message"),
+  [
+    ([], ValueError, r"batches must hold at least one batch, got none"),
+    (iter([]), ValueError, r"batches must hold at least one batch, got none"),
+    (data(4), TypeError, r"batches must be an iterable of batches, got a dict"),
+    (np.ones((4, 3)), TypeError, r"got a ndarray.*write \[batch\]"),
+    (jnp.ones((4, 3)), TypeError, r"batches must be an iterable of batches"),
+    (7, TypeError, r"batches must be an iterable of batches, got a int"),
+    ("abc", TypeError, r"batches must be an iterable of batches, got a str"),
+    (
+      [with_leaf(y=jnp.ones(3))],
+      ValueError,
+      r"batches\[0\] .* got 4 at \['x'\] and 3 at \['y'\]",
+    ),
+    ([data(4), data(0)], ValueError, r"batches\[1\] has no examples"),
+    (
+      [{"x": jnp.array(1.0)}],
+      ValueError,
+      r"batches\[0\] must have leaves whose leading axis",
+    ),
+    (
+      [data(4), (jnp.ones((4, 3)), jnp.ones(4))],
+      ValueError,
+      r"batches\[1\] must have the tree structure of batches\[0\]",
+    ),
+    (
+      [data(4), with_leaf(y=jnp.ones((4, 1)))],
+      ValueError,
+      r"batches\[1\] .*axes.* got 2 instead of 1 at \['y'\]",
+    ),
+    (
+      [with_leaf(y="labels")],
+      TypeError,
+      r"batches\[0\] must be a tree of arrays, got a str at \['y'\]",
+    ),
+  ],
+)
+def test_misshaped_batches(batches, error, message):
+  with pytest.raises(error, match=message):
+    optax_svrg.mean_gradient(GRAD, make_params(), batches)
+
+
+@pytest.mark.parametrize(
+  ("grad", "params", "error", "message"),
+  [
+    (3.0, make_params(), TypeError, r"grad_fn must be a function, got 3.0"),
+    (GRAD, {"w": jnp.ones(3, int)}, TypeError, r"params .*int32.*at \['w'\]"),
+    (loss, make_params(), ValueError, r"the result of grad_fn .*missing"),
+    (
+      lambda p, b: jax.tree.map(lambda x: x[None], p),
+      make_params(),
+      ValueError,
+      r"grad_fn .*\(1, 4\) instead of \(4,\) at \['v'\]",
+    ),
+    (
+      lambda p, b: jax.tree.map(lambda x: x.astype(complex), p),
+      make_params(),
+      ValueError,
+      r"grad_fn .*complex64 instead of float32 at \['v'\]",
+    ),
+  ],
+)
+def test_wrong_functions_and_params(grad, params, error, message):
+  with pytest.raises(error, match=message):
+    optax_svrg.mean_gradient(grad, params, [data(4)])

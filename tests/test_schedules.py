@@ -1,0 +1,91 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The paper's schedule of the coefficient."""
+
+import math
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_svrg
+
+counts = st.integers(1, 6)
+
+
+@hypothesis.given(
+  st.floats(-2, 2, allow_subnormal=False), counts, counts, st.none() | counts
+)
+def test_is_numpy_linspace_over_the_intervals(
+  init_value, epochs, steps_per_epoch, steps_per_snapshot
+):
+  with jax.enable_x64(True):
+    schedule = optax_svrg.linear_decay(
+      init_value,
+      epochs,
+      steps_per_epoch,
+      steps_per_snapshot=steps_per_snapshot,
+    )
+    interval = steps_per_snapshot or steps_per_epoch
+    values = iter(
+      np.linspace(init_value, 0, epochs * math.ceil(steps_per_epoch / interval))
+    )
+    # As training would do it: a new interval at each epoch's start.
+    want = []
+    for _ in range(epochs):
+      for step in range(steps_per_epoch):
+        if step % interval == 0:
+          value = next(values)
+        want.append(value)
+    assert next(values, None) is None
+    got = [float(schedule(count)) for count in range(len(want))]
+    np.testing.assert_allclose(got, want, rtol=1e-14, atol=1e-15)
+    # Constant afterwards.
+    assert float(schedule(len(want))) == got[-1]
+    assert float(schedule(10 * len(want))) == got[-1]
+
+
+def test_ends_are_exact():
+  schedule = optax_svrg.linear_decay(0.7, 37, 11)
+  assert schedule(0) == jnp.float32(0.7)
+  assert schedule(37 * 11 - 1) == 0
+  assert optax_svrg.linear_decay(0.7, 1, 11)(5) == jnp.float32(0.7)
+
+
+def test_inside_jit_and_on_arrays():
+  schedule = optax_svrg.linear_decay(1.0, 5, 2)
+  want = np.repeat([1.0, 0.75, 0.5, 0.25, 0.0], 2)
+  np.testing.assert_allclose(jax.jit(schedule)(jnp.arange(10)), want)
+  assert jax.jit(schedule)(jnp.int32(3)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("args", "error", "message"),
+  [
+    (("1", 2, 3), TypeError, r"init_value must be a real number, got '1'"),
+    ((math.nan, 2, 3), ValueError, r"init_value must be finite, got nan"),
+    ((0.5, 0, 3), ValueError, r"epochs must be at least 1, got 0"),
+    ((0.5, 2.0, 3), TypeError, r"epochs must be an integer, got 2.0"),
+    ((0.5, 2, -3), ValueError, r"steps_per_epoch must be at least 1, got -3"),
+    ((0.5, 2, True), TypeError, r"steps_per_epoch must be an integer"),
+    ((0.5, 2, 3, 0), ValueError, r"steps_per_snapshot must be at least 1"),
+  ],
+)
+def test_bad_arguments(args, error, message):
+  names = ("init_value", "epochs", "steps_per_epoch", "steps_per_snapshot")
+  with pytest.raises(error, match=message):
+    optax_svrg.linear_decay(**dict(zip(names, args, strict=False)))
