@@ -211,10 +211,7 @@ def alpha_svrg(
     **extra_args: Any,
   ) -> tuple[optax.Updates, SVRGState]:
     del extra_args  # Meant for other transformations of the chain.
-    _check_update(updates, state, params, grad_fn, snapshot_grads)
-    if axis_name is not None:
-      _checks.check_varying(updates, axis_name, "updates")
-
+    _check_update(updates, state, params, grad_fn, snapshot_grads, axis_name)
     value = alpha(state.count) if callable(alpha) else alpha
     _checks.check_coefficient(value, "alpha")
     # Without a snapshot the mean gradient is a mere placeholder.
@@ -230,14 +227,10 @@ def alpha_svrg(
       active = bool(active)
 
     if active is not False:
+      if grad_fn is not None:
+        snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
       updates = _correct(
-        updates,
-        _snapshot_gradient(
-          updates, state, grad_fn, snapshot_grads, active, axis_name
-        ),
-        state.mean_grads,
-        coefficient,
-        active,
+        updates, snapshot_grads, state.mean_grads, coefficient, active
       )
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
@@ -446,6 +439,7 @@ def _check_update(
   params: optax.Params | None,
   grad_fn: Any,
   snapshot_grads: Any,
+  axis_name: Any,
 ) -> None:
   """Checks the arguments of update before anything is computed."""
   if (grad_fn is None) == (snapshot_grads is None):
@@ -460,50 +454,53 @@ def _check_update(
   _checks.check_same_tree(updates, snapshot, "updates", "the stored snapshot")
   if params is not None:
     _checks.check_same_tree(params, snapshot, "params", "the stored snapshot")
-  if grad_fn is not None:
+  if axis_name is not None:
+    _checks.check_varying(updates, axis_name, "updates")
+  if grad_fn is None:
+    try:
+      _check_gradient(snapshot_grads, updates, axis_name, "snapshot_grads")
+    except ValueError as e:
+      if _has_masked(snapshot):
+        raise ValueError(f"{e} Note that {_MASKED_HINT}") from e
+      raise
+  else:
     if not callable(grad_fn):
       raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
     if _has_masked(snapshot):
       raise ValueError(f"grad_fn cannot be evaluated: {_MASKED_HINT}")
 
 
-def _snapshot_gradient(
+def _check_gradient(
+  grads: Any, updates: optax.Updates, axis_name: Any, name: str
+) -> None:
+  _checks.check_same_tree(grads, updates, name, "updates")
+  if axis_name is not None:
+    _checks.check_varying(grads, axis_name, name)
+
+
+def _evaluate(
+  grad_fn: Callable[[optax.Params], optax.Updates],
   updates: optax.Updates,
   state: SVRGState,
-  grad_fn: Callable[[optax.Params], optax.Updates] | None,
-  snapshot_grads: optax.Updates | None,
   active: Any,
   axis_name: Any,
 ) -> optax.Updates:
-  """The gradient of the current batch at the snapshot, like ``updates``."""
-
-  def check(grads: optax.Updates, name: str) -> optax.Updates:
-    _checks.check_same_tree(grads, updates, name, "updates")
-    if axis_name is not None:
-      _checks.check_varying(grads, axis_name, name)
-    return jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype), grads, updates)
-
-  if grad_fn is None:
-    try:
-      return check(snapshot_grads, "snapshot_grads")
-    except ValueError as e:
-      if _has_masked(updates):
-        raise ValueError(f"{e} Note that {_MASKED_HINT}") from e
-      raise
+  """The gradient of this batch at the snapshot, or zeros while not active."""
 
   def evaluate() -> optax.Updates:
     # mean_grads have the dtypes of the parameters.
-    snapshot = jax.tree.map(
-      lambda w, m: w.astype(m.dtype), state.snapshot_params, state.mean_grads
-    )
+    snapshot = optax.tree.cast_like(state.snapshot_params, state.mean_grads)
     try:
-      return check(grad_fn(snapshot), "the result of grad_fn")
+      grads = grad_fn(snapshot)
+      _check_gradient(grads, updates, axis_name, "the result of grad_fn")
     except Exception as e:
       if _is_flat(snapshot):
         raise ValueError(
           f"grad_fn failed at the snapshot with {e!r}.{_FLAT_HINT}"
         ) from e
       raise
+    # Both branches of lax.cond must have the same types.
+    return jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype), grads, updates)
 
   if active is True:
     return evaluate()
@@ -525,7 +522,8 @@ def _correct(
     dtype = _checks.wide_dtype(g.dtype)
     a = coefficient.astype(dtype)
     # In this order g = s and a = 1 give the mean to the last bit.
-    corrected = _widen(g, dtype) - a * _widen(s, dtype) + a * mean.astype(dtype)
+    s = _widen(jnp.asarray(s, g.dtype), dtype)
+    corrected = _widen(g, dtype) - a * s + a * mean.astype(dtype)
     corrected = corrected.astype(g.dtype)
     return corrected if active is True else jnp.where(active, corrected, g)
 

@@ -1,0 +1,59 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What Optax's own test suites are given in place of an Optax optimizer.
+
+The suites call ``update`` without extra arguments, except that they hand the
+objective as ``obj_fn`` to an optimizer of the name "sophia".
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+import optax_svrg
+
+
+def plain(
+  learning_rate: optax.ScalarOrSchedule = 1e-3, momentum: float = 0.9
+) -> optax.GradientTransformationExtraArgs:
+  """The reference: what it passes, alpha_svrg must pass."""
+  return optax.sgd(learning_rate, momentum)
+
+
+def alpha_svrg(
+  learning_rate: optax.ScalarOrSchedule = 1e-3, momentum: float = 0.9
+) -> optax.GradientTransformationExtraArgs:
+  """The reference with alpha_svrg before it, and a snapshot now and then."""
+  tx = optax.chain(
+    optax_svrg.alpha_svrg(0.5), optax.sgd(learning_rate, momentum)
+  )
+
+  def update(
+    updates: Any, state: Any, params: Any = None, *, obj_fn=None, **extra_args
+  ) -> Any:
+    if obj_fn is None:
+      # The only gradient that is known is the one at the current parameters.
+      grad_fn, period = lambda _: updates, 1
+    else:
+      grad_fn, period = jax.grad(obj_fn), 7
+    state = jax.lax.cond(
+      state[0].count % period == 0,
+      lambda s: optax_svrg.take_snapshot(s, params, grad_fn),
+      lambda s: s,
+      state,
+    )
+    return tx.update(updates, state, params, grad_fn=grad_fn, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
