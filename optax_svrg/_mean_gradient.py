@@ -153,8 +153,7 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
   def accumulate(
     total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
   ) -> optax.Updates:
-    # Inside a jit with several batches XLA would compute all gradients first.
-    total, params = jax.lax.optimization_barrier((total, params))
+    total, batch = _in_sequence(total, batch)
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
     weight = _num_examples(batch)[0][1]
@@ -163,6 +162,22 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
     )
 
   return accumulate
+
+
+def _in_sequence(total: Any, batch: Any) -> tuple[Any, Any]:
+  """Makes a batch wait for the total before it.
+
+  Inside a jit with several batches XLA would compute all gradients first, and
+  hold them in memory until it adds them up.
+  """
+  varying = {
+    jax.typeof(x).manual_axis_type.varying
+    for x in jax.tree.leaves((total, batch))
+  }
+  # A barrier may make what it holds vary over all axes that any of it does.
+  if len(varying) > 1:
+    return total, batch
+  return jax.lax.optimization_barrier((total, batch))
 
 
 def _num_examples(batch: Any) -> list[tuple[Any, int]]:

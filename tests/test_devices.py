@@ -1,0 +1,356 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Eight devices: shard_map, pmap, vmap and sharded jit.
+
+The number of devices is fixed when JAX starts, so the tests of this file run in
+a process of their own, which the first of them starts.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import optax_svrg
+from tests import helpers
+
+FLAG = "--xla_force_host_platform_device_count=8"
+CHILD = FLAG in os.environ.get("XLA_FLAGS", "")
+eight_devices = pytest.mark.skipif(not CHILD, reason="runs in its own process")
+
+
+@pytest.mark.skipif(CHILD, reason="this is the process")
+def test_in_a_process_with_eight_devices():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+  result = subprocess.run(
+    [sys.executable, "-m", "pytest", __file__, "-q", "-n0", "-rs"],
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert re.search(r"\d\d passed, 1 skipped", result.stdout), result.stdout
+
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 32, 16)).astype(np.float32)
+Y = RNG.normal(size=(2, 32, 8)).astype(np.float32)
+BATCHES = tuple(zip(X, Y, strict=True))
+PARAMS = {"w": RNG.normal(size=(16, 8)).astype(np.float32)}
+
+
+def loss(params, batch):
+  x, y = batch
+  return jnp.mean((jnp.tanh(x @ params["w"]) - y) ** 2)
+
+
+GRAD = jax.grad(loss)
+
+
+def train(tx, params, batches, *, grad=GRAD, axis_name=None):
+  """A snapshot, then a step on each batch away from it."""
+  state = optax_svrg.take_snapshot(
+    tx.init(params),
+    params,
+    lambda p: optax_svrg.mean_gradient(grad, p, batches, axis_name=axis_name),
+  )
+  history = []
+  for batch in batches:
+    grad_fn = lambda p, b=batch: grad(p, b)
+    updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    params = optax.apply_updates(params, updates)
+    history.append(updates)
+  return params, state, history
+
+
+def make(axis_name=None, alpha=0.75):
+  return optax.chain(
+    optax_svrg.alpha_svrg(alpha, axis_name=axis_name), optax.sgd(0.1)
+  )
+
+
+def local_grad(params, batch):
+  """The gradient of this device's part of a batch."""
+  return GRAD(jax.lax.pcast(params, "data", to="varying"), batch)
+
+
+def make_mesh(axis_type=AxisType.Auto):
+  return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+
+@pytest.fixture
+def want():
+  """What one device does with whole batches."""
+  return jax.jit(lambda p, b: train(make(), p, b))(PARAMS, BATCHES)
+
+
+@eight_devices
+class TestAxisName:
+  @pytest.mark.parametrize("check_vma", [True, False])
+  @pytest.mark.parametrize("alpha", [0, 0.0 * jnp.ones(()), 0.75])
+  def test_shard_map(self, check_vma, alpha):
+    sharded = jax.jit(
+      jax.shard_map(
+        lambda p, b: train(
+          make("data", alpha),
+          p,
+          b,
+          grad=local_grad if check_vma else GRAD,
+          axis_name="data",
+        ),
+        mesh=make_mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+      )
+    )
+    want = jax.jit(lambda p, b: train(make(None, alpha), p, b))(PARAMS, BATCHES)
+    helpers.assert_close(sharded(PARAMS, BATCHES), want, rtol=1e-5, atol=1e-7)
+
+  def test_snapshot_grads(self, want):
+    def step(params, state, batch):
+      grads = local_grad(params, batch)
+      return make("data").update(
+        grads,
+        state,
+        params,
+        snapshot_grads=local_grad(state[0].snapshot_params, batch),
+      )[0]
+
+    params = helpers.perturbed(PARAMS)
+    state = optax_svrg.take_snapshot(
+      make().init(PARAMS), PARAMS, lambda p: GRAD(p, BATCHES[0])
+    )
+    got = jax.jit(
+      jax.shard_map(
+        step,
+        mesh=make_mesh(),
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+      )
+    )(params, state, BATCHES[0])
+    grad_fn = lambda p: GRAD(p, BATCHES[0])
+    want, _ = make().update(grad_fn(params), state, grad_fn=grad_fn)
+    helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+  def test_pmap(self, want):
+    split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+    got = jax.pmap(
+      lambda p, b: train(make("data"), p, b, axis_name="data"),
+      axis_name="data",
+      in_axes=(None, 0),
+    )(PARAMS, split)
+    for i in (0, 7):
+      helpers.assert_close(
+        jax.tree.map(lambda x, i=i: x[i], got), want, rtol=1e-5, atol=1e-7
+      )
+
+  def test_vmap(self, want):
+    split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+    got = jax.jit(
+      jax.vmap(
+        lambda p, b: train(make("data"), p, b, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, 0),
+      )
+    )(PARAMS, split)
+    helpers.assert_close(
+      jax.tree.map(lambda x: x[3], got), want, rtol=1e-5, atol=1e-7
+    )
+
+  def test_one_reduction_per_step_and_per_pass(self):
+    specs = {"mesh": make_mesh(), "out_specs": P()}
+
+    def step(params, state, batch):
+      grad_fn = lambda p: local_grad(p, batch)
+      return make("data").update(
+        grad_fn(params), state, params, grad_fn=grad_fn
+      )
+
+    def mean(params, batches):
+      return optax_svrg.mean_gradient(
+        local_grad, params, batches, axis_name="data"
+      )
+
+    state = make().init(PARAMS)
+    for fn, args in (
+      (
+        jax.shard_map(step, in_specs=(P(), P(), P("data")), **specs),
+        (PARAMS, state, BATCHES[0]),
+      ),
+      (
+        jax.shard_map(mean, in_specs=(P(), P("data")), **specs),
+        (PARAMS, BATCHES),
+      ),
+    ):
+      text = jax.jit(fn).lower(*args).compile().as_text()
+      reduced = re.findall(r"= (\S+) all-reduce(?:-start)?\(", text)
+      assert [shape.split("{")[0] for shape in reduced] == ["f32[16,8]"]
+
+
+@eight_devices
+class TestAxisNameMisuse:
+  @staticmethod
+  def run(fn, mesh_axis="data"):
+    mesh = jax.make_mesh((8,), (mesh_axis,), axis_types=(AxisType.Auto,))
+    return jax.jit(
+      jax.shard_map(fn, mesh=mesh, in_specs=(P(), P(mesh_axis)), out_specs=P())
+    )(PARAMS, BATCHES[0])
+
+  @pytest.mark.parametrize("summed", ["updates", "snapshot_grads", "grad_fn"])
+  def test_gradients_that_were_summed(self, summed):
+    """jax.grad inside shard_map has summed over the devices already."""
+
+    def step(params, batch):
+      pick = lambda name: GRAD if name == summed else local_grad
+      tx = make("data")
+      if summed == "snapshot_grads":
+        extra = {"snapshot_grads": pick("snapshot_grads")(params, batch)}
+      else:
+        extra = {"grad_fn": lambda p: pick("grad_fn")(p, batch)}
+      grads = pick("updates")(params, batch)
+      return tx.update(grads, tx.init(params), params, **extra)[0]
+
+    with pytest.raises(
+      ValueError,
+      match=rf"{summed} must be device-local .*'data'.* at \['w'\].*pcast",
+    ):
+      self.run(step)
+
+  def test_mean_gradient_of_summed_gradients(self):
+    mean = lambda p, b: optax_svrg.mean_gradient(GRAD, p, [b], axis_name="data")
+    with pytest.raises(
+      ValueError, match=r"gradients of grad_fn must be device"
+    ):
+      self.run(mean)
+
+  def test_missing_axis(self):
+    def step(params, batch):
+      tx = make("data")
+      return tx.update(
+        params, tx.init(params), params, grad_fn=lambda p: GRAD(p, batch)
+      )[0]
+
+    message = r"axis_name='data' is not an axis of the enclosing"
+    with pytest.raises(ValueError, match=message):
+      self.run(step, "other")
+    with pytest.raises(ValueError, match=message):
+      step(PARAMS, BATCHES[0])
+    with pytest.raises(ValueError, match=message):
+      optax_svrg.mean_gradient(GRAD, PARAMS, BATCHES, axis_name="data")
+
+
+SPECS = {"replicated": P(), "fsdp": P("data"), "columns": P(None, "data")}
+
+
+@eight_devices
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", SPECS)
+class TestShardedJit:
+  """Without axis_name: global arrays, gradients averaged by the compiler."""
+
+  def put(self, axis_type, spec):
+    mesh = make_mesh(axis_type)
+    params = jax.device_put(PARAMS, NamedSharding(mesh, SPECS[spec]))
+    batches = jax.device_put(BATCHES, NamedSharding(mesh, P("data")))
+
+    def gathered_loss(params, batch):
+      # What the compiler does by itself on a mesh of the type Auto.
+      if axis_type == AxisType.Explicit:
+        params = {"w": jax.sharding.reshard(params["w"], P(None, None))}
+      return loss(params, batch)
+
+    return mesh, params, batches, jax.grad(gathered_loss)
+
+  @staticmethod
+  def placed_as(tree, params):
+    for leaf in jax.tree.leaves(tree):
+      assert leaf.sharding.is_equivalent_to(params["w"].sharding, leaf.ndim)
+
+  def test_values_shardings_and_donation(self, axis_type, spec, want):
+    mesh, params, batches, grad = self.put(axis_type, spec)
+    tx = make()
+
+    with jax.set_mesh(mesh):
+      state = tx.init(params)
+      svrg = state[0]
+      self.placed_as((svrg.snapshot_params, svrg.mean_grads), params)
+      mean = jax.jit(lambda p, b: optax_svrg.mean_gradient(grad, p, b))
+      state = optax_svrg.take_snapshot(
+        state, params, lambda p: mean(p, batches)
+      )
+      svrg = state[0]
+      self.placed_as((svrg.snapshot_params, svrg.mean_grads), params)
+
+      @jax.jit(donate_argnums=(0, 1))
+      def step(params, state, batch):
+        grad_fn = lambda p: grad(p, batch)
+        updates, state = tx.update(
+          grad_fn(params), state, params, grad_fn=grad_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+      for batch in batches:
+        types = jax.tree.map(jax.typeof, state)
+        params, state = step(params, state, batch)
+        assert jax.tree.map(jax.typeof, state) == types
+        svrg = state[0]
+        self.placed_as((svrg.snapshot_params, svrg.mean_grads), params)
+    helpers.assert_close(
+      (params, svrg.mean_grads),
+      (want[0], want[1][0].mean_grads),
+      rtol=1e-5,
+      atol=1e-7,
+    )
+
+  def test_snapshot_inside_jit(self, axis_type, spec, want):
+    mesh, params, batches, grad = self.put(axis_type, spec)
+    with jax.set_mesh(mesh):
+      got, state, _ = jax.jit(lambda p, b: train(make(), p, b, grad=grad))(
+        params, batches
+      )
+    helpers.assert_close(
+      (got, state[0].mean_grads),
+      (want[0], want[1][0].mean_grads),
+      rtol=1e-5,
+      atol=1e-7,
+    )
+
+
+@eight_devices
+def test_eager_snapshot_keeps_a_committed_placement():
+  """E.g. a mean gradient that was computed on one device or on the host."""
+  mesh = make_mesh()
+  params = jax.device_put(PARAMS, NamedSharding(mesh, P("data")))
+  state = optax_svrg.alpha_svrg(0.5).init(params)
+  state = optax_svrg.take_snapshot(
+    state, params, lambda p: jax.tree.map(np.asarray, p)
+  )
+  assert state.mean_grads["w"].sharding == params["w"].sharding
+  host = jax.device_put(
+    state, NamedSharding(mesh, P(), memory_kind="pinned_host")
+  )
+  host = optax_svrg.take_snapshot(host, params, lambda p: p)
+  assert host.snapshot_params["w"].sharding.memory_kind == "pinned_host"
+  assert host.mean_grads["w"].sharding.memory_kind == "pinned_host"
