@@ -177,7 +177,9 @@ def alpha_svrg(
     try:
       snapshot_dtype = jax.dtypes.canonicalize_dtype(snapshot_dtype)
     except TypeError as e:
-      raise TypeError(f"snapshot_dtype: {e}") from e
+      raise TypeError(
+        f"snapshot_dtype must be a dtype, got {snapshot_dtype!r}."
+      ) from e
     if not jnp.issubdtype(snapshot_dtype, jnp.inexact):
       raise TypeError(
         "snapshot_dtype must be a float or complex dtype, got"

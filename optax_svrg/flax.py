@@ -66,7 +66,9 @@ def grad_fn(
   Returns:
     A function from an :class:`flax.nnx.State` of the variables ``wrt`` to a
     state of their gradients, of the same structure, shapes and dtypes: the
-    ``grad_fn`` of :func:`optax_svrg.alpha_svrg`.
+    ``grad_fn`` of :func:`optax_svrg.alpha_svrg`. Called under
+    :func:`jax.grad`'s rules, it raises TypeError unless the loss is a real
+    scalar.
 
   Examples:
     >>> from flax import nnx

@@ -342,6 +342,38 @@ class TestCoefficient:
         correct(tx, jnp.ones(2), tx.init(jnp.ones(2)), PROBLEM.batches[0])
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_vmap_over_an_ensemble(jit):
+  """Members at different points, of which some have no snapshot yet."""
+  tx = optax_svrg.alpha_svrg(0.75)
+  members = [
+    helpers.perturbed({"w": jnp.ones(3), "b": jnp.zeros(())}, by)
+    for by in (0.0, 0.5, 1.0)
+  ]
+
+  def train(params, has_snapshot):
+    state = tx.init(params)
+    state = jax.lax.cond(
+      has_snapshot,
+      lambda s: optax_svrg.take_snapshot(s, params, PROBLEM.full_grad),
+      lambda s: s,
+      state,
+    )
+    return correct(tx, helpers.perturbed(params), state, PROBLEM.batches[0])
+
+  has_snapshot = jnp.array([True, False, True])
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
+  vmapped = jax.vmap(train)
+  got = (jax.jit(vmapped) if jit else vmapped)(stacked, has_snapshot)
+  np.testing.assert_array_equal(got[1].alpha, [0.75, 0, 0.75])
+  for i, member in enumerate(members):
+    helpers.assert_close(
+      jax.tree.map(lambda x, i=i: x[i], got),
+      train(member, has_snapshot[i]),
+      rtol=1e-6,
+    )
+
+
 class TestSnapshotDtype:
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
   def test_unbiased_at_the_rounded_snapshot(self, dtype):

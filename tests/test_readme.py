@@ -1,0 +1,56 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The README's code blocks run, and its commands are those of CI."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?:^|\n)(#+ [^\n]+)|```python\n(.*?)```", README, re.S)
+
+
+def blocks():
+  title = ""
+  for heading, code in BLOCKS:
+    title = heading or title
+    if code:
+      yield pytest.param(code, id=title.strip("# "))
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("code", list(blocks()))
+def test_code_blocks_run(code):
+  namespace = {"__name__": "readme"}
+  exec(compile(code, "README.md", "exec"), namespace)
+
+
+@pytest.mark.standard_promotion
+def test_the_example_trains():
+  """The first block fits what a linear model can fit."""
+  code = next(blocks()).values[0]
+  namespace = {"__name__": "readme"}
+  exec(compile(code, "README.md", "exec"), namespace)
+  x, y, loss = (namespace[name] for name in ("x", "y", "loss"))
+  untrained = loss({"w": x[0] * 0, "b": y[0] * 0}, (x, y))
+  assert loss(namespace["params"], (x, y)) < 0.5 * untrained
+
+
+def test_set_up_is_two_commands():
+  commands = re.findall(r"```sh\n(.*?)```", README, re.S)
+  assert [command.count("\n") for command in commands] == [1, 1]
+  assert commands[0].endswith("&& python -m benchmarks.train\n")
+  assert commands[1].endswith("&& python -m pytest\n")
