@@ -191,9 +191,9 @@ def _num_examples(batch: Any) -> list[tuple[Any, int]]:
 
 def check_batches(batches: Any) -> None:
   """Raises TypeError for what iterates, but not over batches."""
-  if isinstance(batches, (jax.Array, np.ndarray, dict, str)) or not isinstance(
-    batches, Iterable
-  ):
+  # Not by iter(batches): a data loader may start its workers then.
+  iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+  if not iterable or isinstance(batches, (jax.Array, np.ndarray, dict, str)):
     raise TypeError(
       "batches must be an iterable of batches, got a"
       f" {type(batches).__name__}. For a single batch write [batch]."

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_svrg
@@ -416,6 +417,35 @@ def test_frozen_base_weights():
   assert jax.tree.structure(state[0].snapshot_params) == jax.tree.structure(
     params
   )
+
+
+def test_checkpoint(tmp_path):
+  """A run that was saved between two snapshots goes on to the last bit."""
+  tx = optax.chain(
+    optax_svrg.alpha_svrg(
+      optax_svrg.linear_decay(0.75, 4, 3), snapshot_dtype=jnp.bfloat16
+    ),
+    optax.adam(1e-2),
+  )
+
+  @jax.jit
+  def train_step(params, state, batch):
+    grad_fn = lambda p: GRAD(p, batch)
+    updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates), state
+
+  state = optax_svrg.take_snapshot(tx.init(PARAMS), PARAMS, mean_grad)
+  saved = train_step(PARAMS, state, BATCHES[0])
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "state", saved)
+    checkpointer.wait_until_finished()
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
+    restored = checkpointer.restore(tmp_path / "state", like)
+  helpers.assert_equal(restored, saved)
+  for batch in BATCHES[1:]:
+    saved, restored = train_step(*saved, batch), train_step(*restored, batch)
+  helpers.assert_equal(restored, saved)
+  assert saved[1][0].alpha == 0.75
 
 
 def test_linen_train_state():

@@ -239,6 +239,17 @@ def test_leaves_without_axes_do_not_count():
   helpers.assert_close(got, want, rtol=1e-5)
 
 
+def test_batches_by_index():
+  """Python iterates over what has only __getitem__, e.g. a map-style set."""
+
+  class Batches:
+    def __getitem__(self, index):
+      return split(data(6), [4, 2])[index]
+
+  got = optax_svrg.mean_gradient(GRAD, make_params(), Batches())
+  helpers.assert_close(got, GRAD(make_params(), data(6)), rtol=1e-5)
+
+
 def test_numpy_batches():
   batch = jax.tree.map(np.asarray, data(6))
   got = optax_svrg.mean_gradient(GRAD, make_params(), split(batch, [4, 2]))
