@@ -82,11 +82,11 @@ def mean_gradient(
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_svrg
-    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0]])
+    >>> x = jnp.array([[1., 2.], [3., 1.], [2., 2.], [1., 0.], [2., 0.]])
     >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
     >>> w = jnp.array([1.0, -1.0])
-    >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x[:2], x[2:]]))
-    [3.3333335 0.       ]
+    >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x[:4], x[4:]]))
+    [4. 0.]
 
     Data that lie on the device as one array need no loop in Python: give them
     as a single batch to a ``grad_fn`` that scans over micro-batches, which all

@@ -42,7 +42,7 @@ eight_devices = pytest.mark.skipif(not CHILD, reason="runs in its own process")
 def test_in_a_process_with_eight_devices():
   flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
   result = subprocess.run(
-    [sys.executable, "-m", "pytest", __file__, "-q", "-n0", "-rs"],
+    [sys.executable, "-m", "pytest", __file__, "-q", "-o", "addopts="],
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
