@@ -54,11 +54,11 @@ def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
 
   Returns:
     The ``num_layers + 1`` numbers of units, from the inputs to the outputs;
-    those in between are rounded down, as in the authors' code.
+    those in between are rounded down one after the other, as in the authors'
+    code.
   """
-  ratio = num_classes / num_inputs
-  hidden = [
-    int(num_inputs * ratio ** (layer / num_layers))
-    for layer in range(1, num_layers)
-  ]
-  return [num_inputs, *hidden, num_classes]
+  ratio = (num_classes / num_inputs) ** (1 / num_layers)
+  sizes = [num_inputs]
+  for _ in range(num_layers - 1):
+    sizes.append(int(ratio * sizes[-1]))
+  return [*sizes, num_classes]

@@ -294,7 +294,7 @@ class Trainer:
         alpha = jnp.asarray(optax.tree.get(opt_state, "alpha", 0.0))
         return (params, opt_state), alpha != 0
 
-      # What remains of the epoch is dropped, as by the paper's authors.
+      # The remainder of the epoch is dropped, as the authors do by default.
       (params, opt_state), corrected = jax.lax.scan(
         step, (params, opt_state), order[: math.prod(shape)].reshape(shape)
       )

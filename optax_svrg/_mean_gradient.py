@@ -56,8 +56,9 @@ def mean_gradient(
       :class:`jax.tree_util.Partial`.
     params: parameters with float or complex leaves, at which gradients are
       taken.
-    batches: any iterable of batches: a generator, a data loader, a tuple of
-      traced batches inside :func:`jax.jit`. A batch is a tree of arrays whose
+    batches: any iterable of batches: a generator, a data loader, an array whose
+      first axis is the batches, a tuple of traced batches inside
+      :func:`jax.jit`. A batch is a tree of arrays whose
       leading axis is the examples, of the same length in all leaves; leaves
       without axes (a number, a PRNG key) count for nothing. All batches have
       the same structure and numbers of axes.
@@ -71,8 +72,8 @@ def mean_gradient(
     their dtypes promoted with float32.
 
   Raises:
-    TypeError: if ``grad_fn`` cannot be called, ``batches`` is an array, a
-      mapping or not iterable, or leaves of ``params`` or of a batch have no
+    TypeError: if ``grad_fn`` cannot be called, ``batches`` is a mapping or not
+      iterable, or leaves of ``params`` or of a batch have no
       dtype that is fit for it.
     ValueError: if ``batches`` is empty, a batch is empty or its leaves disagree
       in their number of examples, a batch differs from the first one in
@@ -193,7 +194,7 @@ def check_batches(batches: Any) -> None:
   """Raises TypeError for what iterates, but not over batches."""
   # Not by iter(batches): a data loader may start its workers then.
   iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-  if not iterable or isinstance(batches, (jax.Array, np.ndarray, dict, str)):
+  if not iterable or isinstance(batches, (dict, str)):
     raise TypeError(
       "batches must be an iterable of batches, got a"
       f" {type(batches).__name__}. For a single batch write [batch]."

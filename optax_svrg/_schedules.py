@@ -65,8 +65,8 @@ def linear_decay(
 
   References:
     Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025 (section 4; ``svrg_scheduler`` in
-    the authors' code)
+    <https://arxiv.org/abs/2311.05589>`_, 2025 (the linear decay schedule;
+    ``svrg_scheduler`` in the authors' code)
   """
   _checks.check_coefficient(init_value, "init_value")
   epochs = _checks.check_count(epochs, "epochs")

@@ -250,6 +250,18 @@ def test_batches_by_index():
   helpers.assert_close(got, GRAD(make_params(), data(6)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_array_of_batches(array, jit):
+  """E.g. the indices of the examples of each batch."""
+  order = array(np.random.default_rng(0).permutation(12).reshape(3, 4))
+  everything = data(12)
+  grad = lambda p, i: GRAD(p, jax.tree.map(lambda x: x[i], everything))
+  mean = lambda p, batches: optax_svrg.mean_gradient(grad, p, batches)
+  got = (jax.jit(mean) if jit else mean)(make_params(), order)
+  helpers.assert_close(got, GRAD(make_params(), everything), rtol=1e-5)
+
+
 def test_numpy_batches():
   batch = jax.tree.map(np.asarray, data(6))
   got = optax_svrg.mean_gradient(GRAD, make_params(), split(batch, [4, 2]))
@@ -279,8 +291,8 @@ def with_leaf(**leaves):
     ([], ValueError, r"batches must hold at least one batch, got none"),
     (iter([]), ValueError, r"batches must hold at least one batch, got none"),
     (data(4), TypeError, r"batches must be an iterable of batches, got a dict"),
-    (np.ones((4, 3)), TypeError, r"got a ndarray.*write \[batch\]"),
-    (jnp.ones((4, 3)), TypeError, r"batches must be an iterable of batches"),
+    (np.ones(4), ValueError, r"batches\[0\] must have leaves whose leading"),
+    (jnp.ones(()), TypeError, r"iterat"),
     (7, TypeError, r"batches must be an iterable of batches, got a int"),
     ("abc", TypeError, r"batches must be an iterable of batches, got a str"),
     (
