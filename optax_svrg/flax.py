@@ -66,9 +66,11 @@ def grad_fn(
   Returns:
     A function from an :class:`flax.nnx.State` of the variables ``wrt`` to a
     state of their gradients, of the same structure, shapes and dtypes: the
-    ``grad_fn`` of :func:`optax_svrg.alpha_svrg`. Called under
-    :func:`jax.grad`'s rules, it raises TypeError unless the loss is a real
-    scalar.
+    ``grad_fn`` of :func:`optax_svrg.alpha_svrg`.
+
+  Raises:
+    TypeError: if the loss is not a real scalar, as :func:`jax.grad`, when the
+      result is called.
 
   Examples:
     >>> from flax import nnx
@@ -80,8 +82,8 @@ def grad_fn(
     >>> print(grad_fn(params)["kernel"][...].ravel())
     [1. 1.]
   """
-  frozen = _freeze(loss_fn, model, wrt, has_aux)
-  return lambda params: frozen(params, {"index": 0, "batch": batch})
+  frozen, counts, rest = _freeze(loss_fn, model, wrt, has_aux)
+  return lambda params: frozen.grad(counts, rest, params, batch)
 
 
 def value_and_grad(
@@ -160,8 +162,8 @@ def mean_grad_fn(
       :func:`optax_svrg.mean_gradient`, it is compiled once if it is the same
       function object each time.
     model: the model, which is not changed.
-    batches: iterable of batches, see :func:`optax_svrg.mean_gradient`. It is
-      consumed by the first call of the result.
+    batches: iterable of batches, see :func:`optax_svrg.mean_gradient`. Each
+      call of the result iterates over it.
     wrt: filter of the variables to differentiate with respect to, that of the
       :class:`flax.nnx.Optimizer`.
     has_aux: whether ``loss_fn`` returns a pair.
@@ -177,11 +179,16 @@ def mean_grad_fn(
     ValueError: as :func:`optax_svrg.mean_gradient`, when the result is called.
   """
   _mean_gradient.check_batches(batches)
-  frozen = _freeze(loss_fn, model, wrt, has_aux)
-  indexed = ({"index": i, "batch": b} for i, b in enumerate(batches))
-  return lambda params: _mean_gradient.mean_gradient(
-    frozen, nnx.as_pure(params), indexed, axis_name=axis_name
-  )
+  # A Partial, as its arrays are arguments of compiled functions, not constants.
+  frozen = jax.tree_util.Partial(*_freeze(loss_fn, model, wrt, has_aux))
+
+  def mean_grad(params: nnx.State) -> nnx.State:
+    indexed = ({"index": i, "batch": b} for i, b in enumerate(batches))
+    return _mean_gradient.mean_gradient(
+      frozen, nnx.as_pure(params), indexed, axis_name=axis_name
+    )
+
+  return mean_grad
 
 
 def take_snapshot(
@@ -240,35 +247,39 @@ class _FrozenGrad:
   graphdef: nnx.GraphDef
   has_aux: bool
 
+  def grad(self, counts: Any, rest: Any, params: Any, batch: Any) -> Any:
+    """The gradient with the masks which these counts draw."""
+    return jax.grad(lambda p: self._loss_and_counts(counts, rest, p, batch)[0])(
+      params
+    )
+
   def __call__(
     self, counts: Any, rest: Any, params: Any, indexed_batch: Any
   ) -> Any:
+    """The gradient of the batch with this index in a pass over batches."""
     index, batch = indexed_batch["index"], indexed_batch["batch"]
+    # How far a batch moves the counts. Of the loss nothing is used, so the
+    # compiler drops it.
+    after = self._loss_and_counts(counts, rest, params, batch)[1]
+    counts = jax.tree.map(
+      lambda c, a: c + index.astype(c.dtype) * (a - c), counts, after
+    )
+    return self.grad(counts, rest, params, batch)
 
-    def loss_and_counts(params: Any, counts: Any) -> tuple[Any, Any]:
-      model = nnx.merge(self.graphdef, params, counts, rest, copy=True)
-      loss = self.loss_fn(model, batch)
-      counts = nnx.as_pure(nnx.state(model, nnx.RngCount))
-      return loss[0] if self.has_aux else loss, counts
-
-    if not isinstance(index, int):
-      # How far a batch moves the counts. Of the loss nothing is used, so the
-      # compiler drops it.
-      after = loss_and_counts(params, counts)[1]
-      counts = jax.tree.map(
-        lambda c, a: c + index.astype(c.dtype) * (a - c), counts, after
-      )
-    return jax.grad(lambda p: loss_and_counts(p, counts)[0])(params)
+  def _loss_and_counts(
+    self, counts: Any, rest: Any, params: Any, batch: Any
+  ) -> tuple[Any, Any]:
+    model = nnx.merge(self.graphdef, params, counts, rest, copy=True)
+    loss = self.loss_fn(model, batch)
+    counts = nnx.as_pure(nnx.state(model, nnx.RngCount))
+    return loss[0] if self.has_aux else loss, counts
 
 
 def _freeze(
   loss_fn: Callable[..., Any], model: nnx.Module, wrt: Any, has_aux: bool
-) -> jax.tree_util.Partial:
+) -> tuple[_FrozenGrad, Any, Any]:
+  """The gradient, and the model's random counts and what else is in it."""
   graphdef, *states = nnx.split(model, wrt, nnx.RngCount, ...)
   _, counts, rest = states
-  # A Partial, as its arrays are arguments of compiled functions, not constants.
-  return jax.tree_util.Partial(
-    _FrozenGrad(loss_fn, graphdef, has_aux),
-    nnx.as_pure(counts),
-    nnx.as_pure(rest),
-  )
+  frozen = _FrozenGrad(loss_fn, graphdef, has_aux)
+  return frozen, nnx.as_pure(counts), nnx.as_pure(rest)

@@ -178,6 +178,23 @@ def test_mean_is_over_the_masks_that_training_draws():
   )
 
 
+def test_mean_can_be_taken_again():
+  """As take_snapshot does for states that round the snapshot differently."""
+  model = Model(nnx.Rngs(params=0, dropout=1))
+  tx = optax.chain(
+    optax_svrg.alpha_svrg(0.5),
+    optax_svrg.alpha_svrg(0.5, snapshot_dtype="bfloat16"),
+  )
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  snapshot(optimizer, model, batches())
+  exact, rounded = nnx.as_pure(optimizer.opt_state)
+  mean = optax_svrg.flax.mean_grad_fn(loss_fn, model, batches())
+  params = params_of(model)
+  low = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), params)
+  helpers.assert_close(exact.mean_grads, mean(params), rtol=1e-6)
+  helpers.assert_close(rounded.mean_grads, mean(low), rtol=1e-6)
+
+
 def test_pass_and_step_are_compiled_once():
   model, optimizer = make(optax_svrg.linear_decay(1.0, 3, 4), optax.adam(1e-3))
   traces = []
