@@ -411,6 +411,13 @@ class TestSnapshotDtype:
     tx.update(params, state, params, grad_fn=spy)
     assert seen == [jnp.float32] * 2
 
+  def test_as_a_string_under_inject_hyperparams(self):
+    tx = optax.inject_hyperparams(optax_svrg.alpha_svrg)(
+      alpha=0.5, snapshot_dtype="bfloat16"
+    )
+    state = tx.init({"w": jnp.ones(2)})
+    assert helpers.svrg_state(state).snapshot_params["w"].dtype == jnp.bfloat16
+
   def test_bad_dtypes(self):
     with pytest.raises(
       TypeError, match=r"snapshot_dtype must be a float.*int32"

@@ -128,7 +128,6 @@ def test_the_optimizer_sees_the_corrected_gradient(name, jit):
   alpha = optax_svrg.linear_decay(0.75, 2, 3)
   tx = optax.chain(optax_svrg.alpha_svrg(alpha), OPTIMIZERS[name]())
   reference = optax.with_extra_args_support(OPTIMIZERS[name]())
-  value_fn = lambda p, b: loss(p, b)
 
   def kwargs(params, batch, grads):
     if name != "lbfgs":
@@ -136,7 +135,7 @@ def test_the_optimizer_sees_the_corrected_gradient(name, jit):
     return {
       "value": loss(params, batch),
       "grad": grads,
-      "value_fn": lambda p: value_fn(p, batch),
+      "value_fn": lambda p: loss(p, batch),
     }
 
   def step(params, state, batch):
@@ -291,7 +290,7 @@ class TestMisuse:
       partition(mask_compatible_extra_args=True),
       optax.masked(
         optax_svrg.alpha_svrg(1.0),
-        labels(PARAMS) and {"layer": {"w": True, "b": False}, "scale": True},
+        {"layer": {"w": True, "b": False}, "scale": True},
       ),
       optax.masked(optax_svrg.alpha_svrg(0.5), {"layer": False, "scale": True}),
     ],
