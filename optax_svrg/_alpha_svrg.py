@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""alpha-SVRG as a gradient transformation (Yin et al., 2025)."""
+"""alpha-SVRG (Yin et al., 2025), also with a coefficient estimated online."""
 
 from collections.abc import Callable
 import sys
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _coefficient
 
 _FLAT_HINT = (
   " The stored snapshot is a single vector. If optax.flatten made it so,"
@@ -39,7 +39,7 @@ _MASKED_HINT = (
 
 
 class SVRGState(NamedTuple):
-  """State of :func:`optax_svrg.alpha_svrg`.
+  """State of :func:`optax_svrg.alpha_svrg` and of :func:`adaptive_svrg`.
 
   Attributes:
     count: number of updates made, which the schedule of the coefficient sees.
@@ -50,6 +50,8 @@ class SVRGState(NamedTuple):
       dtypes or of ``snapshot_dtype``.
     mean_grads: mean gradient over the data set at ``snapshot_params``, of the
       parameters' dtypes.
+    estimate: the averages of :func:`optax_svrg.adaptive_svrg` since the last
+      snapshot, otherwise ``None``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -57,6 +59,7 @@ class SVRGState(NamedTuple):
   alpha: jax.Array  # shape=(), JAX's default float dtype
   snapshot_params: optax.Params
   mean_grads: optax.Updates
+  estimate: _coefficient.CoefficientEstimate | None = None
 
 
 def alpha_svrg(
@@ -173,35 +176,12 @@ def alpha_svrg(
   """
   if not callable(alpha):
     _checks.check_coefficient(alpha, "alpha")
-  if snapshot_dtype is not None:
-    try:
-      snapshot_dtype = jax.dtypes.canonicalize_dtype(snapshot_dtype)
-    except TypeError as e:
-      raise TypeError(
-        f"snapshot_dtype must be a dtype, got {snapshot_dtype!r}."
-      ) from e
-    if not jnp.issubdtype(snapshot_dtype, jnp.inexact):
-      raise TypeError(
-        "snapshot_dtype must be a float or complex dtype, got"
-        f" {snapshot_dtype}."
-      )
+  snapshot_dtype = _as_dtype(snapshot_dtype)
   # A number is known now; an array may hold a traced value.
   always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
 
   def init_fn(params: optax.Params) -> SVRGState:
-    _checks.check_inexact(params, "params")
-    _check_snapshot_dtype(params, snapshot_dtype)
-    return SVRGState(
-      count=jnp.zeros([], jnp.int32),
-      num_snapshots=jnp.zeros([], jnp.int32),
-      alpha=jnp.zeros([], float),
-      snapshot_params=jax.tree.map(
-        lambda p: _copy(p, snapshot_dtype or _checks.dtype_of(p)), params
-      ),
-      mean_grads=jax.tree.map(
-        lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
-      ),
-    )
+    return _init(params, snapshot_dtype)
 
   def update_fn(
     updates: optax.Updates,
@@ -220,13 +200,7 @@ def alpha_svrg(
     coefficient = jnp.where(
       state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
     )
-    active: Any = coefficient != 0
-    if always_off:
-      active = False
-    elif not isinstance(active, jax.core.Tracer):
-      # Eagerly a Python branch does what lax.cond would compile anew for each
-      # new grad_fn.
-      active = bool(active)
+    active = False if always_off else _eagerly(coefficient != 0)
 
     if active is not False:
       if grad_fn is not None:
@@ -238,6 +212,190 @@ def alpha_svrg(
       updates = jax.lax.pmean(updates, axis_name)
     return updates, state._replace(
       count=optax.safe_increment(state.count), alpha=coefficient
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adaptive_svrg(
+  decay: float = 0.97,
+  *,
+  max_alpha: float = 1.0,
+  axis_name: Any = None,
+  snapshot_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""SVRG whose coefficient is estimated from step to step.
+
+  The same estimator as :func:`optax_svrg.alpha_svrg`, with the same arguments
+  of ``update`` and the same :func:`optax_svrg.take_snapshot`. The coefficient
+  is the one of least variance,
+
+  .. math::
+
+    \alpha^* = \frac{\operatorname{Cov}(g, s)}{\operatorname{Var}(s)}
+    \qquad \text{for } g = \nabla f_B(\theta),
+    \; s = \nabla f_B(\theta_{\text{snapshot}}),
+
+  which falls from 1 at the snapshot to 0 as far as the two gradients of a batch
+  cease to resemble each other. As the mean
+  :math:`\mu = \nabla f(\theta_{\text{snapshot}})` of :math:`s` is known, it
+  takes two inner products per step, and neither a schedule nor the length of
+  the training:
+
+  .. math::
+
+    \hat\alpha = \operatorname{clip}\left(
+    \frac{\operatorname{EMA}\langle g - \mu, s - \mu\rangle}
+    {\operatorname{EMA}\lVert s - \mu\rVert^2},
+    0, \alpha_{\max}\right)
+
+  The averages run over the steps before this one, so that the coefficient does
+  not depend on the batch that it is used for and the corrected gradient stays
+  unbiased. A snapshot empties them: the next coefficient is 1, or ``max_alpha``
+  if that is less.
+
+  Where the variance of the control variate is 0 (full batches) the averages,
+  and with them the coefficient, stay as they are; so they do after a gradient
+  that is not finite.
+
+  **Does it pay?** ``optax.tree.get(opt_state, "variance_ratio")`` estimates the
+  variance of the corrected gradient, divided by that of the plain gradient:
+
+  .. math::
+
+    \frac{M}{M + 2\alpha C - \alpha^2 V}, \qquad
+    M = \operatorname{EMA}\lVert \tilde g - \mu\rVert^2,
+
+  where :math:`\tilde g` is the corrected gradient, and :math:`C` and :math:`V`
+  are the two averages above. The reduction :math:`2\alpha C - \alpha^2 V` is
+  unbiased; :math:`M` exceeds the variance of :math:`\tilde g` by
+  :math:`\lVert\nabla f(\theta) - \mu\rVert^2`, hence the ratio is
+  overestimated as long as it is below 1, the more so the farther the mean
+  gradient has moved, and never promises too much on average. A control variate
+  is worth its gradients if the ratio is below one over their number: below 1/3
+  with a full pass for each epoch.
+
+  Args:
+    decay: of the two averages, in [0, 1). The default is chosen by measurement,
+      see ``benchmarks/README.md``.
+    max_alpha: positive upper bound of the coefficient.
+    axis_name: see :func:`optax_svrg.alpha_svrg`. The inner products of the
+      device-local gradients are averaged as well: two scalars.
+    snapshot_dtype: see :func:`optax_svrg.alpha_svrg`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` as that of
+    :func:`optax_svrg.alpha_svrg`. In its :class:`SVRGState` ``alpha`` is the
+    coefficient used last, 0 before the first snapshot, and ``estimate`` holds
+    the averages, in float32 or, for parameters of double precision, in float64.
+    The coefficient is real for complex parameters too.
+
+  Raises:
+    TypeError: if ``decay`` or ``max_alpha`` is not a real number; otherwise as
+      :func:`optax_svrg.alpha_svrg`.
+    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive or
+      not finite; otherwise as :func:`optax_svrg.alpha_svrg`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
+    >>> grad = jax.grad(loss)
+    >>> batches = [jnp.array([0, 1]), jnp.array([2, 3])]
+    >>> tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, batch):
+    ...   grad_fn = lambda p: grad(p, batch)
+    ...   updates, state = tx.update(
+    ...       grad_fn(params), state, params, grad_fn=grad_fn)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for epoch in range(50):
+    ...   state = optax_svrg.take_snapshot(
+    ...       state, params,
+    ...       lambda p: optax_svrg.mean_gradient(grad, p, batches))
+    ...   for batch in batches:
+    ...     params, state = step(params, state, batch)
+    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    0.0486
+    >>> print(f"{optax.tree.get(state, 'alpha'):.2f}")
+    1.00
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025, whose optimal coefficient this
+    estimates. The estimate is the regression coefficient of control variates,
+    e.g. Owen, `Monte Carlo theory, methods and examples
+    <https://artowen.su.domains/mc/>`_, 2013, chapter 8.9.
+
+  .. seealso:: :func:`optax_svrg.alpha_svrg`,
+    :func:`optax_svrg.take_snapshot`
+  """
+  _checks.check_decay(decay, "decay")
+  _checks.check_positive(max_alpha, "max_alpha")
+  snapshot_dtype = _as_dtype(snapshot_dtype)
+
+  def init_fn(params: optax.Params) -> SVRGState:
+    return _init(params, snapshot_dtype)._replace(
+      estimate=_coefficient.init(params)
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: SVRGState,
+    params: optax.Params | None = None,
+    *,
+    grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
+    snapshot_grads: optax.Updates | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, SVRGState]:
+    del extra_args  # Meant for other transformations of the chain.
+    _check_update(updates, state, params, grad_fn, snapshot_grads, axis_name)
+    assert state.estimate is not None
+    estimate = state.estimate
+    # Without a snapshot there is nothing to learn from either.
+    active = _eagerly(state.num_snapshots > 0)
+    coefficient = jnp.where(
+      active, _coefficient.coefficient(estimate, max_alpha), 0
+    ).astype(state.alpha.dtype)
+
+    if active is not False:
+      if grad_fn is not None:
+        snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
+      covariance, variance = _coefficient.products(
+        updates, snapshot_grads, state.mean_grads, active, estimate
+      )
+      # At 0 the gradient passes as it is, but the estimate goes on.
+      updates = _correct(
+        updates,
+        snapshot_grads,
+        state.mean_grads,
+        coefficient,
+        _eagerly(coefficient != 0),
+      )
+      num_devices = 1
+      if axis_name is not None:
+        updates, covariance, variance = jax.lax.pmean(
+          (updates, covariance, variance), axis_name
+        )
+        # The mean over independent batches varies less.
+        num_devices = jax.lax.axis_size(axis_name)
+      estimate = _coefficient.update(
+        estimate,
+        covariance / num_devices,
+        variance / num_devices,
+        _coefficient.second_moment(updates, state.mean_grads, estimate),
+        coefficient,
+        decay,
+      )
+    elif axis_name is not None:
+      updates = jax.lax.pmean(updates, axis_name)
+    return updates, state._replace(
+      count=optax.safe_increment(state.count),
+      alpha=coefficient,
+      estimate=estimate,
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -334,12 +492,56 @@ def take_snapshot(
       num_snapshots=optax.safe_increment(node.num_snapshots),
       snapshot_params=stored,
       mean_grads=_map_unmasked(_copy_into, node.mean_grads, means[rounding]),
+      estimate=node.estimate and _coefficient.reset(node.estimate),
     )
 
   new_state = jax.tree.map(refresh, pure_state, is_leaf=_is_state)
   return jax.tree.unflatten(
     jax.tree.structure(opt_state), jax.tree.leaves(new_state)
   )
+
+
+def _as_dtype(snapshot_dtype: Any) -> Any:
+  """The checked dtype of the argument of this name."""
+  if snapshot_dtype is None:
+    return None
+  try:
+    dtype = jax.dtypes.canonicalize_dtype(snapshot_dtype)
+  except TypeError as e:
+    raise TypeError(
+      f"snapshot_dtype must be a dtype, got {snapshot_dtype!r}."
+    ) from e
+  if not jnp.issubdtype(dtype, jnp.inexact):
+    raise TypeError(
+      f"snapshot_dtype must be a float or complex dtype, got {dtype}."
+    )
+  return dtype
+
+
+def _init(params: optax.Params, snapshot_dtype: Any) -> SVRGState:
+  _checks.check_inexact(params, "params")
+  _check_snapshot_dtype(params, snapshot_dtype)
+  return SVRGState(
+    count=jnp.zeros([], jnp.int32),
+    num_snapshots=jnp.zeros([], jnp.int32),
+    alpha=jnp.zeros([], float),
+    snapshot_params=jax.tree.map(
+      lambda p: _copy(p, snapshot_dtype or _checks.dtype_of(p)), params
+    ),
+    mean_grads=jax.tree.map(
+      lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
+    ),
+  )
+
+
+def _eagerly(condition: jax.Array) -> Any:
+  """A Python bool where the value is known.
+
+  Eagerly a Python branch does what lax.cond would compile anew for each new
+  grad_fn.
+  """
+  traced = isinstance(condition, jax.core.Tracer)
+  return condition if traced else bool(condition)
 
 
 def _is_state(node: Any) -> bool:

@@ -17,6 +17,7 @@ Every check runs on shapes and dtypes alone, so that it works on tracers and
 costs nothing in a compiled step.
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -24,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+_ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 _keystr = jax.tree_util.keystr
 
@@ -136,6 +139,20 @@ def check_coefficient(value: Any, name: str) -> None:
     raise ValueError(f"{name} must be finite, got {value}.")
 
 
+def check_decay(value: Any, name: str) -> None:
+  """Raises unless ``value`` is a number from 0 to, but without, 1."""
+  check_coefficient(value, name)
+  if not isinstance(value, jax.core.Tracer) and not 0 <= value < 1:
+    raise ValueError(f"{name} must be in [0, 1), got {value}.")
+
+
+def check_positive(value: Any, name: str) -> None:
+  """Raises unless ``value`` is a positive finite number."""
+  check_coefficient(value, name)
+  if not isinstance(value, jax.core.Tracer) and not value > 0:
+    raise ValueError(f"{name} must be positive, got {value}.")
+
+
 def check_count(value: Any, name: str) -> int:
   """Returns ``value`` as an int; raises unless it is a positive integer."""
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -143,6 +160,49 @@ def check_count(value: Any, name: str) -> int:
   if value < 1:
     raise ValueError(f"{name} must be at least 1, got {value}.")
   return int(value)
+
+
+def leading_axes(tree: Any) -> list[tuple[Any, int]]:
+  """Path and length of the leading axis of each leaf that has one."""
+  return [
+    (path, np.shape(leaf)[0])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if np.ndim(leaf)
+  ]
+
+
+def check_same_size(
+  sizes: Sequence[tuple[Any, int]], name: str, of: str
+) -> int:
+  """Returns the length of all leading axes; raises unless it is the same."""
+  first_path, first_size = sizes[0]
+  for path, size in sizes:
+    if size != first_size:
+      raise ValueError(
+        f"{name} must have the same number of {of} in all leaves, got"
+        f" {first_size} {path_of(first_path)} and {size} {path_of(path)}."
+      )
+  return first_size
+
+
+def check_batch(batch: Any, name: str) -> int:
+  """Returns the number of examples of a batch; raises if it has none."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    if not isinstance(leaf, _ARRAY_LIKE):
+      raise TypeError(
+        f"{name} must be a tree of arrays, got a {type(leaf).__name__}"
+        f" {path_of(path)}."
+      )
+  sizes = leading_axes(batch)
+  if not sizes:
+    raise ValueError(
+      f"{name} must have leaves whose leading axis is the examples, got none in"
+      f" {jax.tree.structure(batch)}."
+    )
+  num_examples = check_same_size(sizes, name, "examples")
+  if not num_examples:
+    raise ValueError(f"{name} has no examples.")
+  return num_examples
 
 
 def check_varying(tree: Any, axis_name: Any, name: str) -> None:

@@ -24,8 +24,6 @@ import optax
 
 from optax_svrg import _checks
 
-_ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, int, float, complex)
-
 
 def mean_gradient(
   grad_fn: Callable[[optax.Params, Any], optax.Updates],
@@ -130,7 +128,7 @@ def mean_gradient(
   num_examples = 0
   first_ndims = None
   for index, batch in enumerate(batches):
-    num_examples += _check_batch(batch, index)
+    num_examples += _checks.check_batch(batch, f"batches[{index}]")
     ndims = jax.tree.map(np.ndim, batch)
     first_ndims = ndims if first_ndims is None else first_ndims
     _check_ndims(ndims, first_ndims, index)
@@ -157,7 +155,7 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
     total, batch = _in_sequence(total, batch)
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
-    weight = _num_examples(batch)[0][1]
+    weight = _checks.leading_axes(batch)[0][1]
     return jax.tree.map(
       lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
     )
@@ -181,15 +179,6 @@ def _in_sequence(total: Any, batch: Any) -> tuple[Any, Any]:
   return jax.lax.optimization_barrier((total, batch))
 
 
-def _num_examples(batch: Any) -> list[tuple[Any, int]]:
-  """Path and length of the leading axis of each leaf that has one."""
-  return [
-    (path, np.shape(leaf)[0])
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-    if np.ndim(leaf)
-  ]
-
-
 def check_batches(batches: Any) -> None:
   """Raises TypeError for what iterates, but not over batches."""
   # Not by iter(batches): a data loader may start its workers then.
@@ -199,32 +188,6 @@ def check_batches(batches: Any) -> None:
       "batches must be an iterable of batches, got a"
       f" {type(batches).__name__}. For a single batch write [batch]."
     )
-
-
-def _check_batch(batch: Any, index: int) -> int:
-  """Returns the number of examples of a batch; raises if it has none."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-    if not isinstance(leaf, _ARRAY_LIKE):
-      raise TypeError(
-        f"batches[{index}] must be a tree of arrays, got a"
-        f" {type(leaf).__name__} {_checks.path_of(path)}."
-      )
-  sizes = _num_examples(batch)
-  if not sizes:
-    raise ValueError(
-      f"batches[{index}] must have leaves whose leading axis is the examples,"
-      f" got none in {jax.tree.structure(batch)}."
-    )
-  for path, size in sizes:
-    if size != sizes[0][1]:
-      raise ValueError(
-        f"batches[{index}] must have the same number of examples in all"
-        f" leaves, got {sizes[0][1]} {_checks.path_of(sizes[0][0])} and"
-        f" {size} {_checks.path_of(path)}."
-      )
-  if not sizes[0][1]:
-    raise ValueError(f"batches[{index}] has no examples.")
-  return sizes[0][1]
 
 
 def _check_ndims(ndims: Any, first_ndims: Any, index: int) -> None:

@@ -210,6 +210,102 @@ class TestAxisName:
 
 
 @eight_devices
+class TestAdaptive:
+  """The estimate over the gradients of all devices."""
+
+  @staticmethod
+  def run(tx, params, batches, grad, axis_name=None):
+    """Two steps away from the snapshot; the last updates and the state."""
+    state = optax_svrg.take_snapshot(
+      tx.init(params),
+      params,
+      lambda p: optax_svrg.mean_gradient(grad, p, batches, axis_name=axis_name),
+    )
+    params = jax.tree.map(lambda p: p * 1.5, params)
+    for batch in batches:
+      grad_fn = lambda p, b=batch: grad(p, b)
+      updates, state = tx.update(
+        grad_fn(params), state, params, grad_fn=grad_fn
+      )
+    return updates, state
+
+  @staticmethod
+  def want():
+    """The formulas by hand, from the gradients of the eight parts."""
+    batches = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+    point = jax.tree.map(lambda p: p * 1.5, PARAMS)
+    parts = lambda p, b: np.asarray(jax.vmap(GRAD, (None, 0))(p, b)["w"], float)
+    g, s = (np.stack([parts(p, b) for b in batches]) for p in (point, PARAMS))
+    mean = s.mean(axis=(0, 1))
+    covariance = np.sum((g[0] - mean) * (s[0] - mean)) / 8
+    variance = np.sum((s[0] - mean) ** 2) / 8
+    alpha = np.clip(covariance / variance, 0, 1)
+    return g[1].mean(axis=0) - alpha * (s[1].mean(axis=0) - mean), alpha
+
+  @pytest.mark.parametrize("kind", ["shard_map", "unchecked", "pmap", "vmap"])
+  def test_values(self, kind):
+    tx = optax_svrg.adaptive_svrg(axis_name="data")
+    grad = local_grad if kind == "shard_map" else GRAD
+    fn = lambda p, b: self.run(tx, p, b, grad, "data")
+    split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+    if kind in ("pmap", "vmap"):
+      make_mapped = jax.pmap if kind == "pmap" else jax.vmap
+      mapped = make_mapped(fn, axis_name="data", in_axes=(None, 0))
+      every = mapped(PARAMS, split)
+      updates, state = jax.tree.map(lambda x: x[5], every)
+      for leaf in jax.tree.leaves(every):
+        assert np.all(np.asarray(leaf) == np.asarray(leaf[:1]))
+    else:
+      updates, state = jax.jit(
+        jax.shard_map(
+          fn,
+          mesh=make_mesh(),
+          in_specs=(P(), P("data")),
+          out_specs=P(),
+          check_vma=kind == "shard_map",
+        )
+      )(PARAMS, BATCHES)
+    want, alpha = self.want()
+    assert 0 < alpha < 1
+    np.testing.assert_allclose(state.alpha, alpha, rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], want, rtol=1e-5, atol=1e-7)
+    assert 0 < state.estimate.variance_ratio < 1
+
+  def test_two_scalars_join_the_reduction(self):
+    tx = optax_svrg.adaptive_svrg(axis_name="data")
+
+    def step(params, state, batch):
+      grad_fn = lambda p: local_grad(p, batch)
+      return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+    fn = jax.shard_map(
+      step,
+      mesh=make_mesh(),
+      in_specs=(P(), P(), P("data")),
+      out_specs=P(),
+    )
+    text = jax.jit(fn).lower(PARAMS, tx.init(PARAMS), BATCHES[0])
+    reduced = re.findall(
+      r"= (.*?) all-reduce(?:-start)?\(", text.compile().as_text()
+    )
+    shapes = sorted(re.findall(r"\w+\[[\d,]*\]", " ".join(reduced)))
+    assert shapes == ["f32[16,8]", "f32[]", "f32[]"]
+
+  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+  def test_sharded_jit(self, axis_type):
+    """Global gradients: the estimate of one device with whole batches."""
+    mesh = make_mesh(axis_type)
+    tx = optax_svrg.adaptive_svrg()
+    fn = jax.jit(lambda p, b: self.run(tx, p, b, GRAD))
+    want = fn(PARAMS, BATCHES)
+    with jax.set_mesh(mesh):
+      params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+      batches = jax.device_put(BATCHES, NamedSharding(mesh, P("data")))
+      got = fn(params, batches)
+    helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@eight_devices
 class TestAxisNameMisuse:
   @staticmethod
   def run(fn, mesh_axis="data"):
@@ -259,6 +355,139 @@ class TestAxisNameMisuse:
       step(PARAMS, BATCHES[0])
     with pytest.raises(ValueError, match=message):
       optax_svrg.mean_gradient(GRAD, PARAMS, BATCHES, axis_name="data")
+
+
+@eight_devices
+class TestDiagnostics:
+  @pytest.fixture
+  def want(self):
+    return optax_svrg.per_example_grads(loss)(PARAMS, BATCHES[0])
+
+  @pytest.mark.parametrize("chunk_size", [None, 1, 3])
+  @pytest.mark.parametrize("check_vma", [True, False])
+  def test_shard_map(self, want, check_vma, chunk_size):
+    """No example is mixed with those of other devices."""
+    grads = jax.jit(
+      jax.shard_map(
+        optax_svrg.per_example_grads(loss, chunk_size=chunk_size),
+        mesh=make_mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+        check_vma=check_vma,
+      )
+    )
+    got = grads(PARAMS, BATCHES[0])
+    helpers.assert_close(got, want, rtol=1e-6)
+    text = grads.lower(PARAMS, BATCHES[0]).compile().as_text()
+    assert not re.search(r"all-reduce|all-gather|collective", text)
+
+  def test_shard_map_with_a_closure_over_examples(self, want):
+    """The batch, indices, is the same on all devices; the loss is not."""
+
+    def grads(params, examples):
+      own_loss = lambda p, i: loss(p, jax.tree.map(lambda x: x[i], examples))
+      return optax_svrg.per_example_grads(own_loss)(params, jnp.arange(4))
+
+    got = jax.jit(
+      jax.shard_map(
+        grads,
+        mesh=make_mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=P("data"),
+      )
+    )(PARAMS, BATCHES[0])
+    helpers.assert_close(got, want, rtol=1e-6)
+
+  def test_shard_map_over_the_model(self, want):
+    """A loss that is one on all devices has one gradient, summed by jax.grad.
+
+    Columns of the weights are on different devices, examples on all.
+    """
+    specs = {"w": P(None, "data"), "scale": P()}
+
+    def own_loss(params, batch):
+      x, y = batch
+      y = jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index("data"), 1, 1)
+      out = jnp.tanh(params["scale"] * (x @ params["w"]))
+      return jax.lax.pmean(jnp.mean((out - y) ** 2), "data")
+
+    got = jax.jit(
+      jax.shard_map(
+        optax_svrg.per_example_grads(own_loss, chunk_size=5),
+        mesh=make_mesh(),
+        in_specs=(specs, P()),
+        out_specs={"w": P(None, None, "data"), "scale": P()},
+      )
+    )({**PARAMS, "scale": jnp.ones(())}, BATCHES[0])
+    scaled = lambda p, b: loss({"w": p["scale"] * p["w"]}, b)
+    want = optax_svrg.per_example_grads(scaled)(
+      {**PARAMS, "scale": jnp.ones(())}, BATCHES[0]
+    )
+    helpers.assert_close(got, want, rtol=1e-5)
+
+  @pytest.mark.parametrize("chunk_size", [None, 3])
+  def test_pmap(self, want, chunk_size):
+    split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES[0])
+    grads = optax_svrg.per_example_grads(loss, chunk_size=chunk_size)
+    got = jax.pmap(grads, axis_name="data", in_axes=(None, 0))(PARAMS, split)
+    got = jax.tree.map(lambda x: x.reshape(32, 16, 8), got)
+    helpers.assert_close(got, want, rtol=1e-6)
+
+  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+  def test_sharded_jit(self, want, axis_type):
+    mesh = make_mesh(axis_type)
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    batch = jax.device_put(BATCHES[0], NamedSharding(mesh, P("data")))
+
+    def measures(params, batch):
+      grads = optax_svrg.per_example_grads(loss)(params, batch)
+      halves = jax.tree.map(lambda g: 0.5 * g + 1, grads)
+      gathered = grads
+      if axis_type == AxisType.Explicit:
+        # There a product of two arrays that are both split is ambiguous.
+        gathered = {"w": jax.sharding.reshard(grads["w"], P())}
+      return (
+        grads,
+        optax_svrg.gradient_variance(gathered),
+        optax_svrg.optimal_alpha(grads, halves),
+        optax_svrg.optimal_alpha(grads, halves, per="tree"),
+      )
+
+    with jax.set_mesh(mesh):
+      got = jax.jit(measures)(params, batch)
+    assert got[0]["w"].sharding.spec[0] == "data"
+    helpers.assert_close(got[0], want, rtol=1e-6)
+    helpers.assert_close(
+      got[1:],
+      (
+        optax_svrg.gradient_variance(want),
+        {"w": jnp.full((16, 8), 2.0)},
+        jnp.array(2.0),
+      ),
+      rtol=1e-5,
+    )
+
+  def test_running_moments(self):
+    """Of batches that are spread over the devices."""
+
+    def moments(params, batches, grad):
+      state = optax_svrg.RunningMoments.create(params)
+      for batch in batches:
+        snapshot_grads = grad(jax.tree.map(lambda p: 0.9 * p, params), batch)
+        state = state.update(grad(params, batch), snapshot_grads)
+      return state, state.optimal_alpha(per="tree")
+
+    mean_grad = lambda p, b: jax.lax.pmean(local_grad(p, b), "data")
+    got = jax.jit(
+      jax.shard_map(
+        lambda p, b: moments(p, b, mean_grad),
+        mesh=make_mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+      )
+    )(PARAMS, BATCHES)
+    want = jax.jit(lambda p, b: moments(p, b, GRAD))(PARAMS, BATCHES)
+    helpers.assert_close(got, want, rtol=1e-5)
 
 
 SPECS = {"replicated": P(), "fsdp": P("data"), "columns": P(None, "data")}

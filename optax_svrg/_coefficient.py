@@ -1,0 +1,201 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The variance-minimising coefficient of a control variate, estimated online.
+
+For gradients g, the control variate s and its exact mean m, the variance of
+g - alpha (s - m) is least for alpha = Cov(g, s) / Var(s). As E[s - m] = 0,
+
+    Cov(g, s) = E<g - c, s - m> for any constant c,    Var(s) = E||s - m||^2,
+
+so that two dot products per step are enough. Here c = m.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks
+
+# Differences of this many roundings of the mean are taken for none.
+_ROUNDINGS = 4
+
+
+class CoefficientEstimate(NamedTuple):
+  """Running averages behind an estimated coefficient, all scalars.
+
+  The averages are exponential, start at 0 after a snapshot, and are not
+  corrected for that: only their ratios are used. Their dtype is float32, or
+  float64 if parameters are of that precision. Variances are sums over all
+  components of the gradient of one update.
+
+  Attributes:
+    covariance: of the gradient with the control variate.
+    variance: of the control variate.
+    second_moment: of the corrected gradient about the mean gradient of the
+      snapshot, which is at least the variance of the corrected gradient.
+    variance_ratio: estimate of the variance of the corrected gradient divided
+      by that of the plain gradient, 1 before the first estimate, see
+      :func:`optax_svrg.adaptive_svrg`.
+  """
+
+  covariance: jax.Array
+  variance: jax.Array
+  second_moment: jax.Array
+  variance_ratio: jax.Array
+
+
+def init(params: optax.Params) -> CoefficientEstimate:
+  """Averages of nothing, in the precision that fits the parameters."""
+  dtypes = [
+    np.finfo(_checks.wide_dtype(_checks.dtype_of(p))).dtype
+    for p in jax.tree.leaves(params)
+  ]
+  dtype = max(dtypes, key=lambda d: d.itemsize, default=np.dtype(np.float32))
+  # Arrays of their own, so that the state can be donated.
+  return CoefficientEstimate(
+    covariance=jnp.zeros([], dtype),
+    variance=jnp.zeros([], dtype),
+    second_moment=jnp.zeros([], dtype),
+    variance_ratio=jnp.ones([], dtype),
+  )
+
+
+def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
+  """Forgets the averages; the variance ratio stays as it was last known."""
+  return estimate._replace(
+    covariance=jnp.zeros_like(estimate.covariance),
+    variance=jnp.zeros_like(estimate.variance),
+    second_moment=jnp.zeros_like(estimate.second_moment),
+  )
+
+
+def coefficient(estimate: CoefficientEstimate, max_alpha: Any) -> jax.Array:
+  """The best coefficient by the averages, 1 while there are none.
+
+  Args:
+    estimate: the averages.
+    max_alpha: upper bound of the result.
+
+  Returns:
+    A scalar between 0 and ``max_alpha``, of the dtype of the averages.
+  """
+  known = estimate.variance > 0
+  ratio = estimate.covariance / jnp.where(known, estimate.variance, 1)
+  dtype = estimate.variance.dtype
+  return jnp.clip(jnp.where(known, ratio, 1), 0, jnp.asarray(max_alpha, dtype))
+
+
+def products(
+  grads: optax.Updates,
+  control: optax.Updates,
+  mean: optax.Updates,
+  active: Any,
+  estimate: CoefficientEstimate,
+) -> tuple[jax.Array, jax.Array]:
+  """One observation of the covariance and of the variance.
+
+  A control variate that differs from its mean by rounding alone has no
+  variance: both results are then 0.
+
+  Args:
+    grads: the gradient g of a batch.
+    control: the control variate s of that batch, a tree of the same form.
+    mean: its mean m.
+    active: whether there is a mean; if not, there is no variance.
+    estimate: the averages, whose dtype the results have.
+
+  Returns:
+    Two real scalars: the inner products of s - m with g - m and with itself.
+  """
+  dtype = estimate.variance.dtype
+  zero = jnp.zeros([], dtype)
+  covariance, variance, rounding = zero, zero, zero
+  for g, s, m in zip(
+    *map(jax.tree.leaves, (grads, control, mean)), strict=True
+  ):
+    # As far as the gradient is rounded, not as widely as sums are formed.
+    eps = float(jnp.finfo(g.dtype).eps)
+    wide = _checks.wide_dtype(g.dtype)
+    g, s, m = (x.astype(wide) for x in (g, s, m))
+    covariance += _dot(g - m, s - m).astype(dtype)
+    variance += _dot(s - m, s - m).astype(dtype)
+    rounding += ((_ROUNDINGS * eps) ** 2 * _dot(m, m)).astype(dtype)
+  known = (variance > rounding) & active
+  return jnp.where(known, covariance, 0), jnp.where(known, variance, 0)
+
+
+def second_moment(
+  grads: optax.Updates, mean: optax.Updates, estimate: CoefficientEstimate
+) -> jax.Array:
+  """The squared distance of two trees, in the dtype of the averages."""
+  dtype = estimate.variance.dtype
+  total = jnp.zeros([], dtype)
+  for g, m in zip(jax.tree.leaves(grads), jax.tree.leaves(mean), strict=True):
+    wide = _checks.wide_dtype(g.dtype)
+    difference = g.astype(wide) - m.astype(wide)
+    total += _dot(difference, difference).astype(dtype)
+  return total
+
+
+def update(
+  estimate: CoefficientEstimate,
+  covariance: jax.Array,
+  variance: jax.Array,
+  moment: jax.Array,
+  alpha: jax.Array,
+  decay: Any,
+) -> CoefficientEstimate:
+  """Takes an observation into the averages.
+
+  An observation that is not finite, or without variance, is passed over, so
+  that one bad gradient does not spoil those that follow.
+
+  Args:
+    estimate: the averages.
+    covariance: first result of :func:`products`, of the gradient of the update.
+    variance: second result, likewise.
+    moment: squared distance of the corrected gradient from the mean.
+    alpha: the coefficient that was used.
+    decay: of the averages.
+
+  Returns:
+    The new averages.
+  """
+  dtype = estimate.variance.dtype
+  usable = jnp.isfinite(covariance + variance + moment) & (variance > 0)
+  decay = jnp.asarray(decay, dtype)
+
+  def average(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(usable, decay * old + (1 - decay) * new, old)
+
+  covariance = average(estimate.covariance, covariance)
+  variance = average(estimate.variance, variance)
+  moment = average(estimate.second_moment, moment)
+  alpha = alpha.astype(dtype)
+  # What the correction takes away from the variance, whatever the mean is.
+  reduction = jnp.maximum(alpha * (2 * covariance - alpha * variance), 0)
+  total = moment + reduction
+  known = usable & (total > 0)
+  ratio = jnp.where(
+    known, moment / jnp.where(known, total, 1), estimate.variance_ratio
+  )
+  return CoefficientEstimate(covariance, variance, moment, ratio)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The real inner product of two arrays."""
+  return jnp.sum((x * y.conj()).real)

@@ -1,0 +1,500 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The coefficient that is estimated online."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_svrg
+from tests import helpers
+
+PROBLEM = helpers.finite_sum([3, 4, 1])
+
+
+@pytest.fixture(params=helpers.TREES)
+def params(request: pytest.FixtureRequest) -> Any:
+  make, x64 = helpers.TREES[request.param]
+  with jax.enable_x64(x64):
+    yield make()
+
+
+def correct(tx, params, state, batch):
+  """One update with the gradient of a batch of PROBLEM."""
+  grad_fn = lambda p: PROBLEM.grad(p, batch)
+  return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+
+def observe(tx, state, grads, snapshot_grads):
+  """An update with these very gradients."""
+  return tx.update(grads, state, snapshot_grads=snapshot_grads)
+
+
+def with_mean(tx, params, mean):
+  return optax_svrg.take_snapshot(tx.init(params), params, lambda _: mean)
+
+
+def random_like(params, seed, scale=1.0):
+  """A tree of normal numbers, complex where the parameters are."""
+  rng = np.random.default_rng(seed)
+
+  def draw(p):
+    values = rng.normal(size=(2, *jnp.shape(p)))
+    dtype = jnp.result_type(p)
+    z = values[0] + (1j if jnp.iscomplexobj(p) else 0) * values[1]
+    return jnp.asarray(scale * z, dtype)
+
+  return jax.tree.map(draw, params)
+
+
+def flat(tree):
+  """All components in one vector, in double precision."""
+  leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(tree)]
+  wide = [
+    x.astype(np.complex128 if np.iscomplexobj(x) else float) for x in leaves
+  ]
+  return np.concatenate([np.zeros(0), *wide])
+
+
+class TestFormula:
+  @pytest.mark.parametrize("decay", [0.0, 0.9])
+  @pytest.mark.parametrize("max_alpha", [1.0, 0.4, 3.0])
+  @pytest.mark.parametrize("jit", [False, True])
+  def test_against_numpy(self, params, decay, max_alpha, jit):
+    if not jax.tree.leaves(params):
+      pytest.skip("no gradient, no coefficient")
+    tx = optax_svrg.adaptive_svrg(decay, max_alpha=max_alpha)
+    update = lambda *args: observe(tx, *args)
+    update = jax.jit(update) if jit else update
+    mean = random_like(params, 0, 0.1)
+    state = with_mean(tx, params, mean)
+    covariance = variance = moment = 0.0
+    rtol = helpers.tolerance(params)
+    for step in range(6):
+      s = random_like(params, 10 + step)
+      noise = random_like(params, 20 + step, 0.3)
+      slope = 0.9 - 0.1 * step
+      g = jax.tree.map(
+        lambda x, n, a=slope: (a * x + n).astype(x.dtype), s, noise
+      )
+      alpha = 1.0 if not variance else covariance / variance
+      alpha = min(max(alpha, 0.0), max_alpha)
+      corrected, state = update(state, g, s)
+      np.testing.assert_allclose(state.alpha, alpha, rtol=rtol, atol=rtol)
+      want = flat(g) - alpha * (flat(s) - flat(mean))
+      scale = np.abs(want).max()
+      np.testing.assert_allclose(
+        flat(corrected), want, rtol=0, atol=2 * rtol * scale
+      )
+      centred = flat(s) - flat(mean)
+      products = [
+        np.vdot(centred, flat(g) - flat(mean)).real,
+        np.vdot(centred, centred).real,
+        np.sum(np.abs(want - flat(mean)) ** 2),
+      ]
+      covariance, variance, moment = (
+        decay * old + (1 - decay) * new
+        for old, new in zip(
+          (covariance, variance, moment), products, strict=True
+        )
+      )
+      reduction = max(alpha * (2 * covariance - alpha * variance), 0)
+      estimate = state.estimate
+      np.testing.assert_allclose(
+        estimate,
+        [covariance, variance, moment, moment / (moment + reduction)],
+        rtol=20 * rtol,
+      )
+
+  def test_dtypes(self, params):
+    state = optax_svrg.adaptive_svrg().init(params)
+    dtypes = {jnp.result_type(p) for p in jax.tree.leaves(params)}
+    double = dtypes & {np.dtype(np.float64), np.dtype(np.complex128)}
+    for value in state.estimate:
+      assert value.dtype == (jnp.float64 if double else jnp.float32)
+      assert value.shape == ()
+    assert state.alpha.dtype == jnp.result_type(float)
+
+  def test_does_not_depend_on_the_batch_that_it_corrects(self):
+    """This keeps the corrected gradient unbiased."""
+    params = {"w": jnp.ones(3)}
+    tx = optax_svrg.adaptive_svrg()
+    mean = {"w": jnp.zeros(3)}
+    _, state = observe(
+      tx,
+      with_mean(tx, params, mean),
+      {"w": jnp.array([1.0, 0.5, 0.0])},
+      {"w": jnp.array([2.0, 0.0, 0.0])},
+    )
+    used = []
+    for seed in range(3):
+      g, s = random_like(params, seed), random_like(params, 50 + seed)
+      used.append(observe(tx, state, g, s)[1].alpha)
+    assert used == [0.5, 0.5, 0.5]
+
+  def test_optimal_over_a_pass(self):
+    """All batches at fixed parameters, weighted alike: Cov / Var over them."""
+    with jax.enable_x64(True):
+      params = {"w": jnp.zeros(4)}
+      snapshots = [random_like(params, i) for i in range(7)]
+      mean = {"w": sum(s["w"] for s in snapshots) / 7}
+      grads = [
+        {"w": 0.6 * s["w"] + random_like(params, 90 + i, 0.5)["w"]}
+        for i, s in enumerate(snapshots)
+      ]
+      tx = optax_svrg.adaptive_svrg(1 - 1e-12)
+      state = with_mean(tx, params, mean)
+      for g, s in zip(grads, snapshots, strict=True):
+        _, state = observe(tx, state, g, s)
+      _, state = observe(tx, state, grads[0], snapshots[0])
+      stack = lambda trees: np.stack([t["w"] for t in trees])
+      g, s = stack(grads), stack(snapshots)
+      g0, s0 = g - g.mean(axis=0), s - s.mean(axis=0)
+      np.testing.assert_allclose(
+        state.alpha, np.sum(g0 * s0) / np.sum(s0 * s0), rtol=1e-3
+      )
+
+
+class TestSnapshot:
+  def test_inert_before_the_first(self, params):
+    tx = optax_svrg.adaptive_svrg()
+    start = tx.init(params)
+    for extra in ("grad_fn", "snapshot_grads"):
+      point = helpers.perturbed(params)
+      grads = PROBLEM.grad(point, PROBLEM.batches[0])
+      value = grads if extra == "snapshot_grads" else lambda p: p
+      updates, state = tx.update(grads, start, point, **{extra: value})
+      helpers.assert_equal(updates, grads)
+      assert (state.alpha, state.count, state.num_snapshots) == (0, 1, 0)
+      helpers.assert_equal(state.estimate, start.estimate)
+
+  def test_second_gradient_is_evaluated_only_with_a_snapshot(self):
+    calls = []
+
+    def grad_fn(p):
+      jax.debug.callback(lambda: calls.append(1))
+      return p
+
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg()
+    step = jax.jit(lambda s: tx.update(params, s, params, grad_fn=grad_fn)[1])
+    step(tx.init(params))
+    jax.effects_barrier()
+    assert not calls
+    step(with_mean(tx, params, params))
+    jax.effects_barrier()
+    assert len(calls) == 1
+
+  @pytest.mark.parametrize("max_alpha", [0.25, 1.0, 2.0])
+  def test_makes_the_coefficient_start_at_one(self, max_alpha):
+    params = {"w": jnp.array([1.0, -2.0])}
+    tx = optax.chain(
+      optax_svrg.adaptive_svrg(max_alpha=max_alpha), optax.sgd(0.1)
+    )
+    state = tx.init(params)
+    seen = []
+    for _ in range(2):
+      state = optax_svrg.take_snapshot(
+        state,
+        params,
+        lambda p: optax_svrg.mean_gradient(PROBLEM.grad, p, PROBLEM.batches),
+      )
+      for batch in PROBLEM.batches:
+        updates, state = correct(tx, params, state, batch)
+        seen.append(float(optax.tree.get(state, "alpha")))
+        params = optax.apply_updates(params, updates)
+    assert seen[0] == seen[3] == min(1.0, max_alpha)
+    if max_alpha == 1.0:
+      assert 0 < seen[2] < 1
+      assert 0 < seen[5] < 1
+
+  def test_exact_at_the_snapshot(self, params):
+    tx = optax_svrg.adaptive_svrg()
+    state = helpers.with_snapshot(tx, params, PROBLEM)
+    mean = state.mean_grads
+    for batch in PROBLEM.batches:
+      updates, state = correct(tx, params, state, batch)
+      helpers.assert_close(
+        updates, mean, rtol=0, atol=helpers.tolerance(params)
+      )
+      np.testing.assert_allclose(
+        state.alpha, 1, rtol=0, atol=helpers.tolerance(params)
+      )
+
+
+class TestUnbiased:
+  def test_whatever_the_estimate(self, params):
+    tx = optax_svrg.adaptive_svrg(0.5, max_alpha=5.0)
+    state = helpers.with_snapshot(tx, params, PROBLEM)
+    point = helpers.perturbed(params)
+    for batch in PROBLEM.batches:
+      _, state = correct(tx, point, state, batch)
+    if jax.tree.leaves(params):
+      _, after = correct(tx, point, state, PROBLEM.batches[0])
+      assert after.alpha not in (0, 1, 5)
+    corrected = [
+      correct(tx, point, state, batch)[0] for batch in PROBLEM.batches
+    ]
+    sizes = [len(batch[0]) for batch in PROBLEM.batches]
+    mean = sum(n * flat(c) for n, c in zip(sizes, corrected, strict=True))
+    want = flat(PROBLEM.full_grad(point))
+    np.testing.assert_allclose(
+      mean / sum(sizes),
+      want,
+      rtol=0,
+      atol=4 * helpers.tolerance(params) * (1 + np.abs(want).max(initial=0)),
+    )
+
+
+class TestWithoutVariance:
+  @pytest.mark.parametrize("jit", [False, True])
+  def test_full_batches(self, params, jit):
+    """The coefficient stays where it is, and is never NaN."""
+    problem = helpers.finite_sum([5])
+    tx = optax_svrg.adaptive_svrg()
+    state = helpers.with_snapshot(tx, params, problem)
+    update = lambda p, s: tx.update(
+      problem.grad(p, problem.batches[0]),
+      s,
+      p,
+      grad_fn=lambda q: problem.grad(q, problem.batches[0]),
+    )
+    update = jax.jit(update) if jit else update
+    point = params
+    for step in range(4):
+      point = helpers.perturbed(point, 0.01 * step)
+      updates, state = update(point, state)
+      assert state.alpha == 1
+      assert np.all(np.isfinite(flat(updates)))
+      assert np.all(np.isfinite(state.estimate))
+
+  def test_an_observation_without_variance_changes_nothing(self):
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg(0.5)
+    mean = {"w": jnp.array([1.0, -1.0])}
+    _, state = observe(
+      tx,
+      with_mean(tx, params, mean),
+      {"w": jnp.array([1.5, -1.0])},
+      {"w": jnp.array([2.0, -1.0])},
+    )
+    estimate = state.estimate
+    for _ in range(3):
+      _, state = observe(tx, state, {"w": jnp.array([3.0, 3.0])}, mean)
+      assert state.alpha == 0.5
+      helpers.assert_equal(state.estimate[:2], estimate[:2])
+
+  @pytest.mark.parametrize("scale", [1e-30, 1e30])
+  def test_extreme_scales(self, scale):
+    """Squares that underflow or overflow are not taken for an estimate."""
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg(0.5)
+    state = with_mean(tx, params, {"w": jnp.zeros(2)})
+    for step in range(3):
+      s = random_like(params, step, scale)
+      updates, state = observe(tx, state, s, s)
+      assert np.all(np.isfinite(updates["w"]))
+      assert state.alpha == 1
+
+
+class TestBadGradients:
+  @pytest.mark.parametrize("bad", [np.nan, np.inf])
+  @pytest.mark.parametrize("which", [0, 1])
+  def test_do_not_spoil_the_estimate(self, bad, which):
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg(0.5)
+    state = with_mean(tx, params, {"w": jnp.zeros(2)})
+    good = ({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([1.0, 0.0])})
+    _, state = observe(tx, state, *good)
+    broken = list(good)
+    broken[which] = {"w": jnp.array([bad, 0.0])}
+    updates, after = observe(tx, state, *broken)
+    assert not np.all(np.isfinite(updates["w"])), "not hidden either"
+    helpers.assert_equal(after.estimate, state.estimate)
+
+  def test_gradients_that_oppose_the_snapshot_pass_unchanged(self):
+    """A coefficient of 0 is not the end: the estimate goes on."""
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg(0.0)
+    state = with_mean(tx, params, {"w": jnp.array([0.0, 0.5])})
+    s = {"w": jnp.array([1.0, 0.1])}
+    opposite = {"w": jnp.array([-1.0, 0.1])}
+    _, state = observe(tx, state, opposite, s)
+    updates, state = observe(tx, state, s, s)
+    helpers.assert_equal(updates, s)
+    assert state.alpha == 0
+    _, state = observe(tx, state, s, s)
+    assert state.alpha == 1
+
+
+class TestVarianceRatio:
+  """Against the variances over all batches, at fixed parameters."""
+
+  @staticmethod
+  def ratios(shift):
+    """The estimate and the truth; the mean gradient has moved by a shift."""
+    with jax.enable_x64(True):
+      params = {"w": jnp.zeros(5)}
+      s = np.random.default_rng(0).normal(size=(400, 5))
+      noise = np.random.default_rng(1).normal(size=(400, 5))
+      mean = s.mean(axis=0)
+      g = mean + 0.8 * (s - mean) + 0.3 * (noise - noise.mean(axis=0)) + shift
+      tx = optax_svrg.adaptive_svrg(0.999)
+      state = with_mean(tx, params, {"w": jnp.asarray(mean)})
+
+      def step(state, pair):
+        corrected, state = observe(tx, state, *pair)
+        return state, corrected["w"]
+
+      pairs = tuple({"w": jnp.asarray(np.tile(x, (20, 1)))} for x in (g, s))
+      state, corrected = jax.lax.scan(step, state, pairs)
+      last = np.asarray(corrected)[-400:]
+      true = last.var(axis=0).sum() / g.var(axis=0).sum()
+      return float(state.estimate.variance_ratio), true
+
+  def test_equals_the_truth_while_the_mean_gradient_has_not_moved(self):
+    estimate, true = self.ratios(0.0)
+    assert 0 < true < 0.3
+    np.testing.assert_allclose(estimate, true, rtol=0.02)
+
+  @pytest.mark.parametrize("shift", [0.3, 3.0])
+  def test_is_an_upper_bound_otherwise(self, shift):
+    estimate, true = self.ratios(shift)
+    assert true < estimate < 1
+
+  def test_is_one_until_there_is_an_estimate(self):
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg()
+    state = tx.init(params)
+    assert state.estimate.variance_ratio == 1
+    _, state = observe(tx, state, params, params)
+    assert optax.tree.get(state, "variance_ratio") == 1
+
+
+class TestState:
+  @pytest.mark.parametrize("snapshot_dtype", [None, jnp.bfloat16])
+  def test_types_never_change(self, params, snapshot_dtype):
+    if snapshot_dtype and any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+      pytest.skip("cannot hold imaginary parts")
+    tx = optax_svrg.adaptive_svrg(snapshot_dtype=snapshot_dtype)
+    state = tx.init(params)
+    want = helpers.types(state)
+    taken = helpers.with_snapshot(tx, params, PROBLEM)
+    assert helpers.types(taken) == want
+    updates, after = correct(tx, params, taken, PROBLEM.batches[0])
+    assert helpers.types(after) == want
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+  def test_is_a_carry_and_a_donated_argument(self, params):
+    params = jax.tree.map(jnp.asarray, params)
+    tx = optax_svrg.adaptive_svrg()
+
+    def epoch(params, state):
+      state = optax_svrg.take_snapshot(
+        state,
+        params,
+        lambda p: optax_svrg.mean_gradient(PROBLEM.grad, p, PROBLEM.batches),
+      )
+
+      def body(carry, _):
+        params, state = carry
+        updates, state = correct(tx, params, state, PROBLEM.batches[0])
+        step = jax.tree.map(lambda u: -0.01 * u, updates)
+        return (optax.apply_updates(params, step), state), state.alpha
+
+      (params, state), alphas = jax.lax.scan(body, (params, state), length=3)
+      return params, state, alphas
+
+    jitted = jax.jit(epoch, donate_argnums=(0, 1))
+    state = tx.init(params)
+    types = helpers.types(state)
+    for _ in range(2):
+      params, state, alphas = jitted(params, state)
+      assert helpers.types(state) == types
+    assert state.num_snapshots == 2
+    assert state.count == 6
+    assert alphas[0] == 1
+
+  def test_vmap(self):
+    params = {"w": jnp.arange(6.0).reshape(3, 2)}
+    tx = optax_svrg.adaptive_svrg()
+
+    def run(p):
+      state = helpers.with_snapshot(tx, p, PROBLEM)
+      for batch in PROBLEM.batches:
+        updates, state = correct(tx, helpers.perturbed(p), state, batch)
+      return updates, state
+
+    got = jax.vmap(run)(params)
+    want = [run({"w": w}) for w in params["w"]]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *want)
+    helpers.assert_close(got, stacked, rtol=1e-6)
+
+  def test_inject_hyperparams(self):
+    params = {"w": jnp.arange(1.0, 4.0)}
+    injected = optax.inject_hyperparams(optax_svrg.adaptive_svrg)(
+      decay=0.5, max_alpha=0.9
+    )
+    plain = optax_svrg.adaptive_svrg(0.5, max_alpha=0.9)
+    states = [
+      helpers.with_snapshot(tx, params, PROBLEM) for tx in (injected, plain)
+    ]
+    point = helpers.perturbed(params)
+    for batch in PROBLEM.batches:
+      got, states[0] = correct(injected, point, states[0], batch)
+      want, states[1] = correct(plain, point, states[1], batch)
+      helpers.assert_close(got, want, rtol=1e-6)
+    helpers.assert_close(
+      helpers.svrg_state(states[0]).estimate, states[1].estimate, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "error", "message"),
+  [
+    ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
+    ({"decay": -0.1}, ValueError, r"decay must be in \[0, 1\), got -0.1"),
+    ({"decay": jnp.nan}, ValueError, r"decay must be finite, got nan"),
+    ({"decay": "0.9"}, TypeError, r"decay must be a real number.*'0.9'"),
+    ({"decay": jnp.ones(2)}, ValueError, r"decay must be a scalar.*\(2,\)"),
+    ({"max_alpha": 0}, ValueError, r"max_alpha must be positive, got 0"),
+    ({"max_alpha": -1.0}, ValueError, r"max_alpha must be positive.*-1"),
+    ({"max_alpha": np.inf}, ValueError, r"max_alpha must be finite, got inf"),
+    ({"max_alpha": None}, TypeError, r"max_alpha must be a real.*None"),
+    ({"snapshot_dtype": int}, TypeError, r"snapshot_dtype must be a float"),
+  ],
+)
+def test_bad_arguments(kwargs, error, message):
+  with pytest.raises(error, match=message):
+    optax_svrg.adaptive_svrg(**kwargs)
+
+
+@pytest.mark.parametrize(
+  ("extra", "message"),
+  [
+    ({}, r"exactly one.*got neither"),
+    ({"grad_fn": lambda p: p, "snapshot_grads": {}}, r"got both"),
+    ({"grad_fn": lambda p: {}}, r"result of grad_fn.*missing \['w'\]"),
+  ],
+)
+def test_bad_updates(extra, message):
+  params = {"w": jnp.ones(2)}
+  tx = optax_svrg.adaptive_svrg()
+  state = with_mean(tx, params, params)
+  with pytest.raises(ValueError, match=message):
+    tx.update(params, state, params, **extra)
