@@ -13,7 +13,7 @@
 # limitations under the License.
 """What a benchmark leaves behind: a table, a JSON file and a plot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import json
 import math
@@ -40,6 +40,12 @@ class Point(NamedTuple):
     gradients_per_example: gradients of single examples evaluated so far,
       divided by the number of training examples.
     seconds: time spent in training so far.
+    alpha: mean over the steps of the epoch of the coefficient; ``None`` before
+      the first epoch.
+    variance_ratio: mean square distance of the corrected gradient from the mean
+      gradient of the snapshot, divided by that of the plain gradient, over the
+      steps of the epoch; ``None`` without a snapshot. An upper bound, as far as
+      it is below 1, of the ratio of their variances.
   """
 
   epoch: int
@@ -47,6 +53,8 @@ class Point(NamedTuple):
   validation_accuracy: float
   gradients_per_example: float
   seconds: float
+  alpha: float | None = None
+  variance_ratio: float | None = None
 
 
 @dataclasses.dataclass
@@ -78,7 +86,7 @@ class Run:
       "finished": self.finished,
       "diverged": self.diverged,
       "history": [
-        point._asdict() | {"train_loss": _finite(point.train_loss)}
+        {name: _finite(value) for name, value in point._asdict().items()}
         for point in self.history
       ],
     }
@@ -93,8 +101,10 @@ def summarise(runs: Sequence[Run], methods: Sequence[str]) -> list[dict]:
 
   Returns:
     Rows for JSON. ``std`` is the sample standard deviation, ``None`` for a
-    single run. The loss and the accuracy of a method are ``None`` if any of its
-    runs has diverged: the mean of the others would flatter it.
+    single run. ``variance_ratio`` is the mean over epochs with a snapshot, and
+    ``None`` if there are none. The loss, the accuracy and the ratio of a method
+    are ``None`` if any of its runs has diverged: the mean of the others would
+    flatter it.
   """
   rows = []
   for method in methods:
@@ -117,6 +127,7 @@ def summarise(runs: Sequence[Run], methods: Sequence[str]) -> list[dict]:
         "gradients_per_example": statistics.fmean(
           point.gradients_per_example for point in last
         ),
+        "variance_ratio": None if diverged else _mean_ratio(finished),
         "seconds": statistics.fmean(point.seconds for point in last),
       }
     )
@@ -135,6 +146,7 @@ def print_table(rows: Sequence[dict]) -> None:
     "final\ntrain loss",
     "validation\naccuracy (%)",
     "gradient\nevaluations\nper example",
+    "variance\nratio",
     "seconds",
   ):
     table.add_column(heading, justify="right", no_wrap=True)
@@ -146,9 +158,26 @@ def print_table(rows: Sequence[dict]) -> None:
       lost if loss is None else _with_std(loss, 1, "#.3g", "#.2g"),
       lost if accuracy is None else _with_std(accuracy, 100, ".2f", ".2f"),
       f"{row['gradients_per_example']:.2f}",
+      "" if row["variance_ratio"] is None else f"{row['variance_ratio']:.3f}",
       f"{row['seconds']:.1f}",
     )
   rich.print(table)
+
+
+def markdown_table(
+  columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+  """A table as it is published.
+
+  Args:
+    columns: the headings.
+    rows: the cells, row by row.
+
+  Returns:
+    Lines of Markdown.
+  """
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -169,7 +198,9 @@ def write_plot(
 ) -> None:
   """Draws the train loss against epochs and against gradient evaluations.
 
-  Finished runs are shown by their mean and the range over the seeds, other runs
+  A third panel has the variance ratio, and a line at 1/3, below which three
+  gradients instead of one are worth it as far as variance goes. Finished runs
+  are shown by their mean and the range over the seeds, other runs
   by dotted lines.
 
   Args:
@@ -178,44 +209,66 @@ def write_plot(
     methods: names of the methods, in the order of the legend.
     title: title of the whole figure.
   """
-  figure = Figure(figsize=(10, 4), layout="constrained")
-  axes = figure.subplots(1, 2, sharey=True)
-  for axis, field in zip(axes, ("epoch", "gradients_per_example"), strict=True):
+  figure = Figure(figsize=(14, 4), layout="constrained")
+  axes = figure.subplots(1, 3)
+  fields = (
+    ("epoch", "train_loss"),
+    ("gradients_per_example", "train_loss"),
+    ("epoch", "variance_ratio"),
+  )
+  for axis, (x_field, y_field) in zip(axes, fields, strict=True):
     for index, method in enumerate(methods):
       of_method = [run for run in runs if run.method == method]
-      _draw(axis, of_method, field, method, f"C{index}")
+      _draw(axis, of_method, x_field, y_field, method, f"C{index}")
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
   axes[0].set(xlabel="epochs", ylabel="train loss")
   axes[1].set(xlabel="gradient evaluations per example")
+  axes[1].sharey(axes[0])
+  axes[2].set(xlabel="epochs", ylabel="variance, corrected / plain")
+  axes[2].axhline(1 / 3, color="black", linestyle="--", linewidth=1)
   axes[0].legend(title="mean and range over seeds")
   figure.suptitle(title)
   figure.savefig(path, format="png", dpi=150)
 
 
 def _draw(
-  axis: Axes, runs: Sequence[Run], field: str, method: str, color: str
+  axis: Axes,
+  runs: Sequence[Run],
+  x_field: str,
+  y_field: str,
+  method: str,
+  color: str,
 ) -> None:
   finished = [run for run in runs if run.finished]
-  x = np.array([_column(run, field) for run in finished])
-  loss = np.array([_column(run, "train_loss") for run in finished])
+  x = np.array([_column(run, x_field) for run in finished])
+  y = np.array([_column(run, y_field) for run in finished])
   # A label without data, so that the legend has all methods.
   axis.plot([], [], color=color, label=method)
   if finished:
     x = x.mean(axis=0)
-    axis.plot(x, loss.mean(axis=0), color=color)
+    axis.plot(x, y.mean(axis=0), color=color)
     axis.fill_between(
-      x, loss.min(axis=0), loss.max(axis=0), color=color, alpha=0.2, linewidth=0
+      x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.2, linewidth=0
     )
   for run in runs:
     if not run.finished:
-      axis.plot(
-        _column(run, field), _column(run, "train_loss"), ":", color=color
-      )
+      axis.plot(_column(run, x_field), _column(run, y_field), ":", color=color)
 
 
 def _column(run: Run, field: str) -> list[float]:
-  return [getattr(point, field) for point in run.history]
+  values = [getattr(point, field) for point in run.history]
+  return [math.nan if value is None else value for value in values]
+
+
+def _mean_ratio(runs: Sequence[Run]) -> float | None:
+  ratios = [
+    point.variance_ratio
+    for run in runs
+    for point in run.history
+    if point.variance_ratio is not None
+  ]
+  return statistics.fmean(ratios) if ratios else None
 
 
 def _mean_std(values: Sequence[float]) -> dict[str, float | None]:
@@ -232,5 +285,5 @@ def _with_std(
   return f"{text} ± {scale * value['std']:{std_spec}}"
 
 
-def _finite(x: float) -> float | None:
-  return x if math.isfinite(x) else None
+def _finite(x: float | None) -> float | None:
+  return x if x is not None and math.isfinite(x) else None

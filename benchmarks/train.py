@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a model with plain, SVRG and alpha-SVRG, and compares them.
+"""Trains a model with plain, SVRG, alpha-SVRG and adaptive, and compares them.
 
 Run ``python -m benchmarks.train --help``.
 """
@@ -87,19 +87,36 @@ class Method(NamedTuple):
   coefficient: optax.Schedule
 
 
+class Epoch(NamedTuple):
+  """What is known of the steps of an epoch.
+
+  Attributes:
+    second_gradients: number of steps that evaluated a second gradient.
+    alpha: mean of the coefficient.
+    plain_moment: mean square distance of the plain gradient from the mean
+      gradient of the snapshot; 0 without a snapshot.
+    corrected_moment: that of the corrected gradient.
+  """
+
+  second_gradients: jax.Array
+  alpha: jax.Array
+  plain_moment: jax.Array
+  corrected_moment: jax.Array
+
+
 class Program(NamedTuple):
   """What is compiled for a method.
 
   Attributes:
-    tx: the whole optimizer.
+    init: makes the state of the method and of the optimizer.
     snapshot: moves the snapshot to the present parameters; ``None`` if none is
       ever taken.
-    epoch: trains for an epoch and tells in how many steps a second gradient was
-      evaluated.
+    epoch: trains for an epoch at a peak learning rate, and returns the
+      parameters, the state, and an :class:`Epoch`.
     snapshot_epochs: the epochs that begin with a snapshot.
   """
 
-  tx: optax.GradientTransformation
+  init: Callable
   snapshot: Callable | None
   epoch: Callable
   snapshot_epochs: frozenset[int]
@@ -119,22 +136,35 @@ OPTIMIZERS = {
 }
 
 
-def _plain(options: Options, steps_per_epoch: int) -> Method:
+def plain(options: Options, steps_per_epoch: int) -> Method:
+  """No variance reduction."""
   return Method(optax.identity(), optax.constant_schedule(0.0))
 
 
-def _svrg(options: Options, steps_per_epoch: int) -> Method:
+def svrg(options: Options, steps_per_epoch: int) -> Method:
+  """A coefficient of 1."""
   return Method(optax_svrg.alpha_svrg(1.0), optax.constant_schedule(1.0))
 
 
-def _alpha_svrg(options: Options, steps_per_epoch: int) -> Method:
+def alpha_svrg(options: Options, steps_per_epoch: int) -> Method:
+  """A coefficient that decays linearly."""
   schedule = optax_svrg.linear_decay(
     options.alpha0, options.epochs, steps_per_epoch
   )
   return Method(optax_svrg.alpha_svrg(schedule), schedule)
 
 
-METHODS = {"plain": _plain, "svrg": _svrg, "alpha-svrg": _alpha_svrg}
+def adaptive(options: Options, steps_per_epoch: int) -> Method:
+  """A coefficient that is estimated."""
+  return Method(optax_svrg.adaptive_svrg(), optax.constant_schedule(1.0))
+
+
+METHODS: dict[str, Callable[[Options, int], Method]] = {
+  "plain": plain,
+  "svrg": svrg,
+  "alpha-svrg": alpha_svrg,
+  "adaptive": adaptive,
+}
 
 
 class Trainer:
@@ -143,9 +173,15 @@ class Trainer:
   Args:
     options: the command line.
     dataset: the data set.
+    methods: makes the methods, by their names.
   """
 
-  def __init__(self, options: Options, dataset: data.Dataset):
+  def __init__(
+    self,
+    options: Options,
+    dataset: data.Dataset,
+    methods: dict[str, Callable[[Options, int], Method]],
+  ):
     self._options = options
     self._num_layers = models.NUM_LAYERS[options.model]
     self._num_inputs = dataset.train_images.shape[1]
@@ -164,37 +200,42 @@ class Trainer:
       self._evaluate_fn, (params, self._train, self._validation)
     )
     self._programs = {
-      name: self._program(METHODS[name](options, self._steps_per_epoch), params)
-      for name in options.methods
+      name: self._program(method(options, self._steps_per_epoch), params)
+      for name, method in methods.items()
     }
 
   def train(
-    self, run: reporting.Run, on_epoch: Callable[[reporting.Point], None]
+    self,
+    run: reporting.Run,
+    lr: float,
+    on_epoch: Callable[[reporting.Point], None] = lambda point: None,
   ) -> None:
     """Trains once.
 
     Args:
       run: method and seed; its history grows from epoch to epoch, so that it
         holds the results so far when the training is interrupted.
+      lr: peak learning rate.
       on_epoch: called with the results of each epoch.
     """
     program = self._programs[run.method]
     init_key, order_key = jax.random.split(jax.random.key(run.seed))
     _, params = self._init(init_key)
-    opt_state = program.tx.init(params)
+    opt_state = program.init(params)
     evaluations, seconds = 0, 0.0
     run.history.append(self._point(params, 0, evaluations, seconds))
     for epoch in range(self._options.epochs):
       # The same order for all methods.
       key = jax.random.fold_in(order_key, epoch)
       start = time.perf_counter()
-      params, opt_state, count = self._train_epoch(
-        program, params, opt_state, key, epoch in program.snapshot_epochs
+      params, opt_state, steps, count = self._train_epoch(
+        program, params, opt_state, key, lr, epoch in program.snapshot_epochs
       )
       seconds += time.perf_counter() - start
       evaluations += count
-      run.history.append(self._point(params, epoch + 1, evaluations, seconds))
-      on_epoch(run.history[-1])
+      point = self._point(params, epoch + 1, evaluations, seconds, steps)
+      run.history.append(point)
+      on_epoch(point)
     run.finished = True
 
   def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
@@ -208,30 +249,41 @@ class Trainer:
     self,
     program: Program,
     params: optax.Params,
-    opt_state: optax.OptState,
+    opt_state: Any,
     key: jax.Array,
+    lr: float,
     with_snapshot: bool,
-  ) -> tuple[optax.Params, optax.OptState, int]:
+  ) -> tuple[optax.Params, Any, Epoch, int]:
     """Trains for an epoch and counts the gradients of examples evaluated."""
     if with_snapshot:
       opt_state = program.snapshot(opt_state, params, self._train)
-    params, opt_state, corrected = jax.block_until_ready(
-      program.epoch(params, opt_state, self._train, key)
+    params, opt_state, steps = jax.block_until_ready(
+      program.epoch(params, opt_state, self._train, key, np.float32(lr))
     )
-    batches = self._steps_per_epoch + int(corrected)
+    batches = self._steps_per_epoch + int(steps.second_gradients)
     count = batches * self._options.batch_size
-    return params, opt_state, count + with_snapshot * self._num_examples
+    return params, opt_state, steps, count + with_snapshot * self._num_examples
 
   def _point(
-    self, params: optax.Params, epoch: int, evaluations: int, seconds: float
+    self,
+    params: optax.Params,
+    epoch: int,
+    evaluations: int,
+    seconds: float,
+    steps: Epoch | None = None,
   ) -> reporting.Point:
     loss, accuracy = self._evaluate(params, self._train, self._validation)
+    ratio = None
+    if steps is not None and steps.plain_moment > 0:
+      ratio = float(steps.corrected_moment / steps.plain_moment)
     return reporting.Point(
       epoch=epoch,
       train_loss=float(loss),
       validation_accuracy=float(accuracy),
       gradients_per_example=evaluations / self._num_examples,
       seconds=seconds,
+      alpha=None if steps is None else float(steps.alpha),
+      variance_ratio=ratio,
     )
 
   def _loss(self, params: optax.Params, batch: Any) -> jax.Array:
@@ -252,20 +304,23 @@ class Trainer:
     """Compiles a method."""
     options = self._options
     total_steps = options.epochs * self._steps_per_epoch
-    learning_rate = optax.warmup_cosine_decay_schedule(
+    # In units of the peak, so that one program serves all learning rates.
+    schedule = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
-      peak_value=options.lr,
+      peak_value=1.0,
       warmup_steps=total_steps // 10,
       decay_steps=total_steps,
     )
     # Without variance reduction, grad_fn is accepted and ignored.
-    tx = optax.with_extra_args_support(
-      optax.chain(
-        method.transform, OPTIMIZERS[options.optimizer].make(learning_rate)
-      )
-    )
+    transform = optax.with_extra_args_support(method.transform)
+
+    def optimizer(lr):
+      return OPTIMIZERS[options.optimizer].make(lambda i: lr * schedule(i))
+
     grad = jax.grad(self._loss)
-    opt_state = tx.init(params)
+
+    def init(params):
+      return transform.init(params), optimizer(options.lr).init(params)
 
     def snapshot(opt_state, params, train):
       return optax_svrg.take_snapshot(
@@ -278,40 +333,48 @@ class Trainer:
         ),
       )
 
-    def epoch(params, opt_state, train, key):
+    def epoch(params, opt_state, train, key, lr):
       order = jax.random.permutation(key, self._num_examples)
       shape = (self._steps_per_epoch, options.batch_size)
 
       def step(carry, indices):
-        params, opt_state = carry
+        params, (state, opt_state) = carry
         batch = jax.tree.map(lambda x: x[indices], train)
         grad_fn = lambda p: grad(p, batch)
-        updates, opt_state = tx.update(
-          grad_fn(params), opt_state, params, grad_fn=grad_fn
+        grads = grad_fn(params)
+        corrected, state = transform.update(
+          grads, state, params, grad_fn=grad_fn
         )
+        updates, opt_state = optimizer(lr).update(corrected, opt_state, params)
         params = optax.apply_updates(params, updates)
-        # The coefficient that this very step has used.
-        alpha = jnp.asarray(optax.tree.get(opt_state, "alpha", 0.0))
-        return (params, opt_state), alpha != 0
+        return (params, (state, opt_state)), _observe(grads, corrected, state)
 
       # The remainder of the epoch is dropped, as the authors do by default.
-      (params, opt_state), corrected = jax.lax.scan(
+      (params, opt_state), steps = jax.lax.scan(
         step, (params, opt_state), order[: math.prod(shape)].reshape(shape)
       )
-      return params, opt_state, corrected.sum()
+      return (
+        params,
+        opt_state,
+        Epoch(
+          steps.second_gradients.sum(),
+          *(x.mean() for x in steps[1:]),
+        ),
+      )
 
     snapshot_epochs = frozenset(
       start
       for start in range(0, options.epochs, options.snapshot_every)
       if self._is_useful(method.coefficient, start)
     )
-    key = jax.random.key(0)
+    opt_state = init(params)
+    key, lr = jax.random.key(0), np.float32(0)
     return Program(
-      tx,
+      init,
       _compile(snapshot, (opt_state, params, self._train), donate=(0,))
       if snapshot_epochs
       else None,
-      _compile(epoch, (params, opt_state, self._train, key), donate=(0, 1)),
+      _compile(epoch, (params, opt_state, self._train, key, lr), donate=(0, 1)),
       snapshot_epochs,
     )
 
@@ -322,6 +385,29 @@ class Trainer:
       start * self._steps_per_epoch, stop * self._steps_per_epoch
     )
     return bool(np.any(coefficient(counts) != 0))
+
+
+def _observe(
+  grads: optax.Updates, corrected: optax.Updates, state: Any
+) -> Epoch:
+  """What a step tells about its correction."""
+  mean_grads = optax.tree.get(state, "mean_grads")
+  if mean_grads is None:
+    return Epoch(*map(jnp.asarray, (0, 0.0, 0.0, 0.0)))
+  # The coefficient that this very step has used.
+  alpha = optax.tree.get(state, "alpha")
+  taken = optax.tree.get(state, "num_snapshots") > 0
+  # An estimate needs the second gradient even where it is 0.
+  estimated = optax.tree.get(state, "estimate") is not None
+  moments = [
+    optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
+    for g in (grads, corrected)
+  ]
+  return Epoch(
+    (taken if estimated else alpha != 0).astype(int),
+    alpha,
+    *(jnp.where(taken, moment, 0) for moment in moments),
+  )
 
 
 def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
@@ -351,10 +437,11 @@ def _scanned(
   return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)
 
 
-class _Command(click.Command):
+class Command(click.Command):
   """Reports an error in one line, without the usage."""
 
-  def main(self, *args, **kwargs):
+  def main(self, *args: Any, **kwargs: Any) -> None:
+    """Runs the command and exits."""
     try:
       status = super().main(*args, **kwargs, standalone_mode=False)
     except click.ClickException as e:
@@ -365,7 +452,8 @@ class _Command(click.Command):
       status = _INTERRUPTED
     sys.exit(status)
 
-  def parse_args(self, ctx, args):
+  def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    """Keeps the arguments as they were given."""
     ctx.obj = list(args)  # For the record.
     return super().parse_args(ctx, args)
 
@@ -394,7 +482,7 @@ def _parse_methods(
   return methods
 
 
-@click.command(cls=_Command)
+@click.command(cls=Command)
 @click.option(
   "--dataset",
   type=click.Choice(data.DATASETS),
@@ -579,13 +667,15 @@ def _train_all(
         f" loss {point.train_loss:#.3g}",
       )
 
-    trainer = Trainer(options, dataset)
+    trainer = Trainer(
+      options, dataset, {name: METHODS[name] for name in options.methods}
+    )
     # Seed by seed, so that methods can be compared after an interruption.
     for seed in range(options.seeds):
       for method in options.methods:
         runs.append(reporting.Run(method, seed))
         progress.update(task, description=f"{method}, seed {seed}")
-        trainer.train(runs[-1], on_epoch)
+        trainer.train(runs[-1], options.lr, on_epoch)
         on_run()
 
 

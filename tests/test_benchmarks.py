@@ -38,7 +38,7 @@ import optax_svrg
 pytestmark = pytest.mark.standard_promotion
 
 TRAIN, VALIDATION, SIDE = 50, 20, 6
-METHODS = ("plain", "svrg", "alpha-svrg")
+METHODS = ("plain", "svrg", "alpha-svrg", "adaptive")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -343,6 +343,7 @@ class TestReporting:
       "final_train_loss": {"mean": 1.0, "std": None},
       "validation_accuracy": {"mean": 0.7, "std": None},
       "gradients_per_example": 6.0,
+      "variance_ratio": None,
       "seconds": 4.0,
     }
     assert (b["method"], b["runs"]) == ("b", 2)
@@ -423,7 +424,32 @@ class TestTraining:
       "svrg": pytest.approx(3 * (TRAIN + 2 * steps) / TRAIN),
       # Coefficients 0.75, 0.375 and 0.
       "alpha-svrg": pytest.approx((2 * (TRAIN + 2 * steps) + steps) / TRAIN),
+      "adaptive": pytest.approx(3 * (TRAIN + 2 * steps) / TRAIN),
     }
+
+  def test_coefficients_and_variance_ratios(self, comparison):
+    """What the steps of an epoch tell, in the JSON and in the table."""
+    result, results, _ = comparison
+    for run in results["runs"]:
+      start, *history = run["history"]
+      assert start["alpha"] is start["variance_ratio"] is None
+      alphas = [point["alpha"] for point in history]
+      ratios = [point["variance_ratio"] for point in history]
+      if run["method"] == "plain":
+        assert alphas == [0, 0, 0]
+        assert ratios == [None] * 3
+      elif run["method"] == "alpha-svrg":
+        assert alphas == [0.75, 0.375, 0]
+        assert ratios[2] == 1
+      else:
+        # Of 3 steps, the first has the coefficient 1 and no variance.
+        assert all(1 / 3 < alpha <= 1 for alpha in alphas)
+        assert all(0 < ratio < 1.5 for ratio in ratios)
+    by_method = {
+      row["method"]: row["variance_ratio"] for row in results["table"]
+    }
+    assert by_method["plain"] is None
+    assert f" {by_method['adaptive']:.3f} " in result.stdout
 
   def test_json(self, comparison, data_dir):
     _, results, out = comparison
@@ -451,7 +477,7 @@ class TestTraining:
       "train_examples": TRAIN,
       "validation_examples": VALIDATION,
     }
-    assert len(results["runs"]) == 6
+    assert len(results["runs"]) == 8
     for run in results["runs"]:
       assert run["finished"]
       assert not run["diverged"]
@@ -478,7 +504,7 @@ class TestTraining:
 
   def test_methods_differ(self, comparison):
     final = {losses(comparison[1], method)[-1] for method in METHODS}
-    assert len(final) == 3
+    assert len(final) == 4
 
   def test_deterministic(self, comparison, invoke):
     # Also whatever the other methods and seeds are.
@@ -686,7 +712,7 @@ class TestOptions:
     assert not result.stdout
     assert result.stderr == (
       "Error: Invalid value for '--methods': 'nag' is not one of plain, svrg,"
-      " alpha-svrg.\n"
+      " alpha-svrg, adaptive.\n"
     )
 
   def test_help(self):

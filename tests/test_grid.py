@@ -1,0 +1,229 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The grid of problems, and the studies that are built on it."""
+
+import json
+import math
+
+from click.testing import CliRunner
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import coefficient, grid, staleness, train
+import optax_svrg
+from tests import helpers
+
+
+def runs(losses, lr=0.1):
+  """Rows of the form of grid.run_cell."""
+  return [
+    {"method": method, "lr": lr, "seed": seed, "train_loss": loss}
+    for method, values in losses.items()
+    for seed, loss in enumerate(values)
+  ]
+
+
+class TestCompare:
+  @pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+      ([1.0, 1.1, 1.2], [2.0, 2.2, 2.1], "win"),
+      ([2.0, 2.2, 2.1], [1.0, 1.1, 1.2], "loss"),
+      ([1.0, 1.4, 0.6], [1.1, 1.1, 1.1], "tie"),
+      ([1.0, math.inf, 1.0], [2.0, 2.0, 2.0], "loss"),
+      ([2.0, 2.0, 2.0], [1.0, math.inf, 1.0], "win"),
+      ([math.inf] * 3, [math.inf] * 3, "tie"),
+      # Paired: the seeds differ by more than the methods do.
+      ([1.0, 2.0, 3.0], [1.1, 2.11, 3.12], "win"),
+    ],
+  )
+  def test_verdict(self, ours, theirs, verdict):
+    got = grid.compare(dict(enumerate(ours)), dict(enumerate(theirs)))
+    assert got.verdict == verdict
+
+  def test_numbers(self):
+    got = grid.compare({0: 1.0, 1: 2.0}, {0: 2.0, 1: 2.0})
+    assert got.relative == pytest.approx(-0.25)
+    assert got.deviations == pytest.approx(-0.5 / np.std([-1, 0], ddof=1))
+
+
+class TestSummary:
+  ROWS = (
+    *runs(
+      {
+        "plain": [1.0, 1.1],
+        "svrg": [0.9, 1.1],
+        "linear 0.5": [0.8, 0.9],
+        "linear 0.75": [0.7, 0.8],
+        "linear 1": [0.9, 1.0],
+        "adaptive": [0.6, 0.7],
+      }
+    ),
+    *runs(
+      {
+        "plain": [2.0, 2.1],
+        "svrg": [3.0, 3.0],
+        "linear 0.5": [3.0, 3.0],
+        "linear 0.75": [3.0, 3.0],
+        "linear 1": [3.0, 3.0],
+        "adaptive": [0.3, None],
+      },
+      lr=0.2,
+    ),
+  )
+
+  def test_at_the_rate_of_plain(self):
+    summary = grid.summarise(self.ROWS, own_lr=False)
+    assert {m["lr"] for m in summary["methods"].values()} == {0.1}
+    assert summary["best_linear"] == "linear 0.75"
+    against = summary["against"]
+    assert against["linear"].relative == pytest.approx(0.65 / 0.75 - 1)
+    assert against["plain"].relative == pytest.approx(0.65 / 1.05 - 1)
+
+  def test_divergence_is_not_chosen(self):
+    summary = grid.summarise(self.ROWS, own_lr=True)
+    assert summary["methods"]["adaptive"]["lr"] == 0.1
+
+  def test_close_cells(self):
+    rows = runs(
+      {
+        "plain": [2.0, 2.1, 2.2],
+        "svrg": [3.0, 3.1, 3.2],
+        **{m: [1.0, 1.1, 1.2] for m in grid.LINEAR},
+        "adaptive": [0.5, 0.6, 0.701],
+      }
+    )
+    summary = grid.summarise(rows, own_lr=False)
+    assert grid.close_cells({"mlp": summary}) == []
+    # 6 % below the linear schedules, which an MLP must be 10 % below.
+    rows += runs({m: [0.64, 0.64, 0.64] for m in grid.LINEAR}, lr=0.1)
+    summary = grid.summarise(rows, own_lr=False)
+    assert grid.close_cells({"mlp": summary}) == ["mlp"]
+
+
+def test_grid_covers_what_it_claims():
+  cells = grid.CELLS.values()
+  assert len(cells) >= 18
+  for field, values in {
+    "dataset": {"mnist-5k", "fashion-mnist"},
+    "model": {"logreg", "mlp2", "mlp4"},
+    "optimizer": {"sgd", "adamw"},
+    "batch_size": {64, 128, 512},
+  }.items():
+    assert {getattr(cell, field) for cell in cells} == values
+
+
+@pytest.mark.standard_promotion
+class TestRuns:
+  CELL = grid.Cell("mnist-5k", "logreg", "sgd", 512, 4_000, 2)
+
+  def test_only_what_is_missing_is_run(self, tmp_path):
+    path = tmp_path / "cell.json"
+    methods = {name: grid.METHODS[name] for name in ("plain", "adaptive")}
+    first = grid.run_cell(self.CELL, methods, (0.1,), [0], None, path)
+    assert [row["method"] for row in first] == ["plain", "adaptive"]
+    first[0]["train_loss"] = 123.0
+    path.write_text(json.dumps({"runs": first}))
+    rows = grid.run_cell(self.CELL, methods, (0.1, 0.2), [0, 1], None, path)
+    assert rows[:2] == first
+    keys = {(row["method"], row["lr"], row["seed"]) for row in rows}
+    assert len(keys) == len(rows) == 8
+    assert json.loads(path.read_text())["runs"] == rows
+    # The same as with the rate of the compiled program.
+    assert grid.losses(rows, "adaptive", 0.2)[0] != first[1]["train_loss"]
+
+  def test_linear_schedules_start_where_they_say(self):
+    options = train.Options(*[None] * 12)
+    options = options.__class__(**{**vars(options), "epochs": 3})
+    for name in grid.LINEAR:
+      method = grid.METHODS[name](options, 10)
+      assert method.coefficient(0) == float(name.split()[1])
+      assert method.coefficient(29) == 0
+
+  def test_commands(self, tmp_path, monkeypatch):
+    """Whole studies, of a tiny cell."""
+    name = self.CELL.name
+    monkeypatch.setattr(grid, "CELLS", {name: self.CELL})
+    monkeypatch.setattr(staleness, "CELLS", {self.CELL: 0.1})
+    monkeypatch.setattr(staleness, "SNAPSHOT_EVERY", (1, 2))
+    monkeypatch.setattr(coefficient, "CELLS", {name: 0.1})
+    chosen = ("plain", "svrg", "decay 0.9", "decay 0.9, per leaf")
+    monkeypatch.setattr(
+      coefficient, "METHODS", {m: coefficient.METHODS[m] for m in chosen}
+    )
+    args = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    for command, words in (
+      (grid.main, ["against plain", "cells with an MLP", name]),
+      (staleness.main, ["epochs between snapshots", "adaptive"]),
+      (coefficient.main, [*chosen, "all"]),
+    ):
+      result = CliRunner().invoke(command, args)
+      assert result.exit_code == 0, result.output
+      for word in words:
+        assert word in result.stdout
+
+
+@pytest.mark.usefixtures("x64")
+class TestVariants:
+  def test_the_one_that_was_chosen_is_adaptive_svrg(self):
+    """The study is of the library's arithmetic."""
+    self.agree(coefficient.Variant(0.97), optax_svrg.adaptive_svrg(0.97))
+
+  @pytest.mark.parametrize(
+    "change", [{"current": True}, {"per_leaf": True}, {"start": "full"}]
+  )
+  def test_others_differ(self, change):
+    with pytest.raises(AssertionError):
+      self.agree(
+        coefficient.Variant(0.97, **change), optax_svrg.adaptive_svrg(0.97)
+      )
+
+  @staticmethod
+  def agree(variant, want):
+    problem = helpers.finite_sum([3, 4, 1])
+    params = {"a": jnp.arange(3.0), "b": jnp.array([2.0])}
+    transforms = (coefficient.variant_svrg(variant), want)
+    states = [helpers.with_snapshot(tx, params, problem) for tx in transforms]
+    point = jax.tree.map(lambda x: 0.7 * x, params)
+    for batch in problem.batches:
+      grad_fn = lambda p, b=batch: problem.grad(p, b)
+      updates = []
+      for i, tx in enumerate(transforms):
+        u, states[i] = tx.update(
+          grad_fn(point), states[i], point, grad_fn=grad_fn
+        )
+        updates.append(u)
+      helpers.assert_close(*updates, rtol=1e-12)
+
+
+def test_a_variant_that_keeps_its_averages():
+  problem = helpers.finite_sum([3, 4, 1])
+  params = {"a": jnp.arange(3.0)}
+  point = jax.tree.map(lambda x: 0.7 * x, params)
+  after = {}
+  for start in ("kept", "empty"):
+    tx = coefficient.variant_svrg(coefficient.Variant(0.9, start=start))
+    state = helpers.with_snapshot(tx, params, problem)
+    for _ in range(2):
+      for batch in problem.batches:
+        grad_fn = lambda p, b=batch: problem.grad(p, b)
+        _, state = tx.update(grad_fn(point), state, point, grad_fn=grad_fn)
+      state = optax_svrg.take_snapshot(state, point, problem.full_grad)
+    grad_fn = lambda p: problem.grad(p, problem.batches[0])
+    _, state = tx.update(grad_fn(point), state, point, grad_fn=grad_fn)
+    after[start] = float(state.svrg.alpha)
+  assert after["empty"] == 1
+  assert 0 < after["kept"] < 1
