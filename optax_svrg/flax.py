@@ -203,7 +203,8 @@ def take_snapshot(
   :func:`flax.nnx.jit`.
 
   Args:
-    optimizer: an optimizer with :func:`optax_svrg.alpha_svrg` in its chain.
+    optimizer: an optimizer with :func:`optax_svrg.alpha_svrg` or
+      :func:`optax_svrg.adaptive_svrg` in its chain.
     model: the model that it optimizes, which is not changed.
     mean_grad_fn: a function from an :class:`flax.nnx.State` of the variables
       ``optimizer.wrt`` to the mean gradient over the data set, a state of the

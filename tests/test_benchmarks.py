@@ -20,9 +20,11 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
+import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 
 from click.testing import CliRunner
 from flax import nnx
@@ -384,6 +386,102 @@ class TestReporting:
     assert list(tmp_path.iterdir()) == [path]
 
 
+class Malicious:
+  """Runs a command when it is read."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+class TestCifar:
+  """Archives of the true format, with few images."""
+
+  @pytest.fixture
+  def folder(self, tmp_path):
+    """The unpacked archive, and what is in it."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    images = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    labels = rng.integers(0, 10, (6, 4))
+    for name, x, y in zip(names, images, labels, strict=True):
+      batch = {b"data": x, b"labels": y.tolist(), b"batch_label": b"test"}
+      (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder, images, labels
+
+  @pytest.mark.parametrize("form", ["folder", "parent", "archive"])
+  def test_values(self, folder, form, tmp_path):
+    folder, images, labels = folder
+    where = {"folder": folder, "parent": folder.parent, "archive": tmp_path}
+    if form == "archive":
+      with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, folder.name)
+    got = data.load("cifar-10", where[form])
+    train_pixels = images[:5].reshape(-1, 3072)
+    mean, std = train_pixels.mean(), train_pixels.std()
+    np.testing.assert_allclose(
+      got.train_images, (train_pixels - mean) / std, atol=1e-5
+    )
+    np.testing.assert_array_equal(got.train_labels, labels[:5].ravel())
+    np.testing.assert_allclose(
+      got.validation_images, (images[5] - mean) / std, atol=1e-5
+    )
+    np.testing.assert_array_equal(got.validation_labels, labels[5])
+    assert got.num_classes == 10
+
+  def test_a_pickle_that_would_run_code(self, folder, tmp_path):
+    folder, _, _ = folder
+    witness = tmp_path / "witness"
+    bad = folder / "data_batch_3"
+    bad.write_bytes(pickle.dumps({b"data": Malicious(witness)}))
+    with pytest.raises(
+      data.DataError, match=r"data_batch_3.*asks for .*system"
+    ):
+      data.load("cifar-10", folder)
+    assert not witness.exists()
+
+  @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+      (b"", "data_batch_2: is no batch"),
+      (pickle.dumps({b"data": [1]}), "data_batch_2: is no batch.*labels"),
+      (
+        pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"labels": [1, 2]}),
+        r"must hold bytes of the shape \[2, 3072\].*got uint8 .*\[2, 5\]",
+      ),
+      (
+        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}),
+        "labels must be from 0 to 9, got 10",
+      ),
+      (None, "data_batch_2: No such file"),
+    ],
+  )
+  def test_damage(self, folder, content, message):
+    folder, _, _ = folder
+    path = folder / "data_batch_2"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(data.DataError, match=message) as error:
+      data.load("cifar-10", folder)
+    assert "\n" not in str(error.value)
+
+  @pytest.mark.parametrize("damage", ["truncated", "incomplete"])
+  def test_damaged_archive(self, folder, tmp_path, damage):
+    folder, _, _ = folder
+    path = tmp_path / "cifar-10-python.tar.gz"
+    if damage == "incomplete":
+      (folder / "test_batch").unlink()
+    with tarfile.open(path, "w:gz") as tar:
+      tar.add(folder, folder.name)
+    if damage == "truncated":
+      path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(data.DataError, match=r"cifar-10-python\.tar\.gz"):
+      data.load("cifar-10", tmp_path)
+
+
 ARGS = ("--model=mlp2", "--epochs=3", "--seeds=2")
 
 
@@ -665,7 +763,8 @@ class TestOptions:
         "--snapshot-every=1 --methods=plain",
         "--snapshot-every needs a method with snapshots, got --methods plain.",
       ),
-      ("--data-dir=.", "--data-dir . needs --dataset fashion-mnist, got"),
+      ("--data-dir=.", "--dataset mnist-5k takes no --data-dir, got ."),
+      ("--dataset=cifar-10", "--dataset cifar-10 needs --data-dir."),
       ("--dataset=fashion-mnist", "--dataset fashion-mnist needs --data-dir."),
       (
         "--dataset=fashion-mnist --data-dir=missing",
