@@ -178,6 +178,26 @@ def test_mean_is_over_the_masks_that_training_draws():
   )
 
 
+def test_adaptive():
+  model = Model(nnx.Rngs(params=0, dropout=1))
+  tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.05))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def train_step(model, optimizer, batch):
+    _, grads, grad_fn = optax_svrg.flax.value_and_grad(loss_fn)(model, batch)
+    optimizer.update(model, grads, grad_fn=grad_fn)
+
+  alphas = []
+  for _ in range(2):
+    snapshot(optimizer, model, batches())
+    for batch in batches():
+      train_step(model, optimizer, batch)
+      alphas.append(float(optax.tree.get(optimizer.opt_state, "alpha")[...]))
+  assert alphas[0] == alphas[4] == 1
+  assert 0 < alphas[3] < 1
+
+
 def test_mean_can_be_taken_again():
   """As take_snapshot does for states that round the snapshot differently."""
   model = Model(nnx.Rngs(params=0, dropout=1))
