@@ -229,7 +229,7 @@ def test_adaptive_in_every_wrapper(name):
   assert helpers.types(helpers.svrg_state(state)) == types
   assert alphas[0] == alphas[6] == 1
   assert 0 < alphas[5] < 1
-  assert 0 < optax.tree.get(state, "variance_ratio") < 1
+  assert 0 < optax.tree.get(state, "variance_ratio") <= 1
 
 
 def test_snapshot_of_several_states():
