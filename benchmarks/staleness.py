@@ -28,8 +28,8 @@ EPOCHS = 16
 # The last one takes a single snapshot, at the start.
 SNAPSHOT_EVERY = (1, 2, 4, 8, EPOCHS)
 METHODS = {
-  name: train.METHODS[name]
-  for name in ("plain", "svrg", "alpha-svrg", "adaptive")
+  name: grid.METHODS[name]
+  for name in ("plain", "svrg", "linear 0.75", "adaptive")
 }
 # Problem and learning rate, the latter about the best for plain.
 CELLS = {

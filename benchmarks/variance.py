@@ -18,7 +18,6 @@ Run ``python -m benchmarks.variance --help``.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 from pathlib import Path
 import statistics
@@ -216,6 +215,10 @@ class Training:
     self._optimizer = train.OPTIMIZERS[optimizer].make(
       lambda _: LEARNING_RATES[optimizer]
     )
+    # Compiled functions of its own, which end with it.
+    self._begin = jax.jit(self._begin_fn)
+    self._advance = jax.jit(self._advance_fn)
+    self._measure = jax.jit(self._measure_fn)
 
   def run(self) -> tuple[list[Point], np.ndarray]:
     """Trains.
@@ -271,8 +274,7 @@ class Training:
     """The gradients of all batches, with a leading axis."""
     return jax.lax.map(lambda batch: self._grad(params, batch), batches)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def _begin(self, epoch: Any, carry: Any) -> tuple[Any, Any, Any]:
+  def _begin_fn(self, epoch: Any, carry: Any) -> tuple[Any, Any, Any]:
     """The batches of an epoch, and a snapshot over these very batches."""
     params, state, opt_state = carry
     shape = (self._steps, self._settings.batch_size)
@@ -287,8 +289,7 @@ class Training:
     state = optax_svrg.take_snapshot(state, params, lambda _: mean)
     return batches, grads, (params, state, opt_state)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def _advance(
+  def _advance_fn(
     self, batches: Any, carry: Any, used: Any, start: Any, stop: Any
   ) -> tuple[Any, Any]:
     """Trains from one step of the epoch to another."""
@@ -307,8 +308,7 @@ class Training:
 
     return jax.lax.fori_loop(start, stop, step, (carry, used))
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def _measure(
+  def _measure_fn(
     self, batches: Any, snapshot_grads: Any, carry: Any
   ) -> tuple[dict[str, Any], Any]:
     """All of a :class:`Point` but the epoch, and the best coefficients."""
