@@ -13,7 +13,7 @@
 # limitations under the License.
 """The data sets: standardised images with labels, from local files only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import gzip
 import hashlib
 import math
@@ -146,30 +146,48 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
   return np.frombuffer(raw, np.uint8, offset=payload).reshape(shape)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-  """Reads arrays, dictionaries and the like; a pickle can run any code."""
+class _PickledDtype:
+  """A dtype in a pickle; only bytes are read."""
 
-  _ALLOWED = frozenset(
-    {
-      ("numpy", "dtype"),
-      ("numpy", "ndarray"),
-      ("numpy.core.multiarray", "_reconstruct"),
-      ("numpy._core.multiarray", "_reconstruct"),
-      ("_codecs", "encode"),
-    }
-  )
+  def __init__(self, kind: bytes | str, *flags: Any):
+    if kind not in (b"u1", "u1"):
+      raise pickle.UnpicklingError(f"it has an array of dtype {kind!r}")
+
+  def __setstate__(self, state: Any) -> None:
+    pass
+
+
+class _PickledArray:
+  """An array of bytes in a pickle."""
+
+  def __setstate__(self, state: Any) -> None:
+    _, shape, dtype, is_fortran, raw = state
+    if not isinstance(dtype, _PickledDtype):
+      raise pickle.UnpicklingError("it has an array without a dtype")
+    self.array = np.frombuffer(raw, np.uint8).reshape(
+      shape, order="F" if is_fortran else "C"
+    )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Reads arrays of bytes, and what needs no name: lists, numbers and so on.
+
+  A pickle can run any code. It is not enough to admit NumPy's own names, which
+  can be made to take raw memory for objects.
+  """
+
+  _STAND_INS: Mapping[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _PickledDtype,
+    ("numpy", "ndarray"): None,
+    # The module has been renamed since the files were written.
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+  }
 
   def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in self._ALLOWED:
+    if (module, name) not in self._STAND_INS:
       raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-    if module.startswith("numpy"):
-      # The module has been renamed since the files were written.
-      return {
-        "dtype": np.dtype,
-        "ndarray": np.ndarray,
-        "_reconstruct": np._core.multiarray._reconstruct,
-      }[name]
-    return super().find_class(module, name)
+    return self._STAND_INS[module, name]
 
 
 def read_cifar_batch(
@@ -189,7 +207,7 @@ def read_cifar_batch(
   """
   try:
     batch = _PlainUnpickler(file, encoding="bytes").load()
-    images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+    images, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
   # A damaged pickle may raise anything.
   except Exception as e:
     reason = _reason(e) or type(e).__name__

@@ -34,7 +34,7 @@ import optax
 from benchmarks import data, models, reporting, train
 import optax_svrg
 
-# Constant over training, as in the paper's analysis.
+# Constant over training; what the paper's analysis had is not known.
 LEARNING_RATES = {"sgd": 0.1, "adamw": 0.001}
 METHODS = ("plain", "svrg", "alpha-svrg", "adaptive", "optimal")
 METRICS = optax_svrg.GradientVariance._fields
@@ -122,6 +122,8 @@ def mean_of_live(alphas: Any) -> jax.Array:
 class Point(NamedTuple):
   """What is measured at one moment, over all batches of the epoch.
 
+  What a method does not have is NaN.
+
   Attributes:
     epoch: number of epochs trained, with a fraction.
     train_loss: mean loss over the batches.
@@ -143,10 +145,10 @@ class Point(NamedTuple):
   total_variance: float
   spectral_norm: float
   alpha: float
-  optimal_component: float | None
-  optimal_tree: float | None
+  optimal_component: float
+  optimal_tree: float
   variance_ratio: float
-  estimated_ratio: float | None
+  estimated_ratio: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Training:
 
   Args:
     settings: what all trainings have in common.
-    dataset: the data set.
+    dataset: the data set, its arrays on the device.
     model: name of the model.
     optimizer: name of the optimizer.
     method: name of the method.
@@ -190,7 +192,7 @@ class Training:
     self._method = method
     self._num_examples = len(dataset.train_labels)
     self._steps = self._num_examples // settings.batch_size
-    self._train = jax.device_put((dataset.train_images, dataset.train_labels))
+    self._train = (dataset.train_images, dataset.train_labels)
     self._graphdef, params = nnx.split(
       models.MLP(
         models.NUM_LAYERS[model],
@@ -236,7 +238,7 @@ class Training:
     dense = self._starts(settings.points if is_dense else 0)
     sparse = self._starts(settings.sparse_points)
     for epoch in range(settings.epochs):
-      batches, snapshot_grads, carry = self._begin(epoch, carry)
+      batches, snapshot_grads, carry = self._begin(epoch, carry, self._train)
       used = jnp.zeros(self._steps)
       stops = sorted({*dense, *sparse})
       for start, stop in itertools.pairwise([*stops, self._steps]):
@@ -258,10 +260,7 @@ class Training:
     )
 
   def _point(self, epoch: float, measured: Mapping[str, Any]) -> Point:
-    finite = {
-      name: float(x) if np.isfinite(x) else None for name, x in measured.items()
-    }
-    return Point(epoch=epoch, **finite)
+    return Point(epoch, **{name: float(x) for name, x in measured.items()})
 
   def _loss(self, params: optax.Params, batch: Any) -> jax.Array:
     images, labels = batch
@@ -274,14 +273,16 @@ class Training:
     """The gradients of all batches, with a leading axis."""
     return jax.lax.map(lambda batch: self._grad(params, batch), batches)
 
-  def _begin_fn(self, epoch: Any, carry: Any) -> tuple[Any, Any, Any]:
+  def _begin_fn(
+    self, epoch: Any, carry: Any, train_set: Any
+  ) -> tuple[Any, Any, Any]:
     """The batches of an epoch, and a snapshot over these very batches."""
     params, state, opt_state = carry
     shape = (self._steps, self._settings.batch_size)
     key = jax.random.fold_in(jax.random.key(1), epoch)
     order = jax.random.permutation(key, self._num_examples)
     order = order[: self._steps * self._settings.batch_size].reshape(shape)
-    batches = jax.tree.map(lambda x: x[order], self._train)
+    batches = jax.tree.map(lambda x: x[order], train_set)
     if self._method == "plain":
       return batches, None, carry
     grads = self._grads(params, batches)
@@ -358,27 +359,39 @@ class Training:
     }
 
 
-def by_epoch(points: Sequence[Point], field: str) -> list[tuple[float, float]]:
-  """Two means per epoch, as the paper's values are given.
+class EpochMeans(NamedTuple):
+  """An epoch in three numbers, the first two as the paper's values are given.
+
+  Attributes:
+    mean: mean over the epoch without the moment of the snapshot.
+    end: mean over the last 15 % of the epoch; its last measurement if there is
+      none in that part.
+    start: at the snapshot.
+  """
+
+  mean: float
+  end: float
+  start: float
+
+
+def by_epoch(points: Sequence[Point], field: str) -> list[EpochMeans]:
+  """Summarises each epoch of a training.
 
   Args:
     points: measurements of one training.
     field: what of them.
 
   Returns:
-    For each epoch the mean without the moment of the snapshot, and the mean
-    over the last 15 %; of the last measurement if there is none in that part.
+    An item for each epoch.
   """
   result = []
   for epoch, group in itertools.groupby(points, lambda p: int(p.epoch + 1e-9)):
-    values = [
-      (point.epoch - epoch, getattr(point, field))
-      for point in group
-      if point.epoch > epoch + 1e-9
-    ]
+    (_, start), *values = [(p.epoch - epoch, getattr(p, field)) for p in group]
     late = [y for x, y in values if x >= 0.85] or [values[-1][1]]
     result.append(
-      (statistics.fmean(y for _, y in values), statistics.fmean(late))
+      EpochMeans(
+        statistics.fmean(y for _, y in values), statistics.fmean(late), start
+      )
     )
   return result
 
@@ -390,17 +403,17 @@ class Observation(NamedTuple):
     claim: what the paper observes.
     case: where it was looked for.
     measured: the numbers.
-    holds: whether they agree.
+    holds: whether they agree; ``None`` if a number is not finite.
   """
 
   claim: str
   case: str
   measured: str
-  holds: bool
+  holds: bool | None
 
 
 def observations(
-  coefficients: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+  coefficients: Mapping[tuple[str, str], Sequence[EpochMeans]],
 ) -> list[Observation]:
   """Looks for the paper's observations.
 
@@ -413,17 +426,21 @@ def observations(
   """
   # The first epoch is a subject of its own.
   overall = {
-    key: statistics.fmean(mean for mean, _ in epochs[1:])
+    key: statistics.fmean(epoch.mean for epoch in epochs[1:])
     for key, epochs in coefficients.items()
   }
   found = []
 
   def add(claim: str, case: str, values: Sequence[float], holds: bool) -> None:
     measured = ", ".join(f"{value:.2f}" for value in values)
-    found.append(Observation(claim, case, measured, holds))
+    known = bool(np.isfinite(values).all())
+    found.append(Observation(claim, case, measured, holds if known else None))
 
   optimizers = dict.fromkeys(optimizer for _, optimizer in coefficients)
-  names = dict.fromkeys(model for model, _ in coefficients)
+  # From shallow to deep.
+  names = sorted(
+    {model for model, _ in coefficients}, key=models.NUM_LAYERS.__getitem__
+  )
   for optimizer in optimizers:
     values = [overall[model, optimizer] for model in names]
     if len(values) > 1:
@@ -435,17 +452,24 @@ def observations(
       smaller = values[1] < values[0]
       add("AdamW is smaller than SGD", model, values, smaller)
   for (model, optimizer), epochs in coefficients.items():
-    ends = [late for _, late in epochs[1:]]
-    # At the snapshot itself it is 1.
-    add("saw-tooth: 1, then", f"{model} {optimizer}", ends, max(ends) < 1)
+    # It falls in each epoch, and by more than its end moves over training.
+    falls = [epoch.start - epoch.end for epoch in epochs[1:]]
+    drift = abs(epochs[-1].end - epochs[1].end)
+    fall = statistics.fmean(falls)
+    add(
+      "saw-tooth: least and mean fall within an epoch, drift",
+      f"{model} {optimizer}",
+      [min(falls), fall, drift],
+      min(falls) > 0 and fall > drift,
+    )
   for (model, optimizer), epochs in coefficients.items():
     if model != "logreg":
-      values = [epochs[1][1], epochs[-1][1]]
+      values = [epochs[1].end, epochs[-1].end]
       drop = values[1] < values[0]
       add("drop across training", f"{model} {optimizer}", values, drop)
   for (model, optimizer), epochs in coefficients.items():
     if model != "logreg" and optimizer == "adamw":
-      values = [epochs[0][0], epochs[1][0]]
+      values = [epochs[0].mean, epochs[1].mean]
       low = values[0] < 0.5 * values[1]
       add("very low first epoch under AdamW", model, values, low)
   return found
@@ -464,7 +488,7 @@ def coefficient_table(results: Mapping[tuple[str, str], Any]) -> str:
   for epoch in range(len(next(iter(ours.values())))):
     line = [f"{epoch + 1}"]
     for key, values in ours.items():
-      line.append("{:.2f} / {:.2f}".format(*values[epoch]))
+      line.append(f"{values[epoch].mean:.2f} / {values[epoch].end:.2f}")
       paper = PAPER[key][epoch : epoch + 1]
       line.append("{:.2f} / {:.2f}".format(*paper[0]) if paper else "")
     lines.append(line)
@@ -504,19 +528,20 @@ def estimate_table(results: Mapping[tuple[str, str], Any]) -> str:
 
 
 def variance_table(results: Mapping[tuple[str, str], Any]) -> str:
-  """Means over training of the total variance, relative to plain's own."""
+  """Means over training of the measures of each method, in Markdown."""
   lines = []
-  for (model, optimizer), methods in results.items():
+  for (model, optimizer), all_points in results.items():
+    methods = _at_common_moments(all_points)
     for metric in METRICS:
       means = {
         method: statistics.fmean(getattr(p, metric) for p in _after(points))
-        for method, (points, _) in methods.items()
+        for method, points in methods.items()
       }
       lines.append(
         [f"{model} {optimizer}", _ROWS[metric]]
         + [f"{value:.3g}" for value in means.values()]
       )
-    losses = [points[-1].train_loss for points, _ in methods.values()]
+    losses = [points[-1].train_loss for points in methods.values()]
     lines.append(
       [f"{model} {optimizer}", "train loss at the last measurement"]
       + [f"{loss:.3g}" for loss in losses]
@@ -524,9 +549,32 @@ def variance_table(results: Mapping[tuple[str, str], Any]) -> str:
   return reporting.markdown_table(["", "mean over training", *METHODS], lines)
 
 
+def _at_common_moments(methods: Mapping[str, Any]) -> dict[str, list[Point]]:
+  """The points of each method at the moments that all of them have.
+
+  Variance grows from a snapshot to the next, so that methods can be compared
+  at the same moments only.
+  """
+  moments = [{p.epoch for p in points} for points, _ in methods.values()]
+  common = set.intersection(*moments)
+  return {
+    method: [p for p in points if p.epoch in common]
+    for method, (points, _) in methods.items()
+  }
+
+
 def _after(points: Sequence[Point]) -> list[Point]:
   """The points that are not at a snapshot, where variance vanishes."""
   return [point for point in points if point.epoch % 1 > 1e-9]
+
+
+def _as_json(x: Any) -> Any:
+  """The same with ``None`` for numbers that are not finite."""
+  if isinstance(x, dict):
+    return {name: _as_json(value) for name, value in x.items()}
+  if isinstance(x, list):
+    return [_as_json(value) for value in x]
+  return x if np.isfinite(x) else None
 
 
 def draw_coefficients(
@@ -592,9 +640,8 @@ def draw_metrics(
   for column, model in enumerate(columns):
     for row, (field, title) in enumerate(_ROWS.items()):
       axis = axes[row, column]
-      for index, (method, (points, _)) in enumerate(
-        results[model, optimizer].items()
-      ):
+      methods = _at_common_moments(results[model, optimizer])
+      for index, (method, points) in enumerate(methods.items()):
         shown = points if field == "train_loss" else _after(points)
         axis.plot(
           [point.epoch for point in shown],
@@ -642,6 +689,20 @@ def draw_metrics(
   help="May be repeated.",
 )
 @click.option(
+  "--optimizer",
+  "optimizers",
+  multiple=True,
+  type=click.Choice(list(LEARNING_RATES)),
+  default=list(LEARNING_RATES),
+  show_default=True,
+  help="May be repeated.",
+)
+@click.option(
+  "--train-examples",
+  type=click.IntRange(min=1),
+  help="Take only so many, the first ones; all by default.",
+)
+@click.option(
   "--points",
   type=click.IntRange(min=3),
   default=12,
@@ -661,6 +722,8 @@ def main(
   epochs: int,
   batch_size: int,
   names: Sequence[str],
+  optimizers: Sequence[str],
+  train_examples: int | None,
   points: int,
   out: Path,
 ) -> None:
@@ -675,15 +738,29 @@ def main(
     loaded = data.load(dataset, data_dir)
   except data.DataError as e:
     raise click.UsageError(str(e)) from e
+  # Once for all trainings.
+  images, labels = jax.device_put(
+    (
+      loaded.train_images[:train_examples],
+      loaded.train_labels[:train_examples],
+    )
+  )
+  loaded = loaded._replace(train_images=images, train_labels=labels)
   if len(loaded.train_labels) < 3 * batch_size:
     raise click.UsageError(
       "--batch-size must leave at least three batches of"
       f" {len(loaded.train_labels)} training examples, got {batch_size}."
     )
   settings = Settings(epochs, batch_size, points, max(points // 3, 2))
-  out.mkdir(parents=True, exist_ok=True)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise click.UsageError(f"--out {out}: {e.strerror}.") from e
+  # Each once, from shallow to deep.
+  names = [name for name in models.NUM_LAYERS if name in names]
+  optimizers = [name for name in LEARNING_RATES if name in optimizers]
   results: dict[tuple[str, str], dict[str, Any]] = {}
-  for optimizer, model in itertools.product(LEARNING_RATES, names):
+  for optimizer, model in itertools.product(optimizers, names):
     results[model, optimizer] = {}
     for method in METHODS:
       click.echo(f"{model}, {optimizer}, {method}", err=True)
@@ -700,6 +777,7 @@ def main(
     {
       "dataset": dataset,
       "sha256": loaded.sha256,
+      "train_examples": len(loaded.train_labels),
       "settings": dataclasses.asdict(settings),
       "learning_rates": LEARNING_RATES,
       "versions": train.versions(),
@@ -708,8 +786,8 @@ def main(
           "model": model,
           "optimizer": optimizer,
           "method": method,
-          "points": [point._asdict() for point in measured],
-          "alphas": alphas.tolist(),
+          "points": [_as_json(point._asdict()) for point in measured],
+          "alphas": _as_json(alphas.tolist()),
         }
         for (model, optimizer), methods in results.items()
         for method, (measured, alphas) in methods.items()
@@ -718,12 +796,10 @@ def main(
     },
   )
   draw_coefficients(out / "coefficient.png", results)
-  for optimizer in LEARNING_RATES:
+  for optimizer in optimizers:
     draw_metrics(out / f"{optimizer}.png", results, optimizer)
-  lines = [
-    [o.claim, o.case, o.measured, "holds" if o.holds else "does not hold"]
-    for o in found
-  ]
+  verdicts = {True: "holds", False: "does not hold", None: "diverged"}
+  lines = [[o.claim, o.case, o.measured, verdicts[o.holds]] for o in found]
   for text in (
     "Best coefficient, mean over components: mean of the epoch / of its end",
     coefficient_table(results),

@@ -386,6 +386,35 @@ class TestReporting:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def cifar_batch(images, labels):
+  """The bytes of a batch as Python 2 has written the real ones."""
+  text = lambda s: b"U" + bytes([len(s)]) + s
+  raw = images.tobytes()
+  return b"".join(
+    [
+      b"\x80\x02}(",
+      *(text(b"batch_label"), text(b"training batch 1 of 5")),
+      *(text(b"labels"), b"]("),
+      *(b"K" + bytes([label]) for label in labels),
+      *(b"e", text(b"data")),
+      b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85",
+      *(text(b"b"), b"\x87R(K\x01"),
+      *(b"M" + struct.pack("<H", size) for size in images.shape),
+      *(b"\x86cnumpy\ndtype\n", text(b"u1"), b"K\x00K\x01\x87R(K\x03"),
+      *(text(b"|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"),
+      *(b"T", struct.pack("<I", len(raw)), raw, b"tb"),
+      *(text(b"filenames"), b"](", text(b"a.png"), b"eu."),
+    ]
+  )
+
+
+class RawMemory:
+  """An array of objects at an address that the file gives."""
+
+  def __reduce__(self):
+    return np.ndarray, ((1,), "O", b"A" * 8)
+
+
 class Malicious:
   """Runs a command when it is read."""
 
@@ -409,8 +438,7 @@ class TestCifar:
     images = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
     labels = rng.integers(0, 10, (6, 4))
     for name, x, y in zip(names, images, labels, strict=True):
-      batch = {b"data": x, b"labels": y.tolist(), b"batch_label": b"test"}
-      (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+      (folder / name).write_bytes(cifar_batch(x, y.tolist()))
     return folder, images, labels
 
   @pytest.mark.parametrize("form", ["folder", "parent", "archive"])
@@ -444,17 +472,43 @@ class TestCifar:
       data.load("cifar-10", folder)
     assert not witness.exists()
 
+  def test_a_pickle_of_raw_memory(self, folder):
+    """NumPy would take these bytes for pointers to objects."""
+    folder, _, _ = folder
+    (folder / "data_batch_3").write_bytes(pickle.dumps({b"data": RawMemory()}))
+    with pytest.raises(data.DataError, match=r"data_batch_3: is no batch"):
+      data.load("cifar-10", folder)
+
+  @pytest.mark.parametrize("protocol", [3, 4])
+  def test_written_by_python_3(self, folder, protocol):
+    folder, images, labels = folder
+    for index, order in enumerate(("C", "F")):
+      batch = {
+        b"data": np.asarray(images[index], order=order),
+        b"labels": labels[index].tolist(),
+      }
+      path = folder / f"data_batch_{index + 1}"
+      path.write_bytes(pickle.dumps(batch, protocol=protocol))
+      with path.open("rb") as file:
+        got_images, got_labels = data.read_cifar_batch(file, path)
+      np.testing.assert_array_equal(got_images, images[index])
+      np.testing.assert_array_equal(got_labels, labels[index])
+
   @pytest.mark.parametrize(
     ("content", "message"),
     [
       (b"", "data_batch_2: is no batch"),
-      (pickle.dumps({b"data": [1]}), "data_batch_2: is no batch.*labels"),
+      (pickle.dumps({b"data": [1]}), "data_batch_2: is no batch.*array"),
       (
-        pickle.dumps({b"data": np.zeros((2, 5), np.uint8), b"labels": [1, 2]}),
+        pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}, 4),
+        "data_batch_2: is no batch.*dtype",
+      ),
+      (
+        cifar_batch(np.zeros((2, 5), np.uint8), [1, 2]),
         r"must hold bytes of the shape \[2, 3072\].*got uint8 .*\[2, 5\]",
       ),
       (
-        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}),
+        cifar_batch(np.zeros((1, 3072), np.uint8), [10]),
         "labels must be from 0 to 9, got 10",
       ),
       (None, "data_batch_2: No such file"),
