@@ -376,9 +376,16 @@ class TestMisuse:
       self.update(tx, grad_fn=self.grad_fn)
 
 
-def test_map_params_marks_the_parameter_trees():
+@pytest.mark.parametrize(
+  ("transform", "estimate"),
+  [
+    (optax_svrg.alpha_svrg(0.5), None),
+    (optax_svrg.adaptive_svrg(), ("other",) * 4),
+  ],
+)
+def test_map_params_marks_the_parameter_trees(transform, estimate):
   """What shardings of the state are derived with."""
-  tx = optax.chain(optax_svrg.alpha_svrg(0.5), optax.adam(1e-3))
+  tx = optax.chain(transform, optax.adam(1e-3))
   state = optax.tree.map_params(
     tx,
     lambda _: "param",
@@ -387,7 +394,7 @@ def test_map_params_marks_the_parameter_trees():
   )
   svrg = state[0]
   marked = jax.tree.map(lambda _: "param", PARAMS)
-  assert svrg == ("other", "other", "other", marked, marked)
+  assert svrg == ("other", "other", "other", marked, marked, estimate)
 
 
 def test_apply_if_finite_skips_a_bad_step():

@@ -108,8 +108,8 @@ class TestSummary:
     )
     summary = grid.summarise(rows, own_lr=False)
     assert grid.close_cells({"mlp": summary}) == []
-    # 6 % below the linear schedules, which an MLP must be 10 % below.
-    rows += runs({m: [0.64, 0.64, 0.64] for m in grid.LINEAR}, lr=0.1)
+    # 9 % below the linear schedules, which an MLP should be 10 % below.
+    rows += runs({m: [0.66, 0.66, 0.66] for m in grid.LINEAR}, lr=0.1)
     summary = grid.summarise(rows, own_lr=False)
     assert grid.close_cells({"mlp": summary}) == ["mlp"]
 
