@@ -255,6 +255,11 @@ def adaptive_svrg(
   unbiased. A snapshot empties them: the next coefficient is 1, or ``max_alpha``
   if that is less.
 
+  How far the mean gradient has moved since the snapshot is noise in the first
+  average. Where it has moved farther than the gradients of batches differ, i.e.
+  with large batches and large steps, the estimate is rough and tends to be too
+  small, which gives away some of the reduction but does no other harm.
+
   Where the variance of the control variate is 0 (full batches) the averages,
   and with them the coefficient, stay as they are; so they do after a gradient
   that is not finite.
