@@ -140,8 +140,9 @@ def print_table(rows: Sequence[dict]) -> None:
   Args:
     rows: the result of :func:`summarise`.
   """
-  table = rich.table.Table("method", box=rich.box.SIMPLE_HEAD)
-  # Broken by hand, so that 80 columns hold the numbers in one line.
+  # Narrow, and broken by hand, so that 80 columns hold a row in one line.
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.add_column("method", no_wrap=True)
   for heading in (
     "final\ntrain loss",
     "validation\naccuracy (%)",
