@@ -701,14 +701,7 @@ def _record(
       "data_dir": options.data_dir and str(options.data_dir),
       "out": str(options.out),
     },
-    "versions": versions(),
-    "git_commit": _git_commit(),
-    "machine": {
-      "platform": platform.platform(),
-      "cpus": os.cpu_count(),
-      "backend": jax.default_backend(),
-      "device": jax.devices()[0].device_kind,
-    },
+    **environment(),
     "data": {
       "sha256": dataset.sha256,
       "train_examples": len(dataset.train_labels),
@@ -717,13 +710,22 @@ def _record(
   }
 
 
-def versions() -> dict[str, str]:
-  """Of Python and the packages that results depend on."""
+def environment() -> dict[str, Any]:
+  """What results depend on besides the options, for a file of results."""
   packages = ("jax", "jaxlib", "flax", "optax", "numpy")
   return {
-    "python": platform.python_version(),
-    "optax_svrg": optax_svrg.__version__,
-    **{name: importlib.metadata.version(name) for name in packages},
+    "versions": {
+      "python": platform.python_version(),
+      "optax_svrg": optax_svrg.__version__,
+      **{name: importlib.metadata.version(name) for name in packages},
+    },
+    "git_commit": _git_commit(),
+    "machine": {
+      "platform": platform.platform(),
+      "cpus": os.cpu_count(),
+      "backend": jax.default_backend(),
+      "device": jax.devices()[0].device_kind,
+    },
   }
 
 

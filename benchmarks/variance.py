@@ -322,7 +322,11 @@ class Training:
       values = (0.0, unknown, unknown, 1.0, unknown)
       return self._measured(loss, plain, values), None
 
-    optimal = optax_svrg.optimal_alpha(grads, snapshot_grads)
+    # Within the bounds of the authors' code.
+    optimal = jax.tree.map(
+      lambda a: jnp.clip(a, -2, 2),
+      optax_svrg.optimal_alpha(grads, snapshot_grads),
+    )
     if self._method == "optimal":
       alphas, alpha = optimal, mean_of_live(optimal)
     else:
@@ -780,7 +784,7 @@ def main(
       "train_examples": len(loaded.train_labels),
       "settings": dataclasses.asdict(settings),
       "learning_rates": LEARNING_RATES,
-      "versions": train.versions(),
+      **train.environment(),
       "runs": [
         {
           "model": model,
