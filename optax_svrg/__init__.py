@@ -16,6 +16,9 @@
 import importlib
 import types
 
+from optax_svrg._alpha_saga import adaptive_saga as adaptive_saga
+from optax_svrg._alpha_saga import alpha_saga as alpha_saga
+from optax_svrg._alpha_saga import SAGAState as SAGAState
 from optax_svrg._alpha_svrg import adaptive_svrg as adaptive_svrg
 from optax_svrg._alpha_svrg import alpha_svrg as alpha_svrg
 from optax_svrg._alpha_svrg import SVRGState as SVRGState

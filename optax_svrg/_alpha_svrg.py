@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _coefficient
+from optax_svrg import _checks, _control_variate
 
 _FLAT_HINT = (
   " The stored snapshot is a single vector. If optax.flatten made it so,"
@@ -59,7 +59,7 @@ class SVRGState(NamedTuple):
   alpha: jax.Array  # shape=(), JAX's default float dtype
   snapshot_params: optax.Params
   mean_grads: optax.Updates
-  estimate: _coefficient.CoefficientEstimate | None = None
+  estimate: _control_variate.CoefficientEstimate | None = None
 
 
 def alpha_svrg(
@@ -177,7 +177,7 @@ def alpha_svrg(
   """
   if not callable(alpha):
     _checks.check_coefficient(alpha, "alpha")
-  snapshot_dtype = _as_dtype(snapshot_dtype)
+  snapshot_dtype = _checks.as_dtype(snapshot_dtype, "snapshot_dtype")
   # A number is known now; an array may hold a traced value.
   always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
 
@@ -201,12 +201,12 @@ def alpha_svrg(
     coefficient = jnp.where(
       state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
     )
-    active = False if always_off else _eagerly(coefficient != 0)
+    active = False if always_off else _control_variate.eagerly(coefficient != 0)
 
     if active is not False:
       if grad_fn is not None:
         snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
-      updates = _correct(
+      updates = _control_variate.correct(
         updates, snapshot_grads, state.mean_grads, coefficient, active
       )
     if axis_name is not None:
@@ -342,11 +342,11 @@ def adaptive_svrg(
   """
   _checks.check_decay(decay, "decay")
   _checks.check_positive(max_alpha, "max_alpha")
-  snapshot_dtype = _as_dtype(snapshot_dtype)
+  snapshot_dtype = _checks.as_dtype(snapshot_dtype, "snapshot_dtype")
 
   def init_fn(params: optax.Params) -> SVRGState:
     return _init(params, snapshot_dtype)._replace(
-      estimate=_coefficient.init(params)
+      estimate=_control_variate.init(params)
     )
 
   def update_fn(
@@ -363,24 +363,24 @@ def adaptive_svrg(
     assert state.estimate is not None
     estimate = state.estimate
     # Without a snapshot there is nothing to learn from either.
-    active = _eagerly(state.num_snapshots > 0)
+    active = _control_variate.eagerly(state.num_snapshots > 0)
     coefficient = jnp.where(
-      active, _coefficient.coefficient(estimate, max_alpha), 0
+      active, _control_variate.coefficient(estimate, max_alpha, start=1), 0
     ).astype(state.alpha.dtype)
 
     if active is not False:
       if grad_fn is not None:
         snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
-      covariance, variance = _coefficient.products(
+      covariance, variance = _control_variate.products(
         updates, snapshot_grads, state.mean_grads, active, estimate
       )
       # At 0 the gradient passes as it is, but the estimate goes on.
-      updates = _correct(
+      updates = _control_variate.correct(
         updates,
         snapshot_grads,
         state.mean_grads,
         coefficient,
-        _eagerly(coefficient != 0),
+        _control_variate.eagerly(coefficient != 0),
       )
       num_devices = 1
       if axis_name is not None:
@@ -389,11 +389,11 @@ def adaptive_svrg(
         )
         # The mean over independent batches varies less.
         num_devices = jax.lax.axis_size(axis_name)
-      estimate = _coefficient.update(
+      estimate = _control_variate.update(
         estimate,
         covariance / num_devices,
         variance / num_devices,
-        _coefficient.second_moment(updates, state.mean_grads, estimate),
+        _control_variate.second_moment(updates, state.mean_grads, estimate),
         coefficient,
         decay,
       )
@@ -500,7 +500,7 @@ def take_snapshot(
       num_snapshots=optax.safe_increment(node.num_snapshots),
       snapshot_params=stored,
       mean_grads=_map_unmasked(_copy_into, node.mean_grads, means[rounding]),
-      estimate=node.estimate and _coefficient.reset(node.estimate),
+      estimate=node.estimate and _control_variate.reset(node.estimate),
     )
 
   new_state = jax.tree.map(refresh, pure_state, is_leaf=_is_state)
@@ -509,26 +509,9 @@ def take_snapshot(
   )
 
 
-def _as_dtype(snapshot_dtype: Any) -> Any:
-  """The checked dtype of the argument of this name."""
-  if snapshot_dtype is None:
-    return None
-  try:
-    dtype = jax.dtypes.canonicalize_dtype(snapshot_dtype)
-  except TypeError as e:
-    raise TypeError(
-      f"snapshot_dtype must be a dtype, got {snapshot_dtype!r}."
-    ) from e
-  if not jnp.issubdtype(dtype, jnp.inexact):
-    raise TypeError(
-      f"snapshot_dtype must be a float or complex dtype, got {dtype}."
-    )
-  return dtype
-
-
 def _init(params: optax.Params, snapshot_dtype: Any) -> SVRGState:
   _checks.check_inexact(params, "params")
-  _check_snapshot_dtype(params, snapshot_dtype)
+  _checks.check_dtype_fits(params, snapshot_dtype, "snapshot_dtype")
   return SVRGState(
     count=jnp.zeros([], jnp.int32),
     num_snapshots=jnp.zeros([], jnp.int32),
@@ -540,16 +523,6 @@ def _init(params: optax.Params, snapshot_dtype: Any) -> SVRGState:
       lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
     ),
   )
-
-
-def _eagerly(condition: jax.Array) -> Any:
-  """A Python bool where the value is known.
-
-  Eagerly a Python branch does what lax.cond would compile anew for each new
-  grad_fn.
-  """
-  traced = isinstance(condition, jax.core.Tracer)
-  return condition if traced else bool(condition)
 
 
 def _is_state(node: Any) -> bool:
@@ -613,18 +586,6 @@ def _has_masked(tree: Any) -> bool:
 
 def _is_flat(tree: Any) -> bool:
   return jax.tree_util.all_leaves([tree]) and np.ndim(tree) == 1
-
-
-def _check_snapshot_dtype(params: optax.Params, snapshot_dtype: Any) -> None:
-  if snapshot_dtype is None:
-    return
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    dtype = _checks.dtype_of(leaf)
-    if _checks.dtype_kind(dtype) != _checks.dtype_kind(snapshot_dtype):
-      raise ValueError(
-        f"snapshot_dtype={snapshot_dtype} cannot hold parameters of dtype"
-        f" {dtype} {_checks.path_of(path)}."
-      )
 
 
 def _check_params(params: optax.Params, snapshot: optax.Params) -> None:
@@ -719,36 +680,3 @@ def _evaluate(
   return jax.lax.cond(
     active, evaluate, lambda: jax.tree.map(jnp.zeros_like, updates)
   )
-
-
-def _correct(
-  updates: optax.Updates,
-  snapshot_grads: optax.Updates,
-  mean_grads: optax.Updates,
-  coefficient: jax.Array,
-  active: Any,
-) -> optax.Updates:
-  """The paper's estimator, leaf by leaf; the identity while not active."""
-
-  def correct(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
-    dtype = _checks.wide_dtype(g.dtype)
-    a = coefficient.astype(dtype)
-    # In this order g = s and a = 1 give the mean to the last bit.
-    s = _widen(jnp.asarray(s, g.dtype), dtype)
-    corrected = _widen(g, dtype) - a * s + a * mean.astype(dtype)
-    corrected = corrected.astype(g.dtype)
-    return corrected if active is True else jnp.where(active, corrected, g)
-
-  return jax.tree.map(correct, updates, snapshot_grads, mean_grads)
-
-
-def _widen(x: jax.Array, dtype: Any) -> jax.Array:
-  """Casts to a wider dtype a value that is rounded to its own.
-
-  XLA may keep the excess precision of a fused gradient, and then two gradients
-  that were computed alike differ by a rounding.
-  """
-  if x.dtype == dtype:
-    return x
-  info = jnp.finfo(x.dtype)
-  return jax.lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant)

@@ -72,6 +72,38 @@ def check_inexact(tree: Any, name: str) -> None:
       )
 
 
+def as_dtype(dtype: Any, name: str) -> Any:
+  """Returns a float or complex dtype, or None; raises TypeError for others.
+
+  Args:
+    dtype: anything that names a dtype, or ``None``.
+    name: what to call it in the message.
+  """
+  if dtype is None:
+    return None
+  try:
+    canonical = jax.dtypes.canonicalize_dtype(dtype)
+  except TypeError as e:
+    raise TypeError(f"{name} must be a dtype, got {dtype!r}.") from e
+  if not jnp.issubdtype(canonical, jnp.inexact):
+    raise TypeError(
+      f"{name} must be a float or complex dtype, got {canonical}."
+    )
+  return canonical
+
+
+def check_dtype_fits(params: Any, dtype: Any, name: str) -> None:
+  """Raises ValueError if a dtype, unless ``None``, drops imaginary parts."""
+  if dtype is None:
+    return
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if dtype_kind(dtype_of(leaf)) != dtype_kind(dtype):
+      raise ValueError(
+        f"{name}={dtype} cannot hold parameters of dtype {dtype_of(leaf)}"
+        f" {path_of(path)}."
+      )
+
+
 def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
   """Raises ValueError unless two trees agree in structure, shape, dtype kind.
 

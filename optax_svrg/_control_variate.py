@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The variance-minimising coefficient of a control variate, estimated online.
+"""A control variate, and its coefficient of least variance, estimated online.
 
 For gradients g, the control variate s and its exact mean m, the variance of
 g - alpha (s - m) is least for alpha = Cov(g, s) / Var(s). As E[s - m] = 0,
@@ -58,6 +58,50 @@ class CoefficientEstimate(NamedTuple):
   variance_ratio: jax.Array
 
 
+def correct(
+  updates: optax.Updates,
+  control: optax.Updates,
+  mean_grads: optax.Updates,
+  coefficient: jax.Array,
+  active: Any,
+) -> optax.Updates:
+  """Subtracts a control variate from a gradient: g - alpha (s - m).
+
+  Args:
+    updates: the gradient g of a batch.
+    control: the control variate s of that batch, a tree of the same form.
+    mean_grads: its mean m.
+    coefficient: alpha, a real scalar.
+    active: whether to correct at all, a bool or a traced one.
+
+  Returns:
+    The corrected gradient, formed in at least float32, in the dtypes of g.
+    Where not active, g bit for bit.
+  """
+
+  def correct_leaf(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
+    dtype = _checks.wide_dtype(g.dtype)
+    a = coefficient.astype(dtype)
+    # In this order g = s and a = 1 give the mean to the last bit.
+    corrected = (
+      _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
+    ) + a * mean.astype(dtype)
+    corrected = corrected.astype(g.dtype)
+    return corrected if active is True else jnp.where(active, corrected, g)
+
+  return jax.tree.map(correct_leaf, updates, control, mean_grads)
+
+
+def eagerly(condition: jax.Array) -> Any:
+  """A Python bool where the value is known.
+
+  Eagerly a Python branch does what lax.cond would compile anew for each new
+  grad_fn.
+  """
+  traced = isinstance(condition, jax.core.Tracer)
+  return condition if traced else bool(condition)
+
+
 def init(params: optax.Params) -> CoefficientEstimate:
   """Averages of nothing, in the precision that fits the parameters."""
   dtypes = [
@@ -83,12 +127,15 @@ def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
   )
 
 
-def coefficient(estimate: CoefficientEstimate, max_alpha: Any) -> jax.Array:
-  """The best coefficient by the averages, 1 while there are none.
+def coefficient(
+  estimate: CoefficientEstimate, max_alpha: Any, start: float
+) -> jax.Array:
+  """The best coefficient by the averages.
 
   Args:
     estimate: the averages.
     max_alpha: upper bound of the result.
+    start: the coefficient while there are no averages.
 
   Returns:
     A scalar between 0 and ``max_alpha``, of the dtype of the averages.
@@ -96,7 +143,9 @@ def coefficient(estimate: CoefficientEstimate, max_alpha: Any) -> jax.Array:
   known = estimate.variance > 0
   ratio = estimate.covariance / jnp.where(known, estimate.variance, 1)
   dtype = estimate.variance.dtype
-  return jnp.clip(jnp.where(known, ratio, 1), 0, jnp.asarray(max_alpha, dtype))
+  return jnp.clip(
+    jnp.where(known, ratio, start), 0, jnp.asarray(max_alpha, dtype)
+  )
 
 
 def products(
@@ -199,3 +248,15 @@ def update(
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
   """The real inner product of two arrays."""
   return jnp.sum((x * y.conj()).real)
+
+
+def _widen(x: jax.Array, dtype: Any) -> jax.Array:
+  """Casts to a wider dtype a value that is rounded to its own.
+
+  XLA may keep the excess precision of a fused gradient, and then two gradients
+  that were computed alike differ by a rounding.
+  """
+  if x.dtype.itemsize >= dtype.itemsize:
+    return x.astype(dtype)
+  info = jnp.finfo(x.dtype)
+  return jax.lax.reduce_precision(x.astype(dtype), info.nexp, info.nmant)

@@ -1,0 +1,318 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""SAGA over mini-batches, also with a coefficient estimated online."""
+
+import math
+import operator
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks, _control_variate
+
+
+class SAGAState(NamedTuple):
+  """State of :func:`optax_svrg.alpha_saga` and of :func:`adaptive_saga`.
+
+  Attributes:
+    count: number of updates made, which the schedule of the coefficient sees.
+    alpha: the coefficient used by the last update, for logging; 0 if the entry
+      of its batch was empty.
+    is_filled: for each batch, whether its gradient has been stored.
+    table: the last gradient of each batch: the tree of the parameters with a
+      leading axis of length ``num_batches``, of the parameters' dtypes or of
+      ``table_dtype``; zeros where it is empty.
+    mean_grads: mean of the table, of the parameters' dtypes promoted with
+      float32.
+    mean_error: what rounding has taken from ``mean_grads``.
+    estimate: the averages of :func:`optax_svrg.adaptive_saga`, otherwise
+      ``None``.
+  """
+
+  count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+  alpha: jax.Array  # shape=(), JAX's default float dtype
+  is_filled: jax.Array  # shape=(num_batches,), dtype=jnp.bool_
+  table: optax.Updates
+  mean_grads: optax.Updates
+  mean_error: optax.Updates
+  estimate: _control_variate.CoefficientEstimate | None = None
+
+
+def alpha_saga(
+  alpha: optax.ScalarOrSchedule,
+  num_batches: int,
+  *,
+  table_dtype: Any = None,
+  axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  if not callable(alpha):
+    _checks.check_coefficient(alpha, "alpha")
+  num_batches = _checks.check_count(num_batches, "num_batches")
+  table_dtype = _checks.as_dtype(table_dtype, "table_dtype")
+  # A number is known now; an array may hold a traced value.
+  always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
+
+  def init_fn(params: optax.Params) -> SAGAState:
+    return _init(params, num_batches, table_dtype)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: SAGAState,
+    params: optax.Params | None = None,
+    *,
+    batch_index: Any = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, SAGAState]:
+    del extra_args  # Meant for other transformations of the chain.
+    _check_update(updates, state, params, axis_name)
+    batch_index = _check_index(batch_index, num_batches)
+    value = alpha(state.count) if callable(alpha) else alpha
+    _checks.check_coefficient(value, "alpha")
+    if axis_name is not None:
+      updates = jax.lax.pmean(updates, axis_name)
+    if not always_off:
+      entry = _read(state, batch_index)
+      coefficient = jnp.where(
+        entry.is_filled, jnp.asarray(value, state.alpha.dtype), 0
+      )
+      corrected = _control_variate.correct(
+        updates, entry.grads, entry.mean, coefficient, coefficient != 0
+      )
+      state = _write(state, entry, updates)._replace(alpha=coefficient)
+      updates = corrected
+    return updates, state._replace(count=optax.safe_increment(state.count))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adaptive_saga(
+  num_batches: int,
+  *,
+  decay: float = 0.97,
+  max_alpha: float = 1.0,
+  table_dtype: Any = None,
+  axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  num_batches = _checks.check_count(num_batches, "num_batches")
+  _checks.check_decay(decay, "decay")
+  _checks.check_positive(max_alpha, "max_alpha")
+  table_dtype = _checks.as_dtype(table_dtype, "table_dtype")
+
+  def init_fn(params: optax.Params) -> SAGAState:
+    return _init(params, num_batches, table_dtype)._replace(
+      estimate=_control_variate.init(params)
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: SAGAState,
+    params: optax.Params | None = None,
+    *,
+    batch_index: Any = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, SAGAState]:
+    del extra_args  # Meant for other transformations of the chain.
+    _check_update(updates, state, params, axis_name)
+    batch_index = _check_index(batch_index, num_batches)
+    if axis_name is not None:
+      updates = jax.lax.pmean(updates, axis_name)
+    entry = _read(state, batch_index)
+    assert state.estimate is not None
+    coefficient = jnp.where(
+      entry.is_filled,
+      _control_variate.coefficient(state.estimate, max_alpha, start=0),
+      0,
+    ).astype(state.alpha.dtype)
+    corrected = _control_variate.correct(
+      updates, entry.grads, entry.mean, coefficient, coefficient != 0
+    )
+    covariance, variance = _control_variate.products(
+      updates, entry.grads, entry.mean, entry.is_filled, state.estimate
+    )
+    estimate = _control_variate.update(
+      state.estimate,
+      covariance,
+      variance,
+      _control_variate.second_moment(corrected, entry.mean, state.estimate),
+      coefficient,
+      decay,
+    )
+    return corrected, _write(state, entry, updates)._replace(
+      count=optax.safe_increment(state.count),
+      alpha=coefficient,
+      estimate=estimate,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Entry(NamedTuple):
+  """What the table holds for a batch.
+
+  Attributes:
+    index: position in the table.
+    is_known: whether the index is within the table.
+    is_filled: whether there is a gradient.
+    grads: the stored gradient.
+    mean: mean of the entries that are filled.
+  """
+
+  index: jax.Array
+  is_known: Any
+  is_filled: jax.Array
+  grads: optax.Updates
+  mean: optax.Updates
+
+
+def _read(state: SAGAState, batch_index: Any) -> _Entry:
+  num_batches = state.is_filled.shape[0]
+  index = jnp.asarray(batch_index)
+  # Out of range is known as such only now: nothing is read then or written.
+  is_known = (index >= 0) & (index < num_batches)
+  index = jnp.where(is_known, index, 0)
+  is_filled = is_known & jnp.take(state.is_filled, index, mode="clip")
+  # Read in a branch of its own: XLA would fuse the reading with what uses the
+  # entry, do that after the entry is overwritten, and copy the table for it.
+  grads = jax.lax.cond(
+    is_filled,
+    lambda: jax.tree.map(
+      lambda t: jax.lax.dynamic_index_in_dim(t, index, 0, keepdims=False),
+      state.table,
+    ),
+    lambda: jax.tree.map(lambda t: jnp.zeros_like(t[0]), state.table),
+  )
+  num_filled = jnp.maximum(state.is_filled.sum(), 1)
+  return _Entry(
+    index,
+    is_known,
+    is_filled,
+    grads,
+    # Exactly the mean of the table once this is full.
+    jax.tree.map(
+      lambda m: m * (num_batches / num_filled).astype(m.dtype),
+      state.mean_grads,
+    ),
+  )
+
+
+def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
+  """Stores a gradient, and moves the mean by what that changes."""
+  num_batches = state.is_filled.shape[0]
+
+  def stored(old: jax.Array, g: jax.Array) -> jax.Array:
+    new = g.astype(old.dtype)
+    # Whatever is stored leaves the estimator unbiased, but it must be a number.
+    return jnp.where(entry.is_known & jnp.isfinite(new), new, old)
+
+  new = jax.tree.map(stored, entry.grads, grads)
+
+  def moved(m, error, old, new):
+    # The same quotient comes in as goes out later, so that its rounding does
+    # not accumulate; that of the sums is kept.
+    old, new = (x.astype(m.dtype) / num_batches for x in (old, new))
+    m, first = _two_sum(m, new)
+    m, second = _two_sum(m, -old)
+    return _two_sum(m, error + (first + second))
+
+  pairs = jax.tree.map(
+    moved, state.mean_grads, state.mean_error, entry.grads, new
+  )
+  mean, error = (
+    jax.tree.map(lambda _, pair, i=i: pair[i], state.mean_grads, pairs)
+    for i in (0, 1)
+  )
+  return state._replace(
+    is_filled=state.is_filled.at[entry.index].max(entry.is_known),
+    table=jax.tree.map(
+      lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, entry.index, 0),
+      state.table,
+      new,
+    ),
+    mean_grads=mean,
+    mean_error=error,
+  )
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The rounded sum, and its error, which is exact (Knuth)."""
+  total = a + b
+  part = total - a
+  return total, (a - (total - part)) + (b - part)
+
+
+def _init(
+  params: optax.Params, num_batches: int, table_dtype: Any
+) -> SAGAState:
+  _checks.check_inexact(params, "params")
+  _checks.check_dtype_fits(params, table_dtype, "table_dtype")
+
+  def zeros(p: Any) -> Any:
+    return jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p)))
+
+  def entries(p: Any) -> Any:
+    entry = jnp.zeros_like(p, table_dtype or _checks.dtype_of(p))
+    return jnp.broadcast_to(entry, (num_batches, *entry.shape))
+
+  return SAGAState(
+    count=jnp.zeros([], jnp.int32),
+    alpha=jnp.zeros([], float),
+    is_filled=jnp.zeros(num_batches, bool),
+    table=jax.tree.map(entries, params),
+    mean_grads=jax.tree.map(zeros, params),
+    mean_error=jax.tree.map(zeros, params),
+  )
+
+
+def _check_update(updates, state, params, axis_name) -> None:
+  """Checks the arguments of update before anything is computed."""
+  mean = state.mean_grads
+  _checks.check_same_tree(updates, mean, "updates", "the table's entries")
+  if params is not None:
+    _checks.check_same_tree(params, mean, "params", "the table's entries")
+  if axis_name is not None:
+    _checks.check_varying(updates, axis_name, "updates")
+
+
+def _check_index(batch_index: Any, num_batches: int) -> Any:
+  """Returns ``batch_index``; raises unless it may be one, as far as is known."""
+  if batch_index is None:
+    raise ValueError(
+      "SAGA needs the extra argument batch_index, which says which of the"
+      f" {num_batches} fixed batches this gradient is of. Call update(grads,"
+      " state, params, batch_index=i); a wrapper may have dropped the argument."
+    )
+  if isinstance(batch_index, (bool, np.bool_)) or not isinstance(
+    batch_index, (int, np.ndarray, np.integer, jax.Array)
+  ):
+    raise TypeError(f"batch_index must be an integer, got {batch_index!r}.")
+  dtype = _checks.dtype_of(batch_index)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"batch_index must be an integer, got dtype {dtype}.")
+  if jnp.ndim(batch_index):
+    raise ValueError(
+      "batch_index must be a scalar, got an array of shape"
+      f" {jnp.shape(batch_index)}."
+    )
+  if not isinstance(batch_index, jax.core.Tracer):
+    index = int(batch_index)
+    if not 0 <= index < num_batches:
+      raise ValueError(
+        f"batch_index must be in [0, {num_batches}), the batches that"
+        f" num_batches={num_batches} gave to the table, got {index}."
+      )
+  return batch_index
