@@ -14,8 +14,6 @@
 """SAGA over mini-batches, also with a coefficient estimated online."""
 
 import math
-import operator
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +58,114 @@ def alpha_saga(
   table_dtype: Any = None,
   axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
+  r"""SAGA over mini-batches: variance reduction without a second gradient.
+
+  The data set is divided into fixed batches, which are visited in any order, as
+  a rule in a new random one each epoch. Of each batch :math:`i` the last
+  gradient :math:`s_i` is kept in a table, whose mean :math:`\bar s` is always
+  known. The gradient :math:`g_i` of a batch is replaced by
+
+  .. math::
+
+    g_i - \alpha \left(s_i - \bar s\right),
+
+  and then takes the place of :math:`s_i`. For a batch that is drawn uniformly
+  the correction has mean zero, so the result is unbiased for every
+  :math:`\alpha`. :math:`\alpha = 1` is SAGA. As the entries are an epoch old,
+  that is too much for neural networks: see :func:`adaptive_saga`.
+
+  A batch without an entry is not corrected, and :math:`\bar s` is the mean over
+  those that have one, so that the result is unbiased from the first step on,
+  also if batches are drawn with replacement. In the first of several epochs
+  without replacement nothing is corrected. For SAGA as it is published, fill
+  the table at the initial parameters before the training, see the example.
+
+  Put it first in :func:`optax.chain`, before clipping, noise, gradient
+  accumulation and everything else that is not linear, followed by any
+  optimizer. What is random within a batch, as augmentation and dropout, may be
+  drawn anew at each visit: the result stays unbiased, but the less a batch
+  resembles itself, the less is gained.
+
+  **Memory.** The table takes ``num_batches`` times the bytes of the parameters,
+  half of that with ``table_dtype=jnp.bfloat16`` for float32 parameters; its
+  mean takes another two copies. It is updated in place if the state is donated
+  or carried by :func:`jax.lax.scan`. Larger batches make a smaller table.
+
+  Args:
+    alpha: the coefficient: a finite real number, a scalar array, or a schedule,
+      which is given the number of updates made so far. While it is 0, the
+      gradient passes unchanged, bit for bit, and the table is still filled; for
+      the Python number 0 it is not.
+    num_batches: number of the fixed batches, at least 1.
+    table_dtype: dtype of the table, ``None`` for the parameters'. The mean is
+      that of the rounded entries, so the result is still unbiased.
+    axis_name: name of the axis (or tuple of names) of an enclosing
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which
+      gradients are to be averaged. The updates are then device-local; they are
+      averaged in one reduction, and the table holds averaged gradients. With
+      ``None`` they must have been averaged before.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``init`` takes
+    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`
+    in their place) and returns a :class:`SAGAState`. Its ``update`` needs the
+    extra argument ``batch_index``, an integer or scalar integer array in
+    [0, ``num_batches``): which of the fixed batches the updates are the
+    gradient of. Where a traced index is out of this range, the gradient passes
+    unchanged, ``alpha`` is 0, and the table stays as it is. Components of a
+    gradient that are not finite, in ``table_dtype``, are not stored.
+
+    Updates keep their structure, shapes and dtypes. Sums are formed in float32
+    for narrower dtypes. The mean of the table is compensated for rounding, so
+    that its error does not grow with the number of updates.
+
+  Raises:
+    TypeError: if ``alpha`` is not a real number, array or schedule, if
+      ``num_batches`` is not an integer, if ``table_dtype`` is not a float or
+      complex dtype, if parameters are not of such a dtype (by ``init``), or if
+      ``batch_index`` is not an integer (by ``update``).
+    ValueError: if ``alpha`` is not finite or not a scalar, if ``num_batches``
+      is less than 1, by ``init``: if ``table_dtype`` would drop imaginary parts
+      or the table does not fit into the memory of the device; and by
+      ``update``: if ``batch_index`` is not given (also when a wrapper has
+      dropped it), known to be out of range, or not a scalar, if updates or
+      parameters do not match the state in structure, shape or kind of dtype, if
+      ``axis_name`` is no enclosing axis or the gradients have already been
+      summed over it.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
+    >>> batches = jnp.array([[0, 1], [2, 3]])
+    >>> tx = optax.chain(optax_svrg.alpha_saga(1.0, len(batches)),
+    ...                  optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, i):
+    ...   grads = jax.grad(loss)(params, batches[i])
+    ...   updates, state = tx.update(grads, state, params, batch_index=i)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for i in range(len(batches)):  # Optional: fills the table.
+    ...   _, state = step(params, state, i)
+    >>> for epoch in range(50):
+    ...   for i in jax.random.permutation(jax.random.key(epoch), len(batches)):
+    ...     params, state = step(params, state, i)
+    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    0.0486
+
+  References:
+    Defazio et al., `SAGA: A Fast Incremental Gradient Method With Support for
+    Non-Strongly Convex Composite Objectives
+    <https://arxiv.org/abs/1407.0202>`_, 2014
+
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025, for the coefficient.
+
+  .. seealso:: :func:`optax_svrg.adaptive_saga`, :func:`optax_svrg.alpha_svrg`
+  """
   if not callable(alpha):
     _checks.check_coefficient(alpha, "alpha")
   num_batches = _checks.check_count(num_batches, "num_batches")
@@ -108,6 +214,83 @@ def adaptive_saga(
   table_dtype: Any = None,
   axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
+  r"""SAGA over mini-batches whose coefficient is estimated from step to step.
+
+  The same estimator as :func:`optax_svrg.alpha_saga`, with the same arguments
+  of ``update``. The coefficient is the one of least variance, estimated as that
+  of :func:`optax_svrg.adaptive_svrg`, with the stored gradient :math:`s_i` for
+  the snapshot's and the mean :math:`\bar s` of the table for the mean gradient:
+
+  .. math::
+
+    \hat\alpha = \operatorname{clip}\left(
+    \frac{\operatorname{EMA}\langle g_i - \bar s, s_i - \bar s\rangle}
+    {\operatorname{EMA}\lVert s_i - \bar s\rVert^2},
+    0, \alpha_{\max}\right)
+
+  over the steps before this one, so that the corrected gradient stays unbiased.
+  It starts at 0 and rises as the learning rate falls and entries age less. It
+  falls where augmentation or dropout make a batch differ from itself.
+
+  This takes one gradient per step, as the plain optimizer does, and memory for
+  the table, see :func:`alpha_saga`.
+
+  Args:
+    num_batches: see :func:`optax_svrg.alpha_saga`.
+    decay: of the two averages, in [0, 1).
+    max_alpha: positive upper bound of the coefficient.
+    table_dtype: see :func:`optax_svrg.alpha_saga`.
+    axis_name: see :func:`optax_svrg.alpha_saga`. The estimate is made of the
+      averaged gradients, and needs no further reduction.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` as that of
+    :func:`optax_svrg.alpha_saga`. In its :class:`SAGAState` ``alpha`` is the
+    coefficient used last, and ``estimate`` holds the averages, in float32 or,
+    for parameters of double precision, in float64. The coefficient is real for
+    complex parameters too. ``optax.tree.get(opt_state, "variance_ratio")``
+    estimates what the correction leaves of the variance of the gradient, see
+    :func:`optax_svrg.adaptive_svrg` for what it assumes.
+
+  Raises:
+    TypeError: if ``decay`` or ``max_alpha`` is not a real number; otherwise as
+      :func:`optax_svrg.alpha_saga`.
+    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive or
+      not finite; otherwise as :func:`optax_svrg.alpha_saga`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
+    >>> batches = jnp.array([[0, 1], [2, 3]])
+    >>> tx = optax.chain(optax_svrg.adaptive_saga(len(batches)),
+    ...                  optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, i):
+    ...   grads = jax.grad(loss)(params, batches[i])
+    ...   updates, state = tx.update(grads, state, params, batch_index=i)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for epoch in range(50):
+    ...   for i in jax.random.permutation(jax.random.key(epoch), len(batches)):
+    ...     params, state = step(params, state, i)
+    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    0.0486
+
+  References:
+    Defazio et al., `SAGA: A Fast Incremental Gradient Method With Support for
+    Non-Strongly Convex Composite Objectives
+    <https://arxiv.org/abs/1407.0202>`_, 2014
+
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025, whose optimal coefficient this
+    estimates.
+
+  .. seealso:: :func:`optax_svrg.alpha_saga`,
+    :func:`optax_svrg.adaptive_svrg`
+  """
   num_batches = _checks.check_count(num_batches, "num_batches")
   _checks.check_decay(decay, "decay")
   _checks.check_positive(max_alpha, "max_alpha")
@@ -165,14 +348,14 @@ class _Entry(NamedTuple):
   """What the table holds for a batch.
 
   Attributes:
-    index: position in the table.
+    position: where in the table.
     is_known: whether the index is within the table.
     is_filled: whether there is a gradient.
     grads: the stored gradient.
     mean: mean of the entries that are filled.
   """
 
-  index: jax.Array
+  position: jax.Array
   is_known: Any
   is_filled: jax.Array
   grads: optax.Updates
@@ -221,7 +404,7 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
 
   new = jax.tree.map(stored, entry.grads, grads)
 
-  def moved(m, error, old, new):
+  def moved(m: Any, error: Any, old: Any, new: Any) -> tuple[Any, Any]:
     # The same quotient comes in as goes out later, so that its rounding does
     # not accumulate; that of the sums is kept.
     old, new = (x.astype(m.dtype) / num_batches for x in (old, new))
@@ -237,9 +420,9 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     for i in (0, 1)
   )
   return state._replace(
-    is_filled=state.is_filled.at[entry.index].max(entry.is_known),
+    is_filled=state.is_filled.at[entry.position].max(entry.is_known),
     table=jax.tree.map(
-      lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, entry.index, 0),
+      lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, entry.position, 0),
       state.table,
       new,
     ),
@@ -260,6 +443,7 @@ def _init(
 ) -> SAGAState:
   _checks.check_inexact(params, "params")
   _checks.check_dtype_fits(params, table_dtype, "table_dtype")
+  _check_memory(params, num_batches, table_dtype)
 
   def zeros(p: Any) -> Any:
     return jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p)))
@@ -278,7 +462,38 @@ def _init(
   )
 
 
-def _check_update(updates, state, params, axis_name) -> None:
+def _check_memory(
+  params: optax.Params, num_batches: int, table_dtype: Any
+) -> None:
+  """Raises if the table is known not to fit where the parameters are."""
+  leaves = jax.tree.leaves(params)
+  # Where traced or abstract parameters will be placed is not known.
+  if not all(
+    isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer)
+    for p in leaves
+  ):
+    return
+  needed = num_batches * sum(
+    math.prod(p.sharding.shard_shape(p.shape))
+    * np.dtype(table_dtype or p.dtype).itemsize
+    for p in leaves
+  )
+  for device in {device for p in leaves for device in p.devices()}:
+    available = _checks.device_memory(device)
+    if available is not None and needed > available:
+      raise ValueError(
+        f"the table for num_batches={num_batches} needs {needed} bytes, and"
+        f" {device} has {available}. Larger batches, a table_dtype of fewer"
+        " bytes and sharded parameters make the table smaller."
+      )
+
+
+def _check_update(
+  updates: optax.Updates,
+  state: SAGAState,
+  params: optax.Params | None,
+  axis_name: Any,
+) -> None:
   """Checks the arguments of update before anything is computed."""
   mean = state.mean_grads
   _checks.check_same_tree(updates, mean, "updates", "the table's entries")
@@ -289,7 +504,7 @@ def _check_update(updates, state, params, axis_name) -> None:
 
 
 def _check_index(batch_index: Any, num_batches: int) -> Any:
-  """Returns ``batch_index``; raises unless it may be one, as far as is known."""
+  """Returns ``batch_index``; raises unless it can be one, if that is known."""
   if batch_index is None:
     raise ValueError(
       "SAGA needs the extra argument batch_index, which says which of the"

@@ -19,6 +19,7 @@ costs nothing in a compiled step.
 
 from collections.abc import Sequence
 import math
+import os
 from typing import Any
 
 import jax
@@ -58,6 +59,16 @@ def wide_dtype(dtype: Any) -> Any:
   """The dtype to form sums in: float32 for narrower ones."""
   # Not jnp.promote_types, which refuses under strict dtype promotion.
   return np.promote_types(dtype, np.float32)
+
+
+def device_memory(device: jax.Device) -> int | None:
+  """The free bytes of a device, all bytes of a host; None if not known."""
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  if device.platform == "cpu" and hasattr(os, "sysconf"):
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return None
 
 
 def check_inexact(tree: Any, name: str) -> None:
