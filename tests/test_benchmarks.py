@@ -13,6 +13,7 @@
 # limitations under the License.
 """The benchmarks: data, models, the command line and what it leaves behind."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -35,12 +36,16 @@ import pytest
 
 from benchmarks import data, models, reporting, train
 import optax_svrg
+from tests import helpers
 
 # Flax and optax.adamw rely on implicit promotion.
 pytestmark = pytest.mark.standard_promotion
 
 TRAIN, VALIDATION, SIDE = 50, 20, 6
-METHODS = ("plain", "svrg", "alpha-svrg", "adaptive")
+METHODS = (
+  *("plain", "plain-fixed", "svrg", "alpha-svrg", "adaptive"),
+  *("saga", "adaptive-saga"),
+)
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
@@ -319,6 +324,94 @@ class TestModels:
     assert want.shape == (5, 10)
     np.testing.assert_allclose(model(jnp.asarray(x)), want, rtol=1e-4)
 
+  @pytest.mark.standard_promotion
+  @pytest.mark.parametrize("name", ["vit", "mixer"])
+  def test_patches(self, name):
+    """Each example has its own logits, which every pixel moves."""
+    shape = (2, 14, 21)
+    model = models.MODELS[name](shape, 10, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (3, 2 * 14 * 21))
+    logits = model(x)
+    assert logits.shape == (3, 10)
+    np.testing.assert_allclose(model(x[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
+    sensitivity = jax.grad(lambda x: jnp.sum(model(x) ** 2))(x)
+    assert np.all(np.asarray(sensitivity) != 0)
+
+  def test_order_of_patches(self):
+    image = np.arange(14 * 21).reshape(1, 14, 21)
+    patches = models._to_patches(jnp.asarray(image.ravel()), (1, 14, 21))
+    assert patches.shape == (6, 49)
+    np.testing.assert_array_equal(patches[4], image[0, 7:, 7:14].ravel())
+
+  @pytest.mark.parametrize("name", ["vit", "mixer"])
+  def test_image_that_is_no_multiple_of_a_patch(self, name):
+    with pytest.raises(ValueError, match=r"image_shape .* 7.*\(1, 28, 30\)"):
+      models.MODELS[name]((1, 28, 30), 10, rngs=nnx.Rngs(0))
+
+
+class TestAugmentation:
+  SHAPE = (1, 6, 8)
+  IMAGES = np.arange(5 * 48, dtype=np.float32).reshape(5, 48)
+
+  def augmented(self, name, key, indices):
+    return np.asarray(
+      data.augment(
+        name,
+        jax.random.key(key),
+        jnp.asarray(indices),
+        jnp.asarray(self.IMAGES[indices]),
+        self.SHAPE,
+      )
+    )
+
+  @pytest.mark.parametrize("name", ["shift-flip", "dropout"])
+  def test_draw_follows_from_key_and_image(self, name):
+    every = self.augmented(name, 0, [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(
+      self.augmented(name, 0, [3, 1]), every[[3, 1]]
+    )
+    assert not np.array_equal(self.augmented(name, 1, [3, 1]), every[[3, 1]])
+
+  def test_none(self):
+    got = self.augmented("none", 0, [2, 0])
+    np.testing.assert_array_equal(got, self.IMAGES[[2, 0]])
+
+  def test_shift_and_flip(self):
+    image = self.IMAGES[0].reshape(6, 8)
+    padded = [np.pad(x, 2, mode="edge") for x in (image, image[:, ::-1])]
+    possible = {
+      p[i : i + 6, j : j + 8].tobytes()
+      for p in padded
+      for i in range(5)
+      for j in range(5)
+    }
+    got = {
+      self.augmented("shift-flip", key, [0]).tobytes() for key in range(200)
+    }
+    assert got <= possible
+    assert len(got) > 30
+
+  def test_dropout(self):
+    kept = [self.augmented("dropout", key, [4])[0] for key in range(300)]
+    ratio = np.stack(kept) / self.IMAGES[4]
+    assert set(np.unique(ratio.round(3))) == {0, 1.25}
+    # 14,400 draws: five standard errors.
+    assert abs(ratio.mean() - 1) < 5 * 0.5 / np.sqrt(ratio.size)
+
+  def test_wrong_labels(self, data_dir):
+    dataset = data.load("fashion-mnist", data_dir)
+    labels = dataset.train_labels
+    assert np.array_equal(
+      data.with_wrong_labels(dataset, 0.0).train_labels, labels
+    )
+    # A tenth of the labels that are drawn is right.
+    many = dataset._replace(train_labels=np.resize(labels, 10_000))
+    got = data.with_wrong_labels(many, 0.3)
+    share = (got.train_labels != many.train_labels).mean()
+    assert share == pytest.approx(0.27, abs=0.02)
+    assert got.train_labels.dtype == labels.dtype
+    assert got.validation_labels is dataset.validation_labels
+
 
 def run_of(method, *train_losses, finished=True):
   history = [
@@ -550,7 +643,7 @@ class TestTraining:
   def test_table(self, comparison):
     result, results, _ = comparison
     assert result.exit_code == 0, result.output
-    for heading in ("method", "train loss", "accuracy", "per example", "sec"):
+    for heading in ("method", "train loss", "accuracy", "gradients", "seconds"):
       assert heading in result.stdout
     for method, row in zip(METHODS, results["table"], strict=True):
       (line,) = (
@@ -573,6 +666,10 @@ class TestTraining:
     steps = 3 * 16
     assert gradients(comparison[1]) == {
       "plain": pytest.approx(3 * steps / TRAIN),
+      # Fixed batches hold all examples.
+      "plain-fixed": 3,
+      "saga": 3,
+      "adaptive-saga": 3,
       "svrg": pytest.approx(3 * (TRAIN + 2 * steps) / TRAIN),
       # Coefficients 0.75, 0.375 and 0.
       "alpha-svrg": pytest.approx((2 * (TRAIN + 2 * steps) + steps) / TRAIN),
@@ -587,9 +684,17 @@ class TestTraining:
       assert start["alpha"] is start["variance_ratio"] is None
       alphas = [point["alpha"] for point in history]
       ratios = [point["variance_ratio"] for point in history]
-      if run["method"] == "plain":
+      if run["method"] in ("plain", "plain-fixed"):
         assert alphas == [0, 0, 0]
         assert ratios == [None] * 3
+      elif run["method"] == "saga":
+        assert alphas == [0, 1, 1]
+        assert ratios[0] is None
+        assert all(0 < ratio for ratio in ratios[1:])
+      elif run["method"] == "adaptive-saga":
+        assert alphas[0] == 0
+        assert all(0 <= alpha <= 1 for alpha in alphas)
+        assert ratios[0] is None
       elif run["method"] == "alpha-svrg":
         assert alphas == [0.75, 0.375, 0]
         assert ratios[2] == 1
@@ -617,6 +722,8 @@ class TestTraining:
       "lr": train.OPTIMIZERS["adamw"].lr,
       "alpha0": 0.75,
       "snapshot_every": 1,
+      "label_noise": 0.0,
+      "augment": "none",
       "seeds": 2,
       "out": str(out),
     }
@@ -629,7 +736,7 @@ class TestTraining:
       "train_examples": TRAIN,
       "validation_examples": VALIDATION,
     }
-    assert len(results["runs"]) == 8
+    assert len(results["runs"]) == 2 * len(METHODS)
     for run in results["runs"]:
       assert run["finished"]
       assert not run["diverged"]
@@ -656,7 +763,7 @@ class TestTraining:
 
   def test_methods_differ(self, comparison):
     final = {losses(comparison[1], method)[-1] for method in METHODS}
-    assert len(final) == 4
+    assert len(final) == len(METHODS)
 
   def test_deterministic(self, comparison, invoke):
     # Also whatever the other methods and seeds are.
@@ -714,13 +821,77 @@ class TestTraining:
     )
     grad = jax.grad(lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
     w = jnp.ones(4)
+
+    def indexed_grad(w, indices):
+      return grad(w, jax.tree.map(lambda x: x[indices], examples))
+
     for batch_size in (1, 16, 25, TRAIN):
       mean = optax_svrg.mean_gradient(
-        functools.partial(train._scanned, grad, batch_size),
+        functools.partial(train._scanned, indexed_grad, batch_size),
         w,
-        train._whole_and_rest(examples, batch_size),
+        train._whole_and_rest(TRAIN, batch_size),
       )
       np.testing.assert_allclose(mean, grad(w, examples), rtol=1e-5)
+
+  @pytest.mark.parametrize("batch_size", [16, 25, TRAIN])
+  def test_fixed_batches(self, data_dir, batch_size):
+    """They hold every example once, and are the same in all epochs."""
+    options = train.Options(*[None] * 14)
+    options = dataclasses.replace(
+      options,
+      model="mlp2",
+      optimizer="sgd",
+      epochs=2,
+      batch_size=batch_size,
+      lr=0.1,
+      augment="none",
+    )
+    trainer = train.Trainer(options, data.load("fashion-mnist", data_dir), {})
+    method = train.plain_fixed(options, TRAIN)
+    partitions = []
+    for epoch in range(2):
+      keys = train.Keys(jax.random.key(epoch), jax.random.key(7))
+      indices, is_real, order = trainer._order(method, keys)
+      mask = np.ones(indices.shape, bool) if is_real is None else is_real
+      indices, mask, order = map(np.asarray, (indices, mask, order))
+      assert sorted(indices[mask]) == list(range(TRAIN))
+      sizes = mask.sum(axis=1)
+      assert sizes.max() - sizes.min() <= 1
+      assert sizes.max() <= batch_size
+      assert sorted(order) == list(range(-(-TRAIN // batch_size)))
+      partitions.append(
+        {
+          int(number): set(members[real].tolist())
+          for number, members, real in zip(order, indices, mask, strict=True)
+        }
+      )
+    assert partitions[0] == partitions[1]
+
+  def test_gradient_of_a_padded_batch(self, data_dir):
+    options = dataclasses.replace(
+      train.Options(*[None] * 14),
+      model="mlp2",
+      epochs=1,
+      batch_size=16,
+      augment="none",
+    )
+    trainer = train.Trainer(options, data.load("fashion-mnist", data_dir), {})
+    _, params = trainer._init(jax.random.key(0))
+    images, labels = (x[:5] for x in trainer._train)
+    padded = [jnp.concatenate([x, x[:2]]) for x in (images, labels)]
+    is_real = jnp.arange(7) < 5
+    want = jax.grad(trainer._loss)(params, train.Batch(images, labels))
+    got = jax.grad(trainer._loss)(params, train.Batch(*padded, is_real))
+    helpers.assert_close(got, want, rtol=1e-5)
+
+  def test_noise_and_augmentation_reach_the_training(self, invoke):
+    final = set()
+    for option in ("", "--label-noise=0.9", "--augment=shift-flip"):
+      args = [option] if option else []
+      result, results = invoke("--methods=plain", "--seeds=1", *args)
+      assert result.exit_code == 0, result.output
+      final.add(losses(results, "plain")[-1])
+    assert len(final) == 3
 
   def test_divergence_is_shown(self, invoke):
     result, results = invoke(
@@ -864,8 +1035,8 @@ class TestOptions:
     assert result.returncode == 2
     assert not result.stdout
     assert result.stderr == (
-      "Error: Invalid value for '--methods': 'nag' is not one of plain, svrg,"
-      " alpha-svrg, adaptive.\n"
+      "Error: Invalid value for '--methods': 'nag' is not one of plain,"
+      " plain-fixed, svrg, alpha-svrg, adaptive, saga, adaptive-saga.\n"
     )
 
   def test_help(self):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The grid of problems, and the studies that are built on it."""
 
+import dataclasses
 import json
 import math
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import coefficient, grid, staleness, train
+from benchmarks import coefficient, grid, saga, staleness, train
 import optax_svrg
 from tests import helpers
 
@@ -126,6 +127,72 @@ def test_grid_covers_what_it_claims():
     assert {getattr(cell, field) for cell in cells} == values
 
 
+def test_grid_of_saga_covers_what_it_claims():
+  cells = saga.CELLS.values()
+  assert len(cells) >= 24
+  for field, values in {
+    "dataset": {"mnist-5k", "fashion-mnist"},
+    "model": {"mlp2", "mlp4", "vit", "mixer"},
+    "optimizer": {"sgd", "momentum", "adamw"},
+    "batch_size": {64, 128, 512},
+    "epochs": {12, 36},
+    "label_noise": {0.0, 0.3},
+    "augment": {"none", "shift-flip", "dropout"},
+  }.items():
+    assert {getattr(cell, field) for cell in cells} == values
+  # Cells that follow one another are trained on the same examples.
+  assert len(saga.CELLS) == len({tuple(cell) for cell in cells})
+
+
+# In the form of grid.run_cell.
+SAGA_ROWS = [
+  row | {"validation_accuracy": 0.5 + row["seed"] / 10}
+  for row in runs(
+    {
+      "plain": [1.0, 1.1, 1.2],
+      "plain-fixed": [0.9, 1.0, 1.1],
+      "saga": [2.0, None, 2.2],
+      "adaptive-saga": [0.8, 0.91, 1.0],
+    }
+  )
+  + runs({"plain-fixed": [3.0, 3.0, 3.0]}, lr=0.2)
+]
+
+
+class TestSagaSummary:
+  def test_against_the_better_plain(self):
+    summary = saga.summarise(SAGA_ROWS)
+    assert summary.better_plain == "plain-fixed"
+    assert summary.lrs["plain-fixed"] == 0.1
+    differences = [-0.1, -0.09, -0.1]
+    assert summary.against_plain.relative == pytest.approx(2.71 / 3.0 - 1)
+    assert summary.against_plain.deviations == pytest.approx(
+      np.mean(differences) / np.std(differences, ddof=1)
+    )
+    assert summary.against_plain.verdict == "win"
+    assert summary.accuracies["plain"] == pytest.approx(0.6)
+
+  @pytest.mark.parametrize(
+    ("relative", "deviations", "want"),
+    [
+      (-0.2, -5.0, False),
+      (-0.2, -2.5, True),
+      (0.1, 1.6, True),
+      (-0.07, -9.0, True),
+      (math.nan, math.nan, False),
+    ],
+  )
+  def test_close(self, relative, deviations, want):
+    assert saga.is_close(grid.Comparison(relative, deviations, "")) == want
+
+  def test_state_bytes(self):
+    cell = grid.Cell("mnist-5k", "mlp2", "sgd", 64, 4_000, 12)
+    cell = saga.Cell(*cell)
+    params, state = saga.state_bytes(cell)
+    # 63 entries, the mean and its error; scalars and flags besides.
+    assert 65 * params <= state < 65 * params + 200
+
+
 @pytest.mark.standard_promotion
 class TestRuns:
   CELL = grid.Cell("mnist-5k", "logreg", "sgd", 512, 4_000, 2)
@@ -146,8 +213,8 @@ class TestRuns:
     assert grid.losses(rows, "adaptive", 0.2)[0] != first[1]["train_loss"]
 
   def test_linear_schedules_start_where_they_say(self):
-    options = train.Options(*[None] * 12)
-    options = options.__class__(**{**vars(options), "epochs": 3})
+    options = train.Options(*[None] * 14)
+    options = dataclasses.replace(options, epochs=3, batch_size=1)
     for name in grid.LINEAR:
       method = grid.METHODS[name](options, 10)
       assert method.coefficient(0) == float(name.split()[1])
@@ -160,6 +227,11 @@ class TestRuns:
     monkeypatch.setattr(staleness, "CELLS", {self.CELL: 0.1})
     monkeypatch.setattr(staleness, "SNAPSHOT_EVERY", (1, 2))
     monkeypatch.setattr(coefficient, "CELLS", {name: 0.1})
+    # Not logreg, whose learning rates are not in the table of saga.
+    of_saga = saga.Cell("mnist-5k", "mlp2", "sgd", 2_000, 4_000, 2)
+    monkeypatch.setattr(saga, "CELLS", {of_saga.name: of_saga})
+    monkeypatch.setattr(saga, "ROUNDED_CELLS", (of_saga.name,))
+    monkeypatch.setitem(saga.LEARNING_RATES, ("mlp2", "sgd"), (0.1,))
     chosen = ("plain", "svrg", "decay 0.9", "decay 0.9, per leaf")
     monkeypatch.setattr(
       coefficient, "METHODS", {m: coefficient.METHODS[m] for m in chosen}
@@ -169,6 +241,7 @@ class TestRuns:
       (grid.main, ["against plain", "cells with an MLP", name]),
       (staleness.main, ["epochs between snapshots", "adaptive"]),
       (coefficient.main, [*chosen, "all"]),
+      (saga.main, [of_saga.name, "against the better plain", "bfloat16"]),
     ):
       result = CliRunner().invoke(command, args)
       assert result.exit_code == 0, result.output
