@@ -416,10 +416,15 @@ class Trainer:
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
   ) -> tuple[jax.Array, jax.Array]:
-    images, labels = validation
-    predictions = nnx.merge(self._graphdef, params)(images).argmax(axis=-1)
-    loss = self._loss(params, Batch(*train))
-    return loss, (predictions == labels).mean()
+    model = nnx.merge(self._graphdef, params)
+    # In pieces that fit into a cache.
+    losses, _ = jax.lax.map(
+      functools.partial(_loss_and_success, model), train, batch_size=128
+    )
+    _, successes = jax.lax.map(
+      functools.partial(_loss_and_success, model), validation, batch_size=128
+    )
+    return losses.mean(), successes.mean()
 
   def _program(self, method: Method, params: optax.Params) -> Program:
     """Compiles a method."""
@@ -515,6 +520,16 @@ class Trainer:
     steps = steps_per_epoch(self._options, self._num_examples)
     counts = np.arange(start * steps, stop * steps)
     return bool(np.any(coefficient(counts) != 0))
+
+
+def _loss_and_success(
+  model: Callable, example: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """Of one example."""
+  image, label = example
+  logits = model(image)
+  loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+  return loss, logits.argmax() == label
 
 
 def _observe(

@@ -121,6 +121,28 @@ def perturbed(tree: Any, by: float = 0.25) -> Any:
   )
 
 
+def random_like(params: Any, seed: int, scale: float = 1.0) -> Any:
+  """A tree of normal numbers, complex where the parameters are."""
+  rng = np.random.default_rng(seed)
+
+  def draw(p):
+    values = rng.normal(size=(2, *jnp.shape(p)))
+    dtype = jnp.result_type(p)
+    z = values[0] + (1j if jnp.iscomplexobj(p) else 0) * values[1]
+    return jnp.asarray(scale * z, dtype)
+
+  return jax.tree.map(draw, params)
+
+
+def flat(tree: Any) -> np.ndarray:
+  """All components in one vector, in double precision."""
+  leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(tree)]
+  wide = [
+    x.astype(np.complex128 if np.iscomplexobj(x) else float) for x in leaves
+  ]
+  return np.concatenate([np.zeros(0), *wide])
+
+
 def leaves_with_names(tree: Any) -> Iterator[tuple[str, Any]]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     yield jax.tree_util.keystr(path), leaf

@@ -28,7 +28,7 @@ import optax_svrg
 def plain(
   learning_rate: optax.ScalarOrSchedule = 1e-3, momentum: float = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-  """The reference: what it passes, alpha_svrg must pass."""
+  """The reference: what it passes, the others must pass."""
   return optax.sgd(learning_rate, momentum)
 
 
@@ -55,5 +55,23 @@ def alpha_svrg(
       state,
     )
     return tx.update(updates, state, params, grad_fn=grad_fn, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def adaptive_saga(
+  learning_rate: optax.ScalarOrSchedule = 1e-3, momentum: float = 0.9
+) -> optax.GradientTransformationExtraArgs:
+  """The reference with adaptive_saga before it, which visits three batches."""
+  tx = optax.chain(
+    optax_svrg.adaptive_saga(3), optax.sgd(learning_rate, momentum)
+  )
+
+  def update(
+    updates: Any, state: Any, params: Any = None, *, obj_fn=None, **extra_args
+  ) -> Any:
+    del obj_fn
+    index = state[0].count % 3
+    return tx.update(updates, state, params, batch_index=index, **extra_args)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)

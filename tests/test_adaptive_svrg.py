@@ -49,28 +49,6 @@ def with_mean(tx, params, mean):
   return optax_svrg.take_snapshot(tx.init(params), params, lambda _: mean)
 
 
-def random_like(params, seed, scale=1.0):
-  """A tree of normal numbers, complex where the parameters are."""
-  rng = np.random.default_rng(seed)
-
-  def draw(p):
-    values = rng.normal(size=(2, *jnp.shape(p)))
-    dtype = jnp.result_type(p)
-    z = values[0] + (1j if jnp.iscomplexobj(p) else 0) * values[1]
-    return jnp.asarray(scale * z, dtype)
-
-  return jax.tree.map(draw, params)
-
-
-def flat(tree):
-  """All components in one vector, in double precision."""
-  leaves = [np.asarray(x).ravel() for x in jax.tree.leaves(tree)]
-  wide = [
-    x.astype(np.complex128 if np.iscomplexobj(x) else float) for x in leaves
-  ]
-  return np.concatenate([np.zeros(0), *wide])
-
-
 class TestFormula:
   @pytest.mark.parametrize("decay", [0.0, 0.9])
   @pytest.mark.parametrize("max_alpha", [1.0, 0.4, 3.0])
@@ -81,13 +59,13 @@ class TestFormula:
     tx = optax_svrg.adaptive_svrg(decay, max_alpha=max_alpha)
     update = lambda *args: observe(tx, *args)
     update = jax.jit(update) if jit else update
-    mean = random_like(params, 0, 0.1)
+    mean = helpers.random_like(params, 0, 0.1)
     state = with_mean(tx, params, mean)
     covariance = variance = moment = 0.0
     rtol = helpers.tolerance(params)
     for step in range(6):
-      s = random_like(params, 10 + step)
-      noise = random_like(params, 20 + step, 0.3)
+      s = helpers.random_like(params, 10 + step)
+      noise = helpers.random_like(params, 20 + step, 0.3)
       slope = 0.9 - 0.1 * step
       g = jax.tree.map(
         lambda x, n, a=slope: (a * x + n).astype(x.dtype), s, noise
@@ -96,16 +74,16 @@ class TestFormula:
       alpha = min(max(alpha, 0.0), max_alpha)
       corrected, state = update(state, g, s)
       np.testing.assert_allclose(state.alpha, alpha, rtol=rtol, atol=rtol)
-      want = flat(g) - alpha * (flat(s) - flat(mean))
+      want = helpers.flat(g) - alpha * (helpers.flat(s) - helpers.flat(mean))
       scale = np.abs(want).max()
       np.testing.assert_allclose(
-        flat(corrected), want, rtol=0, atol=2 * rtol * scale
+        helpers.flat(corrected), want, rtol=0, atol=2 * rtol * scale
       )
-      centred = flat(s) - flat(mean)
+      centred = helpers.flat(s) - helpers.flat(mean)
       products = [
-        np.vdot(centred, flat(g) - flat(mean)).real,
+        np.vdot(centred, helpers.flat(g) - helpers.flat(mean)).real,
         np.vdot(centred, centred).real,
-        np.sum(np.abs(want - flat(mean)) ** 2),
+        np.sum(np.abs(want - helpers.flat(mean)) ** 2),
       ]
       covariance, variance, moment = (
         decay * old + (1 - decay) * new
@@ -143,7 +121,10 @@ class TestFormula:
     )
     used = []
     for seed in range(3):
-      g, s = random_like(params, seed), random_like(params, 50 + seed)
+      g, s = (
+        helpers.random_like(params, seed),
+        helpers.random_like(params, 50 + seed),
+      )
       used.append(observe(tx, state, g, s)[1].alpha)
     assert used == [0.5, 0.5, 0.5]
 
@@ -151,10 +132,10 @@ class TestFormula:
     """All batches at fixed parameters, weighted alike: Cov / Var over them."""
     with jax.enable_x64(True):
       params = {"w": jnp.zeros(4)}
-      snapshots = [random_like(params, i) for i in range(7)]
+      snapshots = [helpers.random_like(params, i) for i in range(7)]
       mean = {"w": sum(s["w"] for s in snapshots) / 7}
       grads = [
-        {"w": 0.6 * s["w"] + random_like(params, 90 + i, 0.5)["w"]}
+        {"w": 0.6 * s["w"] + helpers.random_like(params, 90 + i, 0.5)["w"]}
         for i, s in enumerate(snapshots)
       ]
       tx = optax_svrg.adaptive_svrg(1 - 1e-12)
@@ -251,8 +232,10 @@ class TestUnbiased:
       correct(tx, point, state, batch)[0] for batch in PROBLEM.batches
     ]
     sizes = [len(batch[0]) for batch in PROBLEM.batches]
-    mean = sum(n * flat(c) for n, c in zip(sizes, corrected, strict=True))
-    want = flat(PROBLEM.full_grad(point))
+    mean = sum(
+      n * helpers.flat(c) for n, c in zip(sizes, corrected, strict=True)
+    )
+    want = helpers.flat(PROBLEM.full_grad(point))
     np.testing.assert_allclose(
       mean / sum(sizes),
       want,
@@ -280,7 +263,7 @@ class TestWithoutVariance:
       point = helpers.perturbed(point, 0.01 * step)
       updates, state = update(point, state)
       assert state.alpha == 1
-      assert np.all(np.isfinite(flat(updates)))
+      assert np.all(np.isfinite(helpers.flat(updates)))
       assert np.all(np.isfinite(state.estimate))
 
   def test_an_observation_without_variance_changes_nothing(self):
@@ -306,7 +289,7 @@ class TestWithoutVariance:
     tx = optax_svrg.adaptive_svrg(0.5)
     state = with_mean(tx, params, {"w": jnp.zeros(2)})
     for step in range(3):
-      s = random_like(params, step, scale)
+      s = helpers.random_like(params, step, scale)
       updates, state = observe(tx, state, s, s)
       assert np.all(np.isfinite(updates["w"]))
       assert state.alpha == 1

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""alpha_svrg in Optax's chains and wrappers."""
+"""alpha_svrg and the SAGA transformations in Optax's chains and wrappers."""
 
 from collections.abc import Callable
 
@@ -526,3 +526,241 @@ def test_linen_train_state():
   assert last - least < 0.1 * (first - least)
   with pytest.raises(ValueError, match="got neither"):
     state.apply_gradients(grads=grad(state.params, BATCHES[0]))
+
+
+SAGA = {
+  "alpha": lambda: optax_svrg.alpha_saga(0.5, len(BATCHES)),
+  "adaptive": lambda: optax_svrg.adaptive_saga(len(BATCHES)),
+}
+# Where a SAGA transformation may hide; update needs no second gradient there.
+SAGA_WRAPPERS = {
+  name: wrap for name, wrap in WRAPPERS.items() if name != "inject_hyperparams"
+}
+MASK = {"layer": {"w": True, "b": False}, "scale": True}
+
+
+def saga_state(opt_state) -> optax_svrg.SAGAState:
+  is_state = lambda x: isinstance(x, optax_svrg.SAGAState)
+  (state,) = filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state))
+  return state
+
+
+def saga_grads(step):
+  """A batch_index and gradients that differ at each visit."""
+  i = step % len(BATCHES)
+  return i, GRAD(helpers.perturbed(PARAMS, 0.02 * step), BATCHES[i])
+
+
+@pytest.mark.parametrize("kind", SAGA)
+class TestSAGA:
+  """The transformations with a table, where alpha_svrg is tested above."""
+
+  @staticmethod
+  def run(tx, steps=9, params=PARAMS):
+    """Updates of steps in turn over the batches, at given gradients."""
+    step = jax.jit(
+      lambda g, s, i: tx.update(g, s, params, batch_index=i, value=1.0)
+    )
+    state, history = tx.init(params), []
+    for k in range(steps):
+      i, grads = saga_grads(k)
+      updates, state = step(grads, state, i)
+      history.append(updates)
+    return history, state
+
+  @pytest.mark.parametrize(
+    "name", ["adamw", "clip_by_global_norm", "partition", "schedule_free"]
+  )
+  def test_the_optimizer_sees_the_corrected_gradient(self, kind, name):
+    corrected, _ = self.run(SAGA[kind]())
+    tx = optax.chain(SAGA[kind](), OPTIMIZERS[name]())
+    got, state = self.run(tx)
+    reference = optax.with_extra_args_support(OPTIMIZERS[name]())
+    update = jax.jit(lambda g, s: reference.update(g, s, PARAMS))
+    want_state = reference.init(PARAMS)
+    for updates, grads in zip(got, corrected, strict=True):
+      want, want_state = update(grads, want_state)
+      chex.assert_trees_all_close(updates, want, rtol=1e-4, atol=1e-6)
+    assert saga_state(state).alpha > 0
+
+  @pytest.mark.parametrize("name", SAGA_WRAPPERS)
+  def test_wrappers_pass_the_index_on(self, kind, name):
+    tx = SAGA_WRAPPERS[name](SAGA[kind]())
+    _, state = self.run(tx, steps=18)
+    saga = saga_state(state)
+    # MultiSteps makes an update of every second gradient.
+    visits = {"MultiSteps": 9, "conditionally_transform": 10}.get(name, 18)
+    assert saga.count == visits
+    assert saga.is_filled.all()
+    alpha = optax.tree.get(state, "alpha")
+    # What momentum or accumulation makes of gradients is not worth correcting.
+    if kind == "alpha":
+      assert alpha == 0.5
+    elif name not in ("chain", "MultiSteps"):
+      assert 0 < alpha < 1
+
+  def test_gradient_accumulation(self, kind):
+    """MultiSteps after the correction averages corrected gradients."""
+    corrected, _ = self.run(SAGA[kind]())
+    tx = optax.chain(
+      SAGA[kind](),
+      optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation(),
+    )
+    updates, _ = self.run(tx)
+    want = jax.tree.map(lambda *g: -sum(g) / 3, *corrected[-3:])
+    chex.assert_trees_all_close(updates[-1], want, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(updates[-2], jax.tree.map(jnp.zeros_like, want))
+
+  def test_masked(self, kind):
+    """What is masked out passes; the rest is corrected as if it were all."""
+    masked, state = self.run(optax.masked(SAGA[kind](), MASK))
+    assert saga_state(state).table["layer"]["b"] == optax.MaskedNode()
+    tx = SAGA[kind]()
+    part = lambda tree: (tree["layer"]["w"], tree["scale"])
+    want_state = tx.init(part(PARAMS))
+    update = jax.jit(lambda g, s, i: tx.update(g, s, batch_index=i))
+    for k, updates in enumerate(masked):
+      i, grads = saga_grads(k)
+      want, want_state = update(part(grads), want_state, i)
+      chex.assert_trees_all_close(part(updates), want, rtol=1e-5, atol=1e-7)
+      helpers.assert_equal(updates["layer"]["b"], grads["layer"]["b"])
+    assert want_state.alpha > 0
+
+  @pytest.mark.parametrize("mask_compatible_extra_args", [False, True])
+  def test_partition(self, kind, mask_compatible_extra_args):
+    tx = optax.partition(
+      {
+        "matrix": SAGA[kind](),
+        "rest": optax.chain(optax_svrg.alpha_saga(1.0, 3), optax.sgd(0.1)),
+      },
+      labels,
+      mask_compatible_extra_args=mask_compatible_extra_args,
+    )
+    got, state = self.run(tx)
+    assert isinstance(
+      state.inner_states["matrix"].inner_state, optax_svrg.SAGAState
+    )
+    own, rest = SAGA[kind](), optax_svrg.alpha_saga(1.0, 3)
+    pick = lambda tree: (tree["layer"]["b"], tree["scale"])
+    states = own.init(PARAMS["layer"]["w"]), rest.init(pick(PARAMS))
+
+    @jax.jit
+    def update(grads, states, i):
+      w, r = grads["layer"]["w"], pick(grads)
+      w, own_state = own.update(w, states[0], batch_index=i)
+      r, rest_state = rest.update(r, states[1], batch_index=i)
+      return w, r, (own_state, rest_state)
+
+    for k, updates in enumerate(got):
+      i, grads = saga_grads(k)
+      w, r, states = update(grads, states, i)
+      chex.assert_trees_all_close(
+        (updates["layer"]["w"], pick(updates)),
+        (w, jax.tree.map(lambda x: -0.1 * x, r)),
+        rtol=1e-5,
+        atol=1e-6,
+      )
+
+  @pytest.mark.parametrize("table_dtype", [None, "bfloat16"])
+  def test_inject_hyperparams(self, kind, table_dtype):
+    """The coefficients are numbers to it; the size of the table is not."""
+    factory = {
+      "alpha": optax_svrg.alpha_saga,
+      "adaptive": optax_svrg.adaptive_saga,
+    }[kind]
+    numbers = (
+      {"alpha": 0.5} if kind == "alpha" else {"decay": 0.5, "max_alpha": 0.75}
+    )
+    kwargs = {"num_batches": 3, "table_dtype": table_dtype}
+    tx = optax.inject_hyperparams(
+      factory, static_args=("num_batches", "table_dtype")
+    )(**numbers, **kwargs)
+    got, state = self.run(tx)
+    want, want_state = self.run(factory(**numbers, **kwargs))
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+    assert saga_state(state).alpha == want_state.alpha > 0
+    # The size of the table cannot be an array that may change.
+    with pytest.raises(TypeError, match="num_batches must be an integer"):
+      optax.inject_hyperparams(factory)(**numbers, **kwargs).init(PARAMS)
+
+  @pytest.mark.parametrize("wrapper", ["MultiSteps", "plain type"])
+  def test_wrapper_that_drops_the_argument(self, kind, wrapper):
+    if wrapper == "MultiSteps":
+      tx = optax.MultiSteps(SAGA[kind](), 2).gradient_transformation()
+    else:
+      tx = optax.GradientTransformation(*SAGA[kind]())
+    tx = optax.chain(tx)
+    with pytest.raises(ValueError, match=r"batch_index.*may have dropped"):
+      tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch_index=0)
+
+  @pytest.mark.parametrize("inside", [False, True])
+  def test_apply_if_finite(self, kind, inside):
+    """A bad step leaves no trace, whichever comes first."""
+    if inside:
+      tx = optax.apply_if_finite(optax.chain(SAGA[kind](), optax.sgd(0.1)), 3)
+    else:
+      tx = optax.chain(SAGA[kind](), optax.apply_if_finite(optax.sgd(0.1), 3))
+    _, state = self.run(tx)
+    bad = jax.tree.map(lambda g: g * jnp.nan, PARAMS)
+    updates, after = tx.update(bad, state, PARAMS, batch_index=1)
+    helpers.assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    before, saga = saga_state(state), saga_state(after)
+    helpers.assert_equal(saga.table, before.table)
+    chex.assert_trees_all_close(saga.mean_grads, before.mean_grads, rtol=1e-6)
+    i, grads = saga_grads(9)
+    updates, _ = tx.update(grads, after, PARAMS, batch_index=i)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    assert np.any(updates["layer"]["w"] != 0)
+
+  def test_map_params_marks_the_parameter_trees(self, kind):
+    """What shardings of the state are derived with."""
+    tx = optax.chain(SAGA[kind](), optax.adam(1e-3))
+    state = optax.tree.map_params(
+      tx,
+      lambda _: "param",
+      tx.init(PARAMS),
+      transform_non_params=lambda _: "other",
+    )
+    marked = jax.tree.map(lambda _: "param", PARAMS)
+    want = optax_svrg.SAGAState(
+      count="other",
+      alpha="other",
+      is_filled="other",
+      table=marked,
+      mean_grads=marked,
+      mean_error=marked,
+      estimate=None if kind == "alpha" else ("other",) * 4,
+    )
+    assert state[0] == want
+
+  @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
+  def test_checkpoint(self, kind, table_dtype, tmp_path):
+    """A run that was saved within an epoch goes on to the last bit."""
+    if kind == "alpha":
+      transform = optax_svrg.alpha_saga(0.5, 3, table_dtype=table_dtype)
+    else:
+      transform = optax_svrg.adaptive_saga(3, table_dtype=table_dtype)
+    tx = optax.chain(transform, optax.adam(1e-2))
+
+    @jax.jit
+    def train_step(params, state, batch, i):
+      updates, state = tx.update(
+        GRAD(params, batch), state, params, batch_index=i
+      )
+      return optax.apply_updates(params, updates), state
+
+    saved = PARAMS, tx.init(PARAMS)
+    for k in range(8):
+      saved = train_step(*saved, BATCHES[k % 3], k % 3)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / "state", saved)
+      checkpointer.wait_until_finished()
+      like = jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
+      restored = checkpointer.restore(tmp_path / "state", like)
+    helpers.assert_equal(restored, saved)
+    for k in range(8, 12):
+      saved, restored = (
+        train_step(*x, BATCHES[k % 3], k % 3) for x in (saved, restored)
+      )
+    helpers.assert_equal(restored, saved)
+    assert saved[1][0].alpha > 0

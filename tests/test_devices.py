@@ -567,6 +567,157 @@ class TestShardedJit:
     )
 
 
+SAGA = {
+  "alpha": lambda **kwargs: optax_svrg.alpha_saga(0.75, 2, **kwargs),
+  "adaptive": lambda **kwargs: optax_svrg.adaptive_saga(2, **kwargs),
+}
+
+
+@eight_devices
+@pytest.mark.parametrize("kind", SAGA)
+class TestSAGA:
+  """A table of averaged gradients, alike on all devices."""
+
+  @staticmethod
+  def train(tx, params, batches, grad=GRAD):
+    """Three epochs; the parameters, the state of SAGA, what was applied."""
+    tx = optax.chain(tx, optax.sgd(0.1))
+    state = tx.init(params)
+    history = []
+    for k in range(6):
+      i = k % 2
+      grads = grad(params, batches[i])
+      updates, state = tx.update(grads, state, params, batch_index=i)
+      params = optax.apply_updates(params, updates)
+      history.append(updates)
+    # What is left of roundings differs with them.
+    return params, state[0]._replace(mean_error=None), history
+
+  def want(self, kind):
+    run = lambda p, b: self.train(SAGA[kind](), p, b)
+    want = jax.jit(run)(PARAMS, BATCHES)
+    assert want[1].alpha > 0
+    return want
+
+  @pytest.mark.parametrize("how", ["shard_map", "unchecked", "pmap", "vmap"])
+  def test_axis_name(self, kind, how):
+    want = self.want(kind)
+    tx = SAGA[kind](axis_name="data")
+    grad = local_grad if how == "shard_map" else GRAD
+    fn = lambda p, b: self.train(tx, p, b, grad)
+    if how in ("pmap", "vmap"):
+      split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+      mapped = jax.pmap if how == "pmap" else jax.vmap
+      every = mapped(fn, axis_name="data", in_axes=(None, 0))(PARAMS, split)
+      for leaf in jax.tree.leaves(every):
+        assert np.all(np.asarray(leaf) == np.asarray(leaf[:1]))
+      got = jax.tree.map(lambda x: x[5], every)
+    else:
+      sharded = jax.shard_map(
+        fn,
+        mesh=make_mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=how == "shard_map",
+      )
+      got = jax.jit(sharded)(PARAMS, BATCHES)
+    helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+  def test_one_reduction_per_step(self, kind):
+    """Also for the estimate, which is made of what was averaged."""
+    tx = SAGA[kind](axis_name="data")
+
+    def step(params, state, batch, i):
+      grads = local_grad(params, batch)
+      return tx.update(grads, state, params, batch_index=i)
+
+    fn = jax.shard_map(
+      step,
+      mesh=make_mesh(),
+      in_specs=(P(), P(), P("data"), P()),
+      out_specs=P(),
+    )
+    args = (PARAMS, tx.init(PARAMS), BATCHES[0], jnp.array(1))
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    reduced = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    shapes = re.findall(r"\w+\[[\d,]*\]", " ".join(reduced))
+    assert shapes == ["f32[16,8]"]
+    assert not re.search(r"all-gather|collective-permute|all-to-all", text)
+
+  def test_gradients_that_were_summed(self, kind):
+    tx = SAGA[kind](axis_name="data")
+
+    def step(params, batch):
+      grads = GRAD(params, batch)
+      return tx.update(grads, tx.init(params), params, batch_index=0)[0]
+
+    with pytest.raises(
+      ValueError,
+      match=r"updates must be device-local .*'data'.* at \['w'\].*pcast",
+    ):
+      TestAxisNameMisuse.run(step)
+    with pytest.raises(ValueError, match="axis_name='data' is not an axis of"):
+      TestAxisNameMisuse.run(step, "other")
+    with pytest.raises(ValueError, match="axis_name='data' is not an axis of"):
+      step(PARAMS, BATCHES[0])
+
+  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+  @pytest.mark.parametrize("spec", SPECS)
+  @pytest.mark.parametrize("jit", [False, True])
+  def test_sharded_jit(self, kind, axis_type, spec, jit):
+    """The table is as sharded as the parameters, over an axis of its own."""
+    want = self.want(kind)
+    setup = TestShardedJit()
+    mesh, params, batches, grad = setup.put(axis_type, spec)
+    sharding = params["w"].sharding
+
+    def placed(saga):
+      setup.placed_as((saga.mean_grads, saga.mean_error), params)
+      (table,) = jax.tree.leaves(saga.table)
+      rows = NamedSharding(mesh, P(None, *SPECS[spec]))
+      assert table.sharding.is_equivalent_to(rows, 3)
+
+    with jax.set_mesh(mesh):
+      if jit:
+        run = lambda p, b: self.train(SAGA[kind](), p, b, grad)
+        got = jax.jit(run)(params, batches)
+        helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        return
+      tx = optax.chain(SAGA[kind](), optax.sgd(0.1))
+      state = tx.init(params)
+      placed(state[0])
+
+      @jax.jit(donate_argnums=(0, 1))
+      def step(params, state, batch, i):
+        updates, state = tx.update(
+          grad(params, batch), state, params, batch_index=i
+        )
+        return optax.apply_updates(params, updates), state
+
+      for k in range(6):
+        types = jax.tree.map(jax.typeof, state)
+        params, state = step(params, state, batches[k % 2], k % 2)
+        assert jax.tree.map(jax.typeof, state) == types
+        assert params["w"].sharding.is_equivalent_to(sharding, 2)
+        placed(state[0])
+    helpers.assert_close(
+      (params, state[0]._replace(mean_error=None)),
+      want[:2],
+      rtol=1e-5,
+      atol=1e-7,
+    )
+
+  def test_memory_of_a_sharded_table(self, kind):
+    """What one device has to hold counts, not the whole."""
+    params = jax.device_put(PARAMS, NamedSharding(make_mesh(), P("data")))
+    factory = {
+      "alpha": lambda n: optax_svrg.alpha_saga(0.5, n),
+      "adaptive": optax_svrg.adaptive_saga,
+    }[kind]
+    with pytest.raises(ValueError, match=rf"needs {64 * 10**13} bytes, and"):
+      factory(10**13).init(params)
+
+
 @eight_devices
 def test_eager_snapshot_keeps_a_committed_placement():
   """E.g. a mean gradient that was computed on one device or on the host."""

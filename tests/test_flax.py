@@ -330,6 +330,53 @@ def test_donation():
   assert jnp.isfinite(step(model, optimizer, batches()[0]))
 
 
+@pytest.mark.parametrize("kind", ["alpha", "adaptive"])
+def test_saga(kind):
+  """One gradient per step: nnx.grad and batch_index are all it needs."""
+  data = batches()
+  saga = {
+    "alpha": optax_svrg.alpha_saga(0.5, len(data)),
+    "adaptive": optax_svrg.adaptive_saga(len(data), table_dtype=jnp.bfloat16),
+  }[kind]
+  model = Model(nnx.Rngs(params=0, dropout=1))
+  tx = optax.chain(saga, optax.sgd(0.05))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  reference = tx.init(params_of(model))
+  update = jax.jit(lambda g, s, i: tx.update(g, s, batch_index=i))
+  traces = []
+
+  @nnx.jit(donate_argnums=(0, 1))
+  def step(model, optimizer, batch, i):
+    traces.append(1)
+    loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
+    updates = optimizer.update(model, grads, batch_index=i)
+    return loss, nnx.as_pure((grads, updates))
+
+  first, alphas = None, []
+  for _ in range(15):
+    losses = []
+    for i, batch in enumerate(data):
+      loss, (grads, updates) = step(model, optimizer, batch, i)
+      want, reference = update(grads, reference, i)
+      chex.assert_trees_all_close(updates, want, rtol=1e-4, atol=1e-6)
+      losses.append(float(loss))
+      alphas.append(float(optax.tree.get(optimizer.opt_state, "alpha")[...]))
+    first = first or np.mean(losses)
+  assert len(traces) == 1
+  assert alphas[: len(data)] == [0] * len(data)
+  assert alphas[-1] > 0
+  assert np.mean(losses) < 0.9 * first
+
+
+def test_missing_batch_index_raises_through_nnx():
+  model = Model(nnx.Rngs(params=0, dropout=1))
+  tx = optax.chain(optax_svrg.adaptive_saga(4), optax.sgd(0.05))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  grads = nnx.grad(loss_fn)(model, batches()[0])
+  with pytest.raises(ValueError, match="extra argument batch_index"):
+    optimizer.update(model, grads)
+
+
 def test_batches_are_checked_before_anything_changes():
   model, optimizer = make()
   with pytest.raises(TypeError, match="batches must be an iterable of batches"):

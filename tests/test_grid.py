@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import coefficient, grid, saga, staleness, train
+from benchmarks import coefficient, grid, saga, stability, staleness, train
 import optax_svrg
 from tests import helpers
 
@@ -236,11 +236,15 @@ class TestRuns:
     monkeypatch.setattr(
       coefficient, "METHODS", {m: coefficient.METHODS[m] for m in chosen}
     )
+    monkeypatch.setattr(stability, "CELL", self.CELL)
+    # The second one fails.
+    monkeypatch.setattr(stability, "LEARNING_RATES", (0.1, 1e30))
     args = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     for command, words in (
       (grid.main, ["against plain", "cells with an MLP", name]),
       (staleness.main, ["epochs between snapshots", "adaptive"]),
       (coefficient.main, [*chosen, "all"]),
+      (stability.main, ["10 of 10 (", "0 of 10 |"]),
       (saga.main, [of_saga.name, "against the better plain", "bfloat16"]),
     ):
       result = CliRunner().invoke(command, args)

@@ -14,8 +14,8 @@
 """Optax's own suites for contributed optimizers, as shipped in its wheel.
 
 They are run untouched, but for the table of the optimizers under test, with
-plain SGD and with alpha_svrg before it: the second may fail nothing that the
-first passes.
+plain SGD and with alpha_svrg or adaptive_saga before it: these may fail nothing
+that the first passes.
 """
 
 import os
@@ -82,9 +82,10 @@ def run(suite: str, factory: str, folder: pathlib.Path) -> dict[str, str]:
 @pytest.mark.parametrize("suite", TABLES)
 def test_passes_what_sgd_passes(suite, tmp_path):
   reference = run(suite, "plain", tmp_path)
-  candidate = run(suite, "alpha_svrg", tmp_path)
   passed = {name for name, kind in reference.items() if kind == "passed"}
   assert len(passed) >= 3
-  assert {name: candidate.get(name) for name in passed} == dict.fromkeys(
-    passed, "passed"
-  )
+  for factory in ("alpha_svrg", "adaptive_saga"):
+    candidate = run(suite, factory, tmp_path)
+    assert {name: candidate.get(name) for name in passed} == dict.fromkeys(
+      passed, "passed"
+    ), factory

@@ -1,0 +1,83 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Counts which methods diverge at learning rates that plain hardly bears.
+
+Run ``python -m benchmarks.stability --help``.
+"""
+
+from collections.abc import Sequence
+import math
+from pathlib import Path
+import statistics
+
+import click
+
+from benchmarks import grid, reporting, train
+
+CELL = grid.Cell("fashion-mnist", "mlp4", "sgd", 128, 20_480, 12)
+LEARNING_RATES = (0.3, 0.4, 0.5, 0.6, 0.7)
+METHODS = {
+  name: train.METHODS[name]
+  for name in ("plain", "plain-fixed", "adaptive", "adaptive-saga")
+}
+# Training has failed that ends above half the loss of guessing.
+_FAILED = math.log(10) / 2
+
+
+def table(rows: Sequence[dict]) -> str:
+  """How many runs have not failed, and their median loss, in Markdown."""
+  lines = []
+  for lr in LEARNING_RATES:
+    line = [f"{lr:g}"]
+    for method in METHODS:
+      losses = grid.losses(rows, method, lr).values()
+      good = [loss for loss in losses if loss < _FAILED]
+      median = f" ({statistics.median(good):#.3g})" if good else ""
+      line.append(f"{len(good)} of {len(losses)}{median}")
+    lines.append(line)
+  return reporting.markdown_table(("learning rate", *METHODS), lines)
+
+
+@click.command(cls=train.Command)
+@click.option(
+  "--data-dir",
+  type=click.Path(exists=True, file_okay=False, path_type=Path),
+  required=True,
+  help="Folder of the four IDX .gz files of fashion-mnist.",
+)
+@click.option(
+  "--seeds", type=click.IntRange(min=1), default=10, show_default=True
+)
+@click.option(
+  "--out",
+  type=click.Path(file_okay=False, path_type=Path),
+  default=Path("results", "stability"),
+  show_default=True,
+  help="Folder of the results; runs that are in it are not repeated.",
+)
+def main(data_dir: Path, seeds: int, out: Path) -> None:
+  """Trains MLP-4 with SGD at ever larger learning rates.
+
+  Prints how many trainings have not failed, and the median of their final train
+  losses.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  rows = grid.run_cell(
+    CELL, METHODS, LEARNING_RATES, range(seeds), data_dir, out / "runs.json"
+  )
+  click.echo(table(rows))
+
+
+if __name__ == "__main__":
+  main()
