@@ -365,25 +365,36 @@ class _Entry(NamedTuple):
 def _read(state: SAGAState, batch_index: Any) -> _Entry:
   num_batches = state.is_filled.shape[0]
   index = jnp.asarray(batch_index)
-  # Out of range is known as such only now: nothing is read then or written.
+  if index.dtype.itemsize < 4:
+    # May be too narrow for the number of batches, which it is compared with.
+    index = index.astype(jnp.int32)
+  # A traced index out of range stands for no entry.
   is_known = (index >= 0) & (index < num_batches)
-  index = jnp.where(is_known, index, 0)
-  is_filled = is_known & jnp.take(state.is_filled, index, mode="clip")
-  # Read in a branch of its own: XLA would fuse the reading with what uses the
-  # entry, do that after the entry is overwritten, and copy the table for it.
-  grads = jax.lax.cond(
-    is_filled,
-    lambda: jax.tree.map(
-      lambda t: jax.lax.dynamic_index_in_dim(t, index, 0, keepdims=False),
-      state.table,
-    ),
-    lambda: jax.tree.map(lambda t: jnp.zeros_like(t[0]), state.table),
+  position = jnp.where(is_known, index, 0)
+  is_filled = _control_variate.eagerly(
+    jnp.take(state.is_filled, position, mode="clip")
   )
+
+  def read() -> optax.Updates:
+    return jax.tree.map(
+      lambda t: jax.lax.dynamic_index_in_dim(t, position, 0, keepdims=False),
+      state.table,
+    )
+
+  def empty() -> optax.Updates:
+    return jax.tree.map(lambda t: jnp.zeros_like(t[0]), state.table)
+
+  if isinstance(is_filled, bool):
+    grads = read() if is_filled else empty()
+  else:
+    # In a branch of its own: XLA would fuse the reading with what uses the
+    # entry, do that after the entry is overwritten, and copy the table for it.
+    grads = jax.lax.cond(is_filled, read, empty)
   num_filled = jnp.maximum(state.is_filled.sum(), 1)
   return _Entry(
-    index,
+    position,
     is_known,
-    is_filled,
+    is_known & is_filled,
     grads,
     # Exactly the mean of the table once this is full.
     jax.tree.map(
@@ -404,13 +415,23 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
 
   new = jax.tree.map(stored, entry.grads, grads)
 
+  def share(x: jax.Array, dtype: Any) -> jax.Array:
+    x = x.astype(dtype) / num_batches
+    # Always true; keeps the compiler from fusing the division with a sum, which
+    # would round what goes out unlike what came in.
+    return jnp.where(jnp.isfinite(x), x, 0)
+
   def moved(m: Any, error: Any, old: Any, new: Any) -> tuple[Any, Any]:
-    # The same quotient comes in as goes out later, so that its rounding does
-    # not accumulate; that of the sums is kept.
-    old, new = (x.astype(m.dtype) / num_batches for x in (old, new))
-    m, first = _two_sum(m, new)
-    m, second = _two_sum(m, -old)
-    return _two_sum(m, error + (first + second))
+    # The same share comes in as goes out later, so that its rounding does not
+    # accumulate; that of the sums is kept. What goes out goes first, so that
+    # large numbers do not overflow.
+    total, first = _two_sum(m, -share(old, m.dtype))
+    total, second = _two_sum(total, share(new, m.dtype))
+    total, rest = _two_sum(total, error + (first + second))
+    return (
+      jnp.where(entry.is_known, total, m),
+      jnp.where(entry.is_known, rest, error),
+    )
 
   pairs = jax.tree.map(
     moved, state.mean_grads, state.mean_error, entry.grads, new
@@ -466,19 +487,18 @@ def _check_memory(
   params: optax.Params, num_batches: int, table_dtype: Any
 ) -> None:
   """Raises if the table is known not to fit where the parameters are."""
-  leaves = jax.tree.leaves(params)
-  # Where traced or abstract parameters will be placed is not known.
-  if not all(
-    isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer)
-    for p in leaves
-  ):
-    return
-  needed = num_batches * sum(
-    math.prod(p.sharding.shard_shape(p.shape))
-    * np.dtype(table_dtype or p.dtype).itemsize
-    for p in leaves
-  )
-  for device in {device for p in leaves for device in p.devices()}:
+  needed = 0
+  devices = set()
+  for p in jax.tree.leaves(params):
+    if isinstance(p, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+      return  # Where it will be placed is not known.
+    shape = np.shape(p)
+    if isinstance(p, jax.Array):
+      shape = p.sharding.shard_shape(shape)
+      devices |= p.sharding.addressable_devices
+    dtype = np.dtype(table_dtype or _checks.dtype_of(p))
+    needed += num_batches * math.prod(shape) * dtype.itemsize
+  for device in devices or {jax.local_devices()[0]}:
     available = _checks.device_memory(device)
     if available is not None and needed > available:
       raise ValueError(

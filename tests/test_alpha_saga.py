@@ -811,7 +811,7 @@ class TestRunningMean:
     assert np.all(error <= bound)
     # The test would see a mean that is moved by (new - old) / n.
     drift = np.abs(np.asarray(naive, float) - table.mean(axis=0))
-    assert np.all(drift > 10 * bound)
+    assert np.max(drift / bound) > 10
 
   def test_of_complex_parameters(self):
     tx, update = make("alpha", 3), update_fn("alpha")
