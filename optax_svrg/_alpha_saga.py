@@ -225,12 +225,19 @@ def adaptive_saga(
 
     \hat\alpha = \operatorname{clip}\left(
     \frac{\operatorname{EMA}\langle g_i - \bar s, s_i - \bar s\rangle}
-    {\operatorname{EMA}\lVert s_i - \bar s\rVert^2},
+    {\max\left(\operatorname{EMA}\lVert s_i - \bar s\rVert^2,
+    \operatorname{EMA}\lVert g_i - \bar s\rVert^2\right)},
     0, \alpha_{\max}\right)
 
   over the steps before this one, so that the corrected gradient stays unbiased.
   It starts at 0 and rises as the learning rate falls and entries age less. It
   falls where augmentation or dropout make a batch differ from itself.
+
+  The second term of the maximum, which is derived from the averages that are
+  there, is a guard. Gradients that grow from visit to visit are a sign of steps
+  that are too large, and then the entries are an echo of old oscillations.
+  Visit the batches in a random order: in one that repeats, entries all have the
+  same age, and such echoes pass for variance between batches.
 
   This takes one gradient per step, as the plain optimizer does, and memory for
   the table, see :func:`alpha_saga`.
@@ -318,7 +325,9 @@ def adaptive_saga(
     assert state.estimate is not None
     coefficient = jnp.where(
       entry.is_filled,
-      _control_variate.coefficient(state.estimate, max_alpha, start=0),
+      _control_variate.coefficient(
+        state.estimate, max_alpha, start=0, guarded=True
+      ),
       0,
     ).astype(state.alpha.dtype)
     corrected = _control_variate.correct(

@@ -128,7 +128,10 @@ def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
 
 
 def coefficient(
-  estimate: CoefficientEstimate, max_alpha: Any, start: float
+  estimate: CoefficientEstimate,
+  max_alpha: Any,
+  start: float,
+  guarded: bool = False,
 ) -> jax.Array:
   """The best coefficient by the averages.
 
@@ -136,13 +139,24 @@ def coefficient(
     estimate: the averages.
     max_alpha: upper bound of the result.
     start: the coefficient while there are no averages.
+    guarded: whether to divide by the variance of the gradient where that is
+      greater, which takes the smaller one of the slopes of g over s and of s
+      over g. Where s comes from the recent past, as from a table, a gradient
+      that varies more is one that grows from visit to visit, as oscillations
+      do under steps that are too large, and to subtract their delayed echo
+      would feed them. Otherwise both vary about alike.
 
   Returns:
     A scalar between 0 and ``max_alpha``, of the dtype of the averages.
   """
-  known = estimate.variance > 0
-  ratio = estimate.covariance / jnp.where(known, estimate.variance, 1)
-  dtype = estimate.variance.dtype
+  variance = estimate.variance
+  known = variance > 0
+  if guarded:
+    left = estimate.variance_ratio
+    gradient = estimate.second_moment / jnp.where(left > 0, left, 1)
+    variance = jnp.maximum(variance, jnp.where(left > 0, gradient, 0))
+  ratio = estimate.covariance / jnp.where(known, variance, 1)
+  dtype = variance.dtype
   return jnp.clip(
     jnp.where(known, ratio, start), 0, jnp.asarray(max_alpha, dtype)
   )
