@@ -464,7 +464,13 @@ class Trainer:
       )
 
     def epoch(params, opt_state, train, keys, lr):
-      indices, is_real, batch_index = self._order(method, keys)
+      order = self._order(method, keys)
+
+      def batch_grad_fn(params, batch_index):
+        """The gradient of any batch, for methods that look at others, too."""
+        position = jnp.argmax(order[2] == batch_index)
+        indices, is_real = jax.tree.map(lambda x: x[position], order[:2])
+        return grad(params, self._batch(train, indices, is_real, keys))
 
       def step(carry, of_step):
         params, (state, opt_state) = carry
@@ -474,7 +480,12 @@ class Trainer:
         grads = grad_fn(params)
         before = state
         corrected, state = transform.update(
-          grads, state, params, grad_fn=grad_fn, batch_index=batch_index
+          grads,
+          state,
+          params,
+          grad_fn=grad_fn,
+          batch_index=batch_index,
+          batch_grad_fn=batch_grad_fn,
         )
         observed = _observe(grads, corrected, before, state)
         updates, opt_state = optimizer(lr).update(corrected, opt_state, params)
@@ -482,7 +493,7 @@ class Trainer:
         return (params, (state, opt_state)), observed
 
       (params, opt_state), steps = jax.lax.scan(
-        step, (params, opt_state), (indices, is_real, batch_index)
+        step, (params, opt_state), order
       )
       return (
         params,

@@ -23,7 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import coefficient, grid, saga, stability, staleness, train
+from benchmarks import (
+  coefficient,
+  grid,
+  saga,
+  saga_variants,
+  stability,
+  staleness,
+  train,
+)
 import optax_svrg
 from tests import helpers
 
@@ -228,7 +236,7 @@ class TestRuns:
     monkeypatch.setattr(staleness, "SNAPSHOT_EVERY", (1, 2))
     monkeypatch.setattr(coefficient, "CELLS", {name: 0.1})
     # Not logreg, whose learning rates are not in the table of saga.
-    of_saga = saga.Cell("mnist-5k", "mlp2", "sgd", 2_000, 4_000, 2)
+    of_saga = saga.Cell("mnist-5k", "mlp2", "sgd", 2_000, 4_000, 4)
     monkeypatch.setattr(saga, "CELLS", {of_saga.name: of_saga})
     monkeypatch.setattr(saga, "ROUNDED_CELLS", (of_saga.name,))
     monkeypatch.setitem(saga.LEARNING_RATES, ("mlp2", "sgd"), (0.1,))
@@ -236,6 +244,7 @@ class TestRuns:
     monkeypatch.setattr(
       coefficient, "METHODS", {m: coefficient.METHODS[m] for m in chosen}
     )
+    monkeypatch.setattr(saga_variants, "CELLS", {of_saga.name: 0.1})
     monkeypatch.setattr(stability, "CELL", self.CELL)
     # The second one fails.
     monkeypatch.setattr(stability, "LEARNING_RATES", (0.1, 1e30))
@@ -246,6 +255,7 @@ class TestRuns:
       (coefficient.main, [*chosen, "all"]),
       (stability.main, ["10 of 10 (", "0 of 10 |"]),
       (saga.main, [of_saga.name, "against the better plain", "bfloat16"]),
+      (saga_variants.main, [*saga_variants.METHODS, "all"]),
     ):
       result = CliRunner().invoke(command, args)
       assert result.exit_code == 0, result.output
@@ -304,3 +314,90 @@ def test_a_variant_that_keeps_its_averages():
     after[start] = float(state.svrg.alpha)
   assert after["empty"] == 1
   assert 0 < after["kept"] < 1
+
+
+@pytest.mark.standard_promotion
+class TestSagaVariants:
+  """With gradients that shrink from visit to visit, so that no guard acts."""
+
+  ORDER = (0, 1, 2, 2, 0, 1, 1, 0, 2, 0, 2, 1)
+
+  @property
+  def params(self):
+    return {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
+
+  def run(self, tx, order=ORDER):
+    """The corrected gradients of the steps, and the states after them."""
+    state = tx.init(self.params)
+    update = jax.jit(tx.update, static_argnames="batch_grad_fn")
+    corrected, states = [], []
+    for step, i in enumerate(order):
+      updates, state = update(
+        self.grads(i, step),
+        state,
+        self.params,
+        batch_index=i,
+        batch_grad_fn=self.batch_grad_fn,
+      )
+      corrected.append(updates)
+      states.append(state)
+    return corrected, states
+
+  def grads(self, i, step):
+    return jax.tree.map(
+      lambda g, n: 0.6 ** (step // 3) * (g + 0.1 * n),
+      helpers.random_like(self.params, 100 + i),
+      helpers.random_like(self.params, step),
+    )
+
+  def batch_grad_fn(self, params, i):
+    return jax.tree.map(lambda p: jnp.full(p.shape, 1.0 + i), params)
+
+  def variant(self, **kwargs):
+    return saga_variants.variant_saga(saga_variants.Variant(**kwargs), 3)
+
+  def test_without_an_addition_is_adaptive_saga(self):
+    """The study is of the library's arithmetic."""
+    want, _ = self.run(optax_svrg.adaptive_saga(3))
+    for guarded in (False, True):
+      got, _ = self.run(self.variant(guarded=guarded))
+      helpers.assert_close(got, want, rtol=1e-4)
+
+  @pytest.mark.parametrize(
+    "change", [{"per_leaf": True}, {"preconditioned": True}, {"share": 0.5}]
+  )
+  def test_others_differ(self, change):
+    want, _ = self.run(optax_svrg.adaptive_saga(3))
+    got, _ = self.run(self.variant(**change))
+    with pytest.raises(AssertionError):
+      helpers.assert_close(got, want, rtol=1e-2)
+
+  def test_a_part_of_a_table_leaves_the_rest_uncorrected(self):
+    corrected, states = self.run(self.variant(share=0.5))
+    is_kept = helpers.flat(states[-1].is_kept).astype(bool)
+    assert is_kept.sum() == 5
+    same = helpers.flat(corrected[-1]) == helpers.flat(self.grads(1, 11))
+    np.testing.assert_array_equal(same, ~is_kept)
+
+  def test_entries_that_are_computed_anew(self):
+    _, states = self.run(self.variant(fills=(1,)), (2, 0, 1, 1))
+    before, after = (state.saga.table["b"][:, 0] for state in states[2:])
+    helpers.assert_close(before[1], self.grads(1, 2)["b"][0], rtol=1e-6)
+    np.testing.assert_array_equal(after[::2], [1, 3])
+    helpers.assert_close(after[1], self.grads(1, 3)["b"][0], rtol=1e-6)
+
+  def test_the_oldest_entry_is_refreshed(self):
+    _, states = self.run(self.variant(refreshed=1), (2, 1, 1, 1))
+    # Refreshed were 0, 1, 0 and 2.
+    entries = states[-1].saga.table["b"][:, 0]
+    np.testing.assert_array_equal(entries[::2], [1, 3])
+    helpers.assert_close(entries[1], self.grads(1, 3)["b"][0], rtol=1e-6)
+
+  def test_equal_gradients(self):
+    for name, epochs in {
+      "AdamW's metric": 12,
+      "warm start": 11,
+      "all entries anew, twice": 10,
+      "one more entry anew, each step": 6,
+    }.items():
+      assert saga_variants.VARIANTS[name].epochs(12) == epochs
