@@ -50,6 +50,8 @@ class SVRGState(NamedTuple):
       dtypes or of ``snapshot_dtype``.
     mean_grads: mean gradient over the data set at ``snapshot_params``, of the
       parameters' dtypes.
+    is_finite: whether ``mean_grads`` are finite; the transformation is inert
+      while they are not.
     estimate: the averages of :func:`optax_svrg.adaptive_svrg` since the last
       snapshot, otherwise ``None``.
   """
@@ -59,6 +61,7 @@ class SVRGState(NamedTuple):
   alpha: jax.Array  # shape=(), JAX's default float dtype
   snapshot_params: optax.Params
   mean_grads: optax.Updates
+  is_finite: jax.Array  # shape=(), dtype=jnp.bool_
   estimate: _control_variate.CoefficientEstimate | None = None
 
 
@@ -86,7 +89,10 @@ def alpha_svrg(
 
   Put it first in :func:`optax.chain`, before clipping, noise, gradient
   accumulation and everything else that is not linear, followed by any
-  optimizer. Until the first snapshot the gradient passes unchanged.
+  optimizer. Until the first snapshot the gradient passes unchanged; so it does
+  after a snapshot whose mean gradient is not finite, until the next one, and in
+  a step in which the correction is not finite (with ``axis_name``: on the
+  device that this happens on).
 
   Args:
     alpha: the coefficient: a finite real number, a scalar array, or a schedule,
@@ -197,9 +203,8 @@ def alpha_svrg(
     _check_update(updates, state, params, grad_fn, snapshot_grads, axis_name)
     value = alpha(state.count) if callable(alpha) else alpha
     _checks.check_coefficient(value, "alpha")
-    # Without a snapshot the mean gradient is a mere placeholder.
     coefficient = jnp.where(
-      state.num_snapshots > 0, jnp.asarray(value, state.alpha.dtype), 0
+      _has_mean(state), jnp.asarray(value, state.alpha.dtype), 0
     )
     active = False if always_off else _control_variate.eagerly(coefficient != 0)
 
@@ -362,8 +367,8 @@ def adaptive_svrg(
     _check_update(updates, state, params, grad_fn, snapshot_grads, axis_name)
     assert state.estimate is not None
     estimate = state.estimate
-    # Without a snapshot there is nothing to learn from either.
-    active = _control_variate.eagerly(state.num_snapshots > 0)
+    # Without a mean there is nothing to learn from either.
+    active = _control_variate.eagerly(_has_mean(state))
     coefficient = jnp.where(
       active, _control_variate.coefficient(estimate, max_alpha, start=1), 0
     ).astype(state.alpha.dtype)
@@ -436,8 +441,9 @@ def take_snapshot(
 
   Returns:
     ``opt_state`` with new ``snapshot_params`` and ``mean_grads``, and
-    ``num_snapshots`` increased by one. The averages of
-    :func:`optax_svrg.adaptive_svrg` are emptied.
+    ``num_snapshots`` increased by one. ``is_finite`` tells whether the mean
+    gradient is usable: if not, updates pass unchanged until the next snapshot.
+    The averages of :func:`optax_svrg.adaptive_svrg` are emptied.
 
   Raises:
     TypeError: if ``mean_grad_fn`` cannot be called.
@@ -496,10 +502,14 @@ def take_snapshot(
         mean, pure_params, "the result of mean_grad_fn", "params"
       )
       means[rounding] = mean
+    mean_grads = _map_unmasked(_copy_into, node.mean_grads, means[rounding])
     return node._replace(
       num_snapshots=optax.safe_increment(node.num_snapshots),
       snapshot_params=stored,
-      mean_grads=_map_unmasked(_copy_into, node.mean_grads, means[rounding]),
+      mean_grads=mean_grads,
+      is_finite=_copy_into(
+        node.is_finite, _control_variate.all_finite(mean_grads)
+      ),
       estimate=node.estimate and _control_variate.reset(node.estimate),
     )
 
@@ -522,7 +532,13 @@ def _init(params: optax.Params, snapshot_dtype: Any) -> SVRGState:
     mean_grads=jax.tree.map(
       lambda p: jnp.zeros_like(p, _checks.dtype_of(p)), params
     ),
+    is_finite=jnp.ones([], bool),
   )
+
+
+def _has_mean(state: SVRGState) -> jax.Array:
+  """Whether ``mean_grads`` are more than a placeholder, and usable."""
+  return (state.num_snapshots > 0) & state.is_finite
 
 
 def _is_state(node: Any) -> bool:

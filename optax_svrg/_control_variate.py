@@ -76,7 +76,7 @@ def correct(
 
   Returns:
     The corrected gradient, formed in at least float32, in the dtypes of g.
-    Where not active, g bit for bit.
+    Where not active, and where the result would not be finite, g bit for bit.
   """
 
   def correct_leaf(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
@@ -86,10 +86,21 @@ def correct(
     corrected = (
       _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
     ) + a * mean.astype(dtype)
-    corrected = corrected.astype(g.dtype)
-    return corrected if active is True else jnp.where(active, corrected, g)
+    return corrected.astype(g.dtype)
 
-  return jax.tree.map(correct_leaf, updates, control, mean_grads)
+  if active is False:
+    return updates
+  corrected = jax.tree.map(correct_leaf, updates, control, mean_grads)
+  usable = active & all_finite(corrected)
+  return jax.tree.map(
+    lambda c, g: jnp.where(usable, c, g), corrected, updates
+  )
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers of a tree of arrays are finite, a scalar."""
+  finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+  return jnp.stack(finite).all() if finite else jnp.ones([], bool)
 
 
 def eagerly(condition: jax.Array) -> Any:

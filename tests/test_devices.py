@@ -306,6 +306,93 @@ class TestAdaptive:
 
 
 @eight_devices
+class TestFaults:
+  """Snapshot gradients that are not finite, of one device and of all."""
+
+  METHODS = ("alpha", "adaptive")
+
+  @staticmethod
+  def make(method, axis_name=None):
+    if method == "alpha":
+      return optax_svrg.alpha_svrg(0.75, axis_name=axis_name)
+    return optax_svrg.adaptive_svrg(0.9, axis_name=axis_name)
+
+  @pytest.mark.parametrize("bad", [np.nan, np.inf])
+  @pytest.mark.parametrize("method", METHODS)
+  def test_a_device_that_fails_is_plain(self, method, bad):
+    tx = self.make(method, "data")
+
+    def step(params, batch, factor):
+      state = optax_svrg.take_snapshot(
+        tx.init(params),
+        params,
+        lambda p: optax_svrg.mean_gradient(
+          local_grad, p, [batch], axis_name="data"
+        ),
+      )
+      point = jax.tree.map(lambda p: 1.5 * p, params)
+      grads = local_grad(point, batch)
+      s = jax.tree.map(lambda x: factor * x, local_grad(params, batch))
+      updates, state = tx.update(grads, state, snapshot_grads=s)
+      # Of the second step nothing is bad.
+      s = local_grad(params, batch)
+      second, state = tx.update(grads, state, snapshot_grads=s)
+      return updates, second, state
+
+    factors = np.ones((8, 1), np.float32)
+    factors[3] = bad
+    fn = jax.jit(
+      jax.shard_map(
+        step,
+        mesh=make_mesh(),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+      )
+    )
+    updates, second, state = fn(PARAMS, BATCHES[0], factors)
+    parts = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES[0])
+    g, s = (
+      np.asarray(jax.vmap(GRAD, (None, 0))({"w": f * PARAMS["w"]}, parts)["w"])
+      for f in (1.5, 1.0)
+    )
+    corrected = g - (0.75 if method == "alpha" else 1.0) * (s - s.mean(axis=0))
+    corrected[3] = g[3]
+    np.testing.assert_allclose(
+      updates["w"], corrected.mean(axis=0), rtol=1e-5, atol=1e-7
+    )
+    assert np.all(np.isfinite(helpers.flat((second, state))))
+
+  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+  @pytest.mark.parametrize("method", METHODS)
+  @pytest.mark.parametrize("of_mean", [False, True])
+  def test_sharded_jit(self, method, axis_type, of_mean):
+    """A bad number lies on one device only, and all know of it."""
+    mesh = make_mesh(axis_type)
+    tx = self.make(method)
+    bad = np.ones((16, 8), np.float32)
+    bad[5, 2] = np.nan
+    with jax.set_mesh(mesh):
+      put = lambda x: jax.device_put(
+        {"w": x}, NamedSharding(mesh, P("data", None))
+      )
+      grads, s, broken = put(PARAMS["w"]), put(2 * PARAMS["w"]), put(bad)
+      state = tx.init(grads)
+
+      @jax.jit
+      def run(state, grads, s, mean):
+        state = optax_svrg.take_snapshot(state, grads, lambda p: mean)
+        return tx.update(grads, state, snapshot_grads=s)
+
+      if of_mean:
+        updates, state = run(state, grads, s, broken)
+      else:
+        updates, state = run(state, grads, broken, s)
+    helpers.assert_equal(updates, grads)
+    assert updates["w"].sharding.is_equivalent_to(grads["w"].sharding, 2)
+    assert bool(state.is_finite) != of_mean
+
+
+@eight_devices
 class TestAxisNameMisuse:
   @staticmethod
   def run(fn, mesh_axis="data"):
