@@ -34,7 +34,6 @@ import optax_svrg
 CELLS = {
   "fashion-mnist-mlp2-momentum-128-12-epochs": 0.1,
   "fashion-mnist-mlp4-sgd-128-12-epochs": 0.3,
-  "fashion-mnist-mlp4-adamw-128-12-epochs": 0.005,
   "fashion-mnist-mlp4-adamw-64-12-epochs-noise-0.3": 0.0025,
   "fashion-mnist-vit-adamw-128-12-epochs": 0.01,
 }
@@ -259,8 +258,20 @@ def _method(variant: Variant) -> Callable[..., train.Method]:
   return make
 
 
+def _in_fixed_order(name: str) -> Callable[..., train.Method]:
+  def make(options: train.Options, num_examples: int) -> train.Method:
+    method = train.METHODS[name](options, num_examples)
+    return method._replace(has_fixed_order=True)
+
+  return make
+
+
 BASE = {name: train.METHODS[name] for name in ("plain-fixed", "adaptive-saga")}
-METHODS = BASE | {name: _method(v) for name, v in VARIANTS.items()}
+METHODS = {
+  **BASE,
+  **{f"{name}, order fixed": _in_fixed_order(name) for name in BASE},
+  **{name: _method(variant) for name, variant in VARIANTS.items()},
+}
 
 
 def run_cell(

@@ -83,13 +83,16 @@ class Method(NamedTuple):
     transform: what precedes the optimizer.
     coefficient: what is known in advance about its coefficient: where it is 0
       throughout the interval after a snapshot, that snapshot is not taken.
-    has_fixed_batches: whether the batches are always the same, in a new order
-      each epoch, instead of drawn anew.
+    has_fixed_batches: whether the batches are always the same, instead of drawn
+      anew.
+    has_fixed_order: whether fixed batches have the same order in each epoch,
+      instead of a new one.
   """
 
   transform: optax.GradientTransformation
   coefficient: optax.Schedule
   has_fixed_batches: bool = False
+  has_fixed_order: bool = False
 
 
 class Epoch(NamedTuple):
@@ -406,7 +409,8 @@ class Trainer:
     padded = np.stack([np.resize(b, longest) for b in batches])
     is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
     members = jax.random.permutation(keys.batches, self._num_examples)
-    order = jax.random.permutation(keys.epoch, steps)
+    key = keys.batches if method.has_fixed_order else keys.epoch
+    order = jax.random.permutation(key, steps)
     return (
       members[padded][order],
       None if is_real.all() else jnp.asarray(is_real)[order],

@@ -91,8 +91,8 @@ def alpha_svrg(
   accumulation and everything else that is not linear, followed by any
   optimizer. Until the first snapshot the gradient passes unchanged; so it does
   after a snapshot whose mean gradient is not finite, until the next one, and in
-  a step in which the correction is not finite (with ``axis_name``: on the
-  device that this happens on).
+  a step whose gradient at the snapshot is not finite (with ``axis_name``: on
+  the device that this happens on).
 
   Args:
     alpha: the coefficient: a finite real number, a scalar array, or a schedule,
@@ -212,7 +212,11 @@ def alpha_svrg(
       if grad_fn is not None:
         snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
       updates = _control_variate.correct(
-        updates, snapshot_grads, state.mean_grads, coefficient, active
+        updates,
+        snapshot_grads,
+        state.mean_grads,
+        coefficient,
+        active & _control_variate.all_finite(snapshot_grads),
       )
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
@@ -385,7 +389,7 @@ def adaptive_svrg(
         snapshot_grads,
         state.mean_grads,
         coefficient,
-        _control_variate.eagerly(coefficient != 0),
+        (coefficient != 0) & _control_variate.all_finite(snapshot_grads),
       )
       num_devices = 1
       if axis_name is not None:

@@ -75,8 +75,8 @@ def correct(
     active: whether to correct at all, a bool or a traced one.
 
   Returns:
-    The corrected gradient, formed in at least float32, in the dtypes of g.
-    Where not active, and where the result would not be finite, g bit for bit.
+    The corrected gradient, formed in at least float32, in the dtypes of g. If
+    not active, g bit for bit; likewise each component that would not be finite.
   """
 
   def correct_leaf(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
@@ -86,15 +86,12 @@ def correct(
     corrected = (
       _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
     ) + a * mean.astype(dtype)
-    return corrected.astype(g.dtype)
+    corrected = corrected.astype(g.dtype)
+    return jnp.where(active & jnp.isfinite(corrected), corrected, g)
 
   if active is False:
     return updates
-  corrected = jax.tree.map(correct_leaf, updates, control, mean_grads)
-  usable = active & all_finite(corrected)
-  return jax.tree.map(
-    lambda c, g: jnp.where(usable, c, g), corrected, updates
-  )
+  return jax.tree.map(correct_leaf, updates, control, mean_grads)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -848,9 +848,11 @@ class TestTraining:
     )
     trainer = train.Trainer(options, data.load("fashion-mnist", data_dir), {})
     method = train.plain_fixed(options, TRAIN)
-    partitions = []
+    partitions, orders = [], set()
     for epoch in range(2):
       keys = train.Keys(jax.random.key(epoch), jax.random.key(7))
+      fixed = trainer._order(method._replace(has_fixed_order=True), keys)
+      orders.add(tuple(fixed[2].tolist()))
       indices, is_real, order = trainer._order(method, keys)
       mask = np.ones(indices.shape, bool) if is_real is None else is_real
       indices, mask, order = map(np.asarray, (indices, mask, order))
@@ -866,6 +868,7 @@ class TestTraining:
         }
       )
     assert partitions[0] == partitions[1]
+    assert len(orders) == 1
 
   def test_gradient_of_a_padded_batch(self, data_dir):
     options = dataclasses.replace(
