@@ -23,6 +23,7 @@ from optax_svrg._alpha_svrg import adaptive_svrg as adaptive_svrg
 from optax_svrg._alpha_svrg import alpha_svrg as alpha_svrg
 from optax_svrg._alpha_svrg import SVRGState as SVRGState
 from optax_svrg._alpha_svrg import take_snapshot as take_snapshot
+from optax_svrg._device_local import device_local as device_local
 from optax_svrg._diagnostics import gradient_variance as gradient_variance
 from optax_svrg._diagnostics import GradientVariance as GradientVariance
 from optax_svrg._diagnostics import optimal_alpha as optimal_alpha

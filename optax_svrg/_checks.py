@@ -262,6 +262,29 @@ def check_varying(tree: Any, axis_name: Any, name: str) -> None:
     axis_name: name of a mapped axis, or a tuple of names.
     name: what to call the gradients in the message.
   """
+  tracked = tracked_axes(axis_name)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not tracked <= jax.typeof(leaf).manual_axis_type.varying:
+      raise ValueError(
+        f"{name} must be device-local with axis_name={axis_name!r}, but"
+        f" {path_of(path)} it does not vary over that axis: it has already"
+        " been summed. Inside jax.shard_map jax.grad sums the gradient of"
+        " replicated parameters; write"
+        f" optax_svrg.device_local(jax.grad(loss), {axis_name!r}), which"
+        f" differentiates with respect to jax.lax.pcast(params, {axis_name!r},"
+        " to='varying'), instead."
+      )
+
+
+def tracked_axes(axis_name: Any) -> frozenset[Any]:
+  """Those of the named axes over which types tell whether a value varies.
+
+  Args:
+    axis_name: name of a mapped axis, or a tuple of names.
+
+  Raises:
+    ValueError: if it is no enclosing axis.
+  """
   try:
     axis_index = jax.lax.axis_index(axis_name)
   except NameError as e:
@@ -269,13 +292,4 @@ def check_varying(tree: Any, axis_name: Any, name: str) -> None:
       f"axis_name={axis_name!r} is not an axis of the enclosing"
       " jax.shard_map, jax.pmap or jax.vmap."
     ) from e
-  tracked = jax.typeof(axis_index).manual_axis_type.varying
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if not tracked <= jax.typeof(leaf).manual_axis_type.varying:
-      raise ValueError(
-        f"{name} must be device-local with axis_name={axis_name!r}, but"
-        f" {path_of(path)} it does not vary over that axis: it has already"
-        " been summed. Inside jax.shard_map jax.grad sums the gradient of"
-        " replicated parameters; differentiate with respect to"
-        f" jax.lax.pcast(params, {axis_name!r}, to='varying') instead."
-      )
+  return jax.typeof(axis_index).manual_axis_type.varying

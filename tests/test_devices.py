@@ -90,9 +90,8 @@ def make(axis_name=None, alpha=0.75):
   )
 
 
-def local_grad(params, batch):
-  """The gradient of this device's part of a batch."""
-  return GRAD(jax.lax.pcast(params, "data", to="varying"), batch)
+# The gradient of this device's part of a batch.
+local_grad = optax_svrg.device_local(GRAD, "data")
 
 
 def make_mesh(axis_type=AxisType.Auto):
@@ -303,6 +302,66 @@ class TestAdaptive:
       batches = jax.device_put(BATCHES, NamedSharding(mesh, P("data")))
       got = fn(params, batches)
     helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@eight_devices
+class TestDeviceLocal:
+  @staticmethod
+  def want():
+    parts = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES[0])
+    return parts, jax.vmap(GRAD, (None, 0))(PARAMS, parts)["w"]
+
+  @pytest.mark.parametrize("how", ["shard_map", "unchecked", "pmap", "vmap"])
+  def test_gradients_of_each_device(self, how):
+    parts, want = self.want()
+    grad = optax_svrg.device_local(GRAD, "data")
+    if how in ("pmap", "vmap"):
+      mapped = jax.pmap if how == "pmap" else jax.vmap
+      got = mapped(grad, in_axes=(None, 0), axis_name="data")(PARAMS, parts)
+    else:
+      got = jax.jit(
+        jax.shard_map(
+          lambda p, b: jax.tree.map(lambda g: g[None], grad(p, b)),
+          mesh=make_mesh(),
+          in_specs=(P(), P("data")),
+          out_specs=P("data"),
+          check_vma=how == "shard_map",
+        )
+      )(PARAMS, BATCHES[0])
+    np.testing.assert_allclose(got["w"], want, rtol=1e-5, atol=1e-7)
+
+  def test_some_parameters_vary_already_over_some_axes(self):
+    """E.g. adapters that each group of devices has for itself."""
+    mesh = jax.make_mesh(
+      (2, 4), ("group", "data"), axis_types=(AxisType.Auto,) * 2
+    )
+    grad = optax_svrg.device_local(
+      jax.value_and_grad(lambda p, x: jnp.sum(p["own"] * p["all"] * x)),
+      ("group", "data"),
+    )
+
+    def step(own, every, x):
+      value, grads = grad({"own": own, "all": every}, x)
+      return value[None], jax.tree.map(lambda g: g.reshape(1), grads)
+
+    value, grads = jax.jit(
+      jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P("group"), P(), P(("group", "data"))),
+        out_specs=P(("group", "data")),
+      )
+    )(jnp.array([2.0, 3.0]), jnp.array([5.0]), jnp.arange(8.0))
+    own = np.repeat([2.0, 3.0], 4)
+    np.testing.assert_allclose(grads["own"], 5 * np.arange(8))
+    np.testing.assert_allclose(grads["all"], own * np.arange(8))
+    np.testing.assert_allclose(value, 5 * own * np.arange(8))
+
+  def test_errors(self):
+    with pytest.raises(TypeError, match="fn must be a function, got 3"):
+      optax_svrg.device_local(3, "data")
+    with pytest.raises(ValueError, match="axis_name='rows' is not an axis of"):
+      optax_svrg.device_local(GRAD, "rows")(PARAMS, BATCHES[0])
 
 
 @eight_devices
