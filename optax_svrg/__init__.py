@@ -23,7 +23,6 @@ from optax_svrg._alpha_svrg import adaptive_svrg as adaptive_svrg
 from optax_svrg._alpha_svrg import alpha_svrg as alpha_svrg
 from optax_svrg._alpha_svrg import SVRGState as SVRGState
 from optax_svrg._alpha_svrg import take_snapshot as take_snapshot
-from optax_svrg._device_local import device_local as device_local
 from optax_svrg._diagnostics import gradient_variance as gradient_variance
 from optax_svrg._diagnostics import GradientVariance as GradientVariance
 from optax_svrg._diagnostics import optimal_alpha as optimal_alpha
@@ -31,6 +30,8 @@ from optax_svrg._diagnostics import per_example_grads as per_example_grads
 from optax_svrg._diagnostics import RunningMoments as RunningMoments
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
 from optax_svrg._schedules import linear_decay as linear_decay
+from optax_svrg._sharding import device_local as device_local
+from optax_svrg._sharding import state_shardings as state_shardings
 
 __version__ = "0.1.0"
 

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_svrg
@@ -862,6 +863,135 @@ class TestSAGA:
     }[kind]
     with pytest.raises(ValueError, match=rf"needs {64 * 10**13} bytes, and"):
       factory(10**13).init(params)
+
+
+def two_axes():
+  return jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  )
+
+
+TRANSFORMS = {
+  "alpha": lambda: optax_svrg.alpha_svrg(0.75, snapshot_dtype="bfloat16"),
+  "adaptive": optax_svrg.adaptive_svrg,
+  "saga": lambda: optax_svrg.adaptive_saga(2),
+}
+
+
+@eight_devices
+@pytest.mark.parametrize("kind", TRANSFORMS)
+class TestStateShardings:
+  @staticmethod
+  def make(kind):
+    return optax.chain(TRANSFORMS[kind](), optax.sgd(0.1, momentum=0.9))
+
+  @staticmethod
+  def step(tx, batch):
+    def step(params, state):
+      grad_fn = lambda p: GRAD(p, batch)
+      updates, state = tx.update(
+        grad_fn(params), state, params, grad_fn=grad_fn, batch_index=1
+      )
+      return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+  @pytest.mark.parametrize(
+    "spec", [P(), P("data"), P("data", "model"), P(("data", "model"))]
+  )
+  def test_init_inside_jit(self, kind, spec):
+    """On a mesh of the type Auto, with donated steps afterwards."""
+    tx = self.make(kind)
+    sharding = NamedSharding(two_axes(), spec)
+    params = jax.device_put(PARAMS, sharding)
+    shardings = optax_svrg.state_shardings(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    helpers.assert_equal(state, tx.init(PARAMS))
+    assert helpers.types(state) == helpers.types(tx.init(PARAMS))
+
+    def check(state):
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        want = sharding if leaf.ndim == 2 else NamedSharding(sharding.mesh, P())
+        if leaf.ndim == 3:
+          want = NamedSharding(sharding.mesh, P(None, *spec))
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim), path
+
+    check(state)
+    want = (PARAMS, tx.init(PARAMS))
+    for batch in BATCHES:
+      params, state = self.step(tx, batch)(params, state)
+      check(state)
+      want = self.step(tx, batch)(*jax.tree.map(jnp.array, want))
+    helpers.assert_close((params, state), want, rtol=1e-5, atol=1e-7)
+
+  def test_explicit_mesh(self, kind):
+    """There init keeps the shardings by itself, within set_mesh."""
+    tx = self.make(kind)
+    mesh = make_mesh(AxisType.Explicit)
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P("data", None)))
+    with jax.set_mesh(mesh):
+      state = jax.jit(tx.init)(params)
+      want = optax_svrg.state_shardings(tx, params)
+      for leaf, sharding in zip(
+        *map(jax.tree.leaves, (state, want)), strict=True
+      ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+  def test_state_alone(self, kind):
+    """ZeRO: a share of the state on each device, and whole parameters."""
+    tx = self.make(kind)
+    mesh = make_mesh()
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    split = NamedSharding(mesh, P("data"))
+    shardings = optax_svrg.state_shardings(
+      tx,
+      jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=split), params
+      ),
+    )
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    size = lambda shape: np.prod(shape, dtype=int)
+    for leaf in jax.tree.leaves(state):
+      share = size(leaf.addressable_shards[0].data.shape)
+      assert share == (size(leaf.shape) // 8 if leaf.ndim > 1 else leaf.size)
+
+  def test_restored_scalars_follow_the_parameters(self, kind, tmp_path):
+    """Saved from an eager init, whose scalars lie on one device."""
+    tx = self.make(kind)
+    params = jax.device_put(PARAMS, NamedSharding(make_mesh(), P("data")))
+    state = tx.init(params)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "state", state)
+    checkpointer.wait_until_finished()
+    target = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(tx.init, params),
+      optax_svrg.state_shardings(tx, params),
+    )
+    restored = checkpointer.restore(tmp_path / "state", target)
+    helpers.assert_equal(restored, state)
+    got = self.step(tx, BATCHES[0])(params, restored)
+    want = self.step(tx, BATCHES[0])(
+      *jax.tree.map(jnp.array, (PARAMS, tx.init(PARAMS)))
+    )
+    helpers.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+  def test_errors(self, kind):
+    tx = self.make(kind)
+    with pytest.raises(
+      ValueError, match=r"params must have a .*NamedSharding.* at \['w'\]"
+    ):
+      optax_svrg.state_shardings(tx, PARAMS)
+    with pytest.raises(ValueError, match=r"params must be on one mesh.*'b'"):
+      optax_svrg.state_shardings(
+        tx,
+        {
+          "a": jax.device_put(PARAMS["w"], NamedSharding(make_mesh(), P())),
+          "b": jax.device_put(PARAMS["w"], NamedSharding(two_axes(), P())),
+        },
+      )
+    with pytest.raises(ValueError, match="params must have at least one leaf"):
+      optax_svrg.state_shardings(tx, {})
 
 
 @eight_devices

@@ -1,0 +1,176 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Gradients of one device, and where the parts of a state are placed."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+
+from optax_svrg import _checks
+
+
+def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
+  """Keeps ``jax.grad`` from summing a gradient over the devices.
+
+  Under the type checking of :func:`jax.shard_map` the gradient of replicated
+  parameters is summed over the axis by :func:`jax.grad` itself. With
+  ``axis_name``, the transformations of this package and
+  :func:`optax_svrg.mean_gradient` take gradients that are not, in order to
+  reduce once what would be reduced twice or for each batch. This makes such a
+  function of any gradient: it is differentiated with respect to parameters that
+  vary over the axis, although they are equal on all devices.
+
+  Under :func:`jax.pmap`, :func:`jax.vmap` and ``check_vma=False`` nothing is
+  summed implicitly, and ``fn`` is called as it is.
+
+  Args:
+    fn: ``fn(params, *args, **kwargs)`` that differentiates with respect to
+      ``params``, usually ``jax.grad(loss)`` or ``jax.value_and_grad(loss)``.
+    axis_name: name of the axis (or tuple of names) of the enclosing
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`.
+
+  Returns:
+    A function with the arguments and results of ``fn``. What it returns is of
+    this device alone, values of the loss, too: average them by
+    :func:`jax.lax.pmean`.
+
+  Raises:
+    TypeError: if ``fn`` cannot be called.
+    ValueError: if ``axis_name`` is no enclosing axis, when the function is
+      called.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_svrg
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",),
+    ...                      axis_types=(jax.sharding.AxisType.Auto,))
+    >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    >>> grad = optax_svrg.device_local(jax.grad(loss), "data")
+    >>> mean_grad = jax.shard_map(
+    ...     lambda w, x: jax.lax.pmean(grad(w, x), "data"),
+    ...     mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    >>> print(jax.jit(mean_grad)(jnp.ones(2), jnp.ones((8, 2))))
+    [4. 4.]
+
+  .. seealso:: :func:`jax.lax.pcast`, :func:`optax_svrg.alpha_svrg`
+  """
+  if not callable(fn):
+    raise TypeError(f"fn must be a function, got {fn!r}.")
+
+  @functools.wraps(fn)
+  def local(params: optax.Params, *args: Any, **kwargs: Any) -> Any:
+    axes = _checks.tracked_axes(axis_name)
+
+    def vary(p: Any) -> Any:
+      fixed = axes - jax.typeof(p).manual_axis_type.varying
+      return jax.lax.pcast(p, tuple(fixed), to="varying") if fixed else p
+
+    return fn(jax.tree.map(vary, params), *args, **kwargs)
+
+  return local
+
+
+def state_shardings(
+  tx: optax.GradientTransformation, params: optax.Params
+) -> optax.OptState:
+  """Where the parts of an optimizer's state belong, for parameters on a mesh.
+
+  What is like the parameters, as a snapshot, a mean gradient or Adam's moments,
+  is sharded as they are; so is SAGA's table, over whose leading axis, the
+  batches, nothing is sharded; everything else is replicated. This is for
+  ``jax.jit(tx.init, out_shardings=...)``, which loses shardings of its own on
+  meshes of the type ``Auto``, and for restoring a checkpoint: scalars that lie
+  on one device when they are saved would be tied to it when they are restored,
+  and then clash with parameters on several.
+
+  Args:
+    tx: the optimizer, with or without a transformation of this package.
+    params: the parameters, or :class:`jax.ShapeDtypeStruct` in their place,
+      each with a :class:`jax.sharding.NamedSharding`. To shard the state and
+      not the parameters (ZeRO), give such structs with the shardings that the
+      state is to have.
+
+  Returns:
+    A tree like ``tx.init(params)`` with :class:`jax.sharding.NamedSharding` as
+    leaves.
+
+  Raises:
+    ValueError: if a leaf of ``params`` has no
+      :class:`jax.sharding.NamedSharding`, if they are on different meshes, or
+      if there is none.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",),
+    ...                      axis_types=(AxisType.Auto,))
+    >>> sharding = NamedSharding(mesh, P("data"))
+    >>> params = jax.device_put(jnp.ones((8, 4)), sharding)
+    >>> tx = optax.chain(optax_svrg.adaptive_saga(10), optax.adamw(1e-3))
+    >>> shardings = optax_svrg.state_shardings(tx, params)
+    >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+    >>> print(state[0].table.sharding.spec == P(None, "data"))
+    True
+
+    The target to restore a checkpoint into:
+
+    >>> target = jax.tree.map(
+    ...     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    ...     jax.eval_shape(tx.init, params), shardings)
+
+  .. seealso:: :func:`optax.tree.map_params`
+  """
+  shardings, meshes = [], []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+      raise ValueError(
+        "params must have a jax.sharding.NamedSharding each, got"
+        f" {sharding!r} {_checks.path_of(path)}."
+      )
+    shardings.append(sharding)
+    meshes.append(sharding.mesh)
+    if sharding.mesh != meshes[0]:
+      raise ValueError(
+        f"params must be on one mesh, got {meshes[0]} and {sharding.mesh}"
+        f" {_checks.path_of(path)}."
+      )
+  if not meshes:
+    raise ValueError("params must have at least one leaf, got none.")
+  abstract = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params
+  )
+
+  def like_params(x: Any, p: Any, sharding: NamedSharding) -> NamedSharding:
+    batches = [None] * (np.ndim(x) - np.ndim(p))
+    return NamedSharding(
+      sharding.mesh,
+      PartitionSpec(*batches, *sharding.spec),
+      memory_kind=sharding.memory_kind,
+    )
+
+  replicated = NamedSharding(meshes[0], PartitionSpec())
+  return optax.tree.map_params(
+    tx,
+    like_params,
+    jax.eval_shape(tx.init, abstract),
+    abstract,
+    jax.tree.unflatten(jax.tree.structure(params), shardings),
+    transform_non_params=lambda x: replicated,
+  )
