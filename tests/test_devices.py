@@ -329,7 +329,8 @@ class TestDeviceLocal:
           check_vma=how == "shard_map",
         )
       )(PARAMS, BATCHES[0])
-    np.testing.assert_allclose(got["w"], want, rtol=1e-5, atol=1e-7)
+    # A sum that is formed elsewhere, rounded as its largest terms are.
+    np.testing.assert_allclose(got["w"], want, rtol=1e-5, atol=1e-6)
 
   def test_some_parameters_vary_already_over_some_axes(self):
     """E.g. adapters that each group of devices has for itself."""
