@@ -394,7 +394,16 @@ def test_map_params_marks_the_parameter_trees(transform, estimate):
   )
   svrg = state[0]
   marked = jax.tree.map(lambda _: "param", PARAMS)
-  assert svrg == ("other", "other", "other", marked, marked, estimate)
+  want = optax_svrg.SVRGState(
+    count="other",
+    num_snapshots="other",
+    alpha="other",
+    snapshot_params=marked,
+    mean_grads=marked,
+    is_finite="other",
+    estimate=estimate,
+  )
+  assert svrg == want
 
 
 def test_apply_if_finite_skips_a_bad_step():
@@ -404,8 +413,11 @@ def test_apply_if_finite_skips_a_bad_step():
   state = optax_svrg.take_snapshot(tx.init(PARAMS), PARAMS, mean_grad)
   grads = GRAD(PARAMS, BATCHES[0])
   bad = jax.tree.map(lambda g: g * jnp.nan, grads)
-  updates, state = tx.update(grads, state, PARAMS, snapshot_grads=bad)
+  updates, state = tx.update(bad, state, PARAMS, snapshot_grads=grads)
   helpers.assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+  # A bad gradient at the snapshot costs the correction alone.
+  updates, _ = tx.update(grads, state, PARAMS, snapshot_grads=bad)
+  helpers.assert_equal(updates, jax.tree.map(lambda g: -0.1 * g, grads))
 
 
 @pytest.mark.parametrize("inside", [False, True])
