@@ -240,7 +240,8 @@ def adaptive_saga(
   same age, and such echoes pass for variance between batches.
 
   This takes one gradient per step, as the plain optimizer does, and memory for
-  the table, see :func:`alpha_saga`.
+  the table, see :func:`alpha_saga`. It gains most with small batches and noisy
+  gradients, and may lose with few large batches, see ``benchmarks/README.md``.
 
   Args:
     num_batches: see :func:`optax_svrg.alpha_saga`.
