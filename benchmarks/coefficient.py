@@ -16,10 +16,8 @@
 Run ``python -m benchmarks.coefficient --help``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-import statistics
 from typing import Any, NamedTuple
 
 import click
@@ -27,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import grid, reporting, train
+from benchmarks import grid, train
 import optax_svrg
 
 # Problem and learning rate, the latter about the best for plain.
@@ -163,57 +161,13 @@ METHODS = {
 }
 
 
-def relative_losses(
-  rows: Mapping[str, Sequence[dict]],
-) -> dict[str, dict[str, float]]:
-  """Mean final train losses, divided by those of plain.
-
-  Args:
-    rows: the runs of each problem, see :func:`benchmarks.grid.run_cell`.
-
-  Returns:
-    For each method the quotient by problem, and their geometric mean as
-    ``"all"``.
-  """
-  table: dict[str, dict[str, float]] = {}
-  for method in METHODS:
-    quotients = {}
-    for name, runs in rows.items():
-      ours, plain = (
-        statistics.fmean(grid.losses(runs, m, CELLS[name]).values())
-        for m in (method, "plain")
-      )
-      quotients[name] = ours / plain
-    table[method] = quotients | {
-      "all": math.exp(statistics.fmean(map(math.log, quotients.values())))
-    }
-  return table
-
-
 @click.command(cls=train.Command)
-@click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  required=True,
-  help="Folder of the four IDX .gz files of fashion-mnist.",
-)
-@click.option(
-  "--cell",
-  "cells",
-  multiple=True,
-  type=click.Choice(list(CELLS)),
-  help="Only this problem; may be repeated.",
-)
+@grid.data_dir_option
+@grid.cell_option(CELLS)
 @click.option(
   "--seeds", type=click.IntRange(min=2), default=3, show_default=True
 )
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "coefficient"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+@grid.out_option("coefficient")
 def main(data_dir: Path, cells: Sequence[str], seeds: int, out: Path) -> None:
   """Trains with each way to estimate the coefficient.
 
@@ -232,12 +186,7 @@ def main(data_dir: Path, cells: Sequence[str], seeds: int, out: Path) -> None:
       out / f"{name}.json",
     )
     click.echo(name)
-  quotients = relative_losses(rows)
-  lines = [
-    [method, *(f"{quotient:.3f}" for quotient in by_cell.values())]
-    for method, by_cell in quotients.items()
-  ]
-  click.echo(reporting.markdown_table(["method", *rows, "all"], lines))
+  click.echo(grid.relative_table(rows, METHODS, CELLS, "plain"))
 
 
 if __name__ == "__main__":

@@ -382,27 +382,88 @@ def close_cells(summaries: Mapping[str, dict]) -> list[str]:
   ]
 
 
-@click.command(cls=train.Command)
-@click.option(
+def relative_losses(
+  rows: Mapping[str, Sequence[dict]],
+  methods: Iterable[str],
+  lrs: Mapping[str, float],
+  base: str,
+) -> dict[str, dict[str, float]]:
+  """Mean final train losses, divided by those of one method.
+
+  Args:
+    rows: the runs of each problem, see :func:`run_cell`.
+    methods: the methods.
+    lrs: the learning rate of each problem.
+    base: the method that they are divided by.
+
+  Returns:
+    For each method the quotient by problem, and their geometric mean as
+    ``"all"``.
+  """
+  result: dict[str, dict[str, float]] = {}
+  for method in methods:
+    quotients = {}
+    for name, runs in rows.items():
+      ours, theirs = (
+        statistics.fmean(losses(runs, m, lrs[name]).values())
+        for m in (method, base)
+      )
+      quotients[name] = ours / theirs
+    result[method] = quotients | {
+      "all": math.exp(statistics.fmean(map(math.log, quotients.values())))
+    }
+  return result
+
+
+def relative_table(
+  rows: Mapping[str, Sequence[dict]],
+  methods: Iterable[str],
+  lrs: Mapping[str, float],
+  base: str,
+) -> str:
+  """A line for each method, in Markdown; see :func:`relative_losses`."""
+  lines = [
+    [method, *(f"{quotient:.3f}" for quotient in quotients.values())]
+    for method, quotients in relative_losses(rows, methods, lrs, base).items()
+  ]
+  return reporting.markdown_table(["method", *rows, "all"], lines)
+
+
+# Options that studies have in common.
+data_dir_option = click.option(
   "--data-dir",
   type=click.Path(exists=True, file_okay=False, path_type=Path),
   required=True,
   help="Folder of the four IDX .gz files of fashion-mnist.",
 )
-@click.option(
-  "--cell",
-  "cells",
-  multiple=True,
-  type=click.Choice(list(CELLS)),
-  help="Only this problem; may be repeated.",
-)
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "grid"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+
+
+def cell_option(cells: Iterable[str]) -> Callable[[Callable], Callable]:
+  """The option to choose some of the problems, by their names."""
+  return click.option(
+    "--cell",
+    "cells",
+    multiple=True,
+    type=click.Choice(list(cells)),
+    help="Only this problem; may be repeated.",
+  )
+
+
+def out_option(study: str) -> Callable[[Callable], Callable]:
+  """The option for the folder of the results of a study."""
+  return click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results", study),
+    show_default=True,
+    help="Folder of the results; runs that are in it are not repeated.",
+  )
+
+
+@click.command(cls=train.Command)
+@data_dir_option
+@cell_option(CELLS)
+@out_option("grid")
 def main(data_dir: Path, cells: Sequence[str], out: Path) -> None:
   """Trains with every method in every cell, and compares adaptive with each.
 

@@ -269,26 +269,9 @@ def rounded_table(rows: Mapping[str, Sequence[dict]]) -> str:
 
 
 @click.command(cls=train.Command)
-@click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  required=True,
-  help="Folder of the four IDX .gz files of fashion-mnist.",
-)
-@click.option(
-  "--cell",
-  "cells",
-  multiple=True,
-  type=click.Choice(list(CELLS)),
-  help="Only this problem; may be repeated.",
-)
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "saga"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+@grid.data_dir_option
+@grid.cell_option(CELLS)
+@grid.out_option("saga")
 def main(data_dir: Path, cells: Sequence[str], out: Path) -> None:
   """Trains with plain and SAGA in every cell, and compares them.
 

@@ -16,10 +16,8 @@
 Run ``python -m benchmarks.saga_variants --help``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-import statistics
 from typing import Any, NamedTuple
 
 import click
@@ -27,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import grid, reporting, saga, train
+from benchmarks import grid, saga, train
 import optax_svrg
 
 # Problem and learning rate, the latter the best for adaptive SAGA.
@@ -306,57 +304,13 @@ def run_cell(
   return rows
 
 
-def relative_losses(
-  rows: Mapping[str, Sequence[dict]],
-) -> dict[str, dict[str, float]]:
-  """Mean final train losses, divided by those of adaptive SAGA.
-
-  Args:
-    rows: the runs of each problem.
-
-  Returns:
-    For each method the quotient by problem, and their geometric mean as
-    ``"all"``.
-  """
-  table: dict[str, dict[str, float]] = {}
-  for method in METHODS:
-    quotients = {}
-    for name, runs in rows.items():
-      ours, base = (
-        statistics.fmean(grid.losses(runs, m, CELLS[name]).values())
-        for m in (method, "adaptive-saga")
-      )
-      quotients[name] = ours / base
-    table[method] = quotients | {
-      "all": math.exp(statistics.fmean(map(math.log, quotients.values())))
-    }
-  return table
-
-
 @click.command(cls=train.Command)
-@click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  required=True,
-  help="Folder of the four IDX .gz files of fashion-mnist.",
-)
-@click.option(
-  "--cell",
-  "cells",
-  multiple=True,
-  type=click.Choice(list(CELLS)),
-  help="Only this problem; may be repeated.",
-)
+@grid.data_dir_option
+@grid.cell_option(CELLS)
 @click.option(
   "--seeds", type=click.IntRange(min=2), default=3, show_default=True
 )
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "saga_variants"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+@grid.out_option("saga_variants")
 def main(data_dir: Path, cells: Sequence[str], seeds: int, out: Path) -> None:
   """Trains with each addition, at the same number of gradient evaluations.
 
@@ -368,12 +322,7 @@ def main(data_dir: Path, cells: Sequence[str], seeds: int, out: Path) -> None:
   for name in cells or CELLS:
     rows[name] = run_cell(name, range(seeds), data_dir, out)
     click.echo(name, err=True)
-  quotients = relative_losses(rows)
-  lines = [
-    [method, *(f"{quotient:.3f}" for quotient in by_cell.values())]
-    for method, by_cell in quotients.items()
-  ]
-  click.echo(reporting.markdown_table(["method", *rows, "all"], lines))
+  click.echo(grid.relative_table(rows, METHODS, CELLS, "adaptive-saga"))
 
 
 if __name__ == "__main__":

@@ -50,22 +50,11 @@ def table(rows: Sequence[dict]) -> str:
 
 
 @click.command(cls=train.Command)
-@click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  required=True,
-  help="Folder of the four IDX .gz files of fashion-mnist.",
-)
+@grid.data_dir_option
 @click.option(
   "--seeds", type=click.IntRange(min=1), default=10, show_default=True
 )
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "stability"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+@grid.out_option("stability")
 def main(data_dir: Path, seeds: int, out: Path) -> None:
   """Trains MLP-4 with SGD at ever larger learning rates.
 

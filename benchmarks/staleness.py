@@ -65,22 +65,11 @@ def _mean_std(losses: Mapping[int, float]) -> str:
 
 
 @click.command(cls=train.Command)
-@click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  required=True,
-  help="Folder of the four IDX .gz files of fashion-mnist.",
-)
+@grid.data_dir_option
 @click.option(
   "--seeds", type=click.IntRange(min=2), default=3, show_default=True
 )
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "staleness"),
-  show_default=True,
-  help="Folder of the results; runs that are in it are not repeated.",
-)
+@grid.out_option("staleness")
 def main(data_dir: Path, seeds: int, out: Path) -> None:
   """Trains with a snapshot every 1, 2, 4, 8 epochs, and only once.
 

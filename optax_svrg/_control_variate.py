@@ -72,7 +72,7 @@ def correct(
     control: the control variate s of that batch, a tree of the same form.
     mean_grads: its mean m.
     coefficient: alpha, a real scalar.
-    active: whether to correct at all, a bool or a traced one.
+    active: whether to correct at all, a scalar, which may be traced.
 
   Returns:
     The corrected gradient, formed in at least float32, in the dtypes of g. If
@@ -89,8 +89,6 @@ def correct(
     corrected = corrected.astype(g.dtype)
     return jnp.where(active & jnp.isfinite(corrected), corrected, g)
 
-  if active is False:
-    return updates
   return jax.tree.map(correct_leaf, updates, control, mean_grads)
 
 
