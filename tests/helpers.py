@@ -67,6 +67,18 @@ TREES: dict[str, tuple[Callable[[], Any], bool]] = {
 }
 
 
+# All that may be given as the coefficient 0.5.
+HALVES: list[Any] = [
+  0.5,
+  np.float64(0.5),
+  np.array(0.5),
+  jnp.array(0.5),
+  jnp.array(0.5, jnp.bfloat16),
+  lambda _: 0.5,
+  lambda _: jnp.array(0.5, jnp.bfloat16),
+]
+
+
 class FiniteSum(NamedTuple):
   """Gradients that are affine in the parameters, for trees of any form.
 

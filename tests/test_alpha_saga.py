@@ -148,18 +148,7 @@ class TestAlphaZero:
     assert alphas == [0, 0, 0.25, 0.25, 0.5, 0.5]
 
 
-@pytest.mark.parametrize(
-  "alpha",
-  [
-    0.5,
-    np.float64(0.5),
-    np.array(0.5),
-    jnp.array(0.5),
-    jnp.array(0.5, jnp.bfloat16),
-    lambda _: 0.5,
-    lambda _: jnp.array(0.5, jnp.bfloat16),
-  ],
-)
+@pytest.mark.parametrize("alpha", helpers.HALVES)
 def test_numbers_arrays_and_schedules_agree(alpha):
   params = {"w": jnp.ones(3)}
   results = []

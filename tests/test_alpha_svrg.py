@@ -273,18 +273,7 @@ class TestCoefficient:
       alphas.append(float(optax.tree.get(state, "alpha")))
     assert alphas == [0.125, 0.25, 0.375]
 
-  @pytest.mark.parametrize(
-    "alpha",
-    [
-      0.5,
-      np.float64(0.5),
-      np.array(0.5),
-      jnp.array(0.5),
-      jnp.array(0.5, jnp.bfloat16),
-      lambda _: 0.5,
-      lambda _: jnp.array(0.5, jnp.bfloat16),
-    ],
-  )
+  @pytest.mark.parametrize("alpha", helpers.HALVES)
   def test_numbers_arrays_and_schedules_agree(self, alpha):
     tx, reference = (optax_svrg.alpha_svrg(a) for a in (alpha, 0.5))
     params = {"w": jnp.ones(3)}
