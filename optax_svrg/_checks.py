@@ -228,6 +228,17 @@ def check_same_size(
   return first_size
 
 
+def check_batches(batches: Any) -> None:
+  """Raises TypeError for what iterates, but not over batches."""
+  # Not by iter(batches): a data loader may start its workers then.
+  iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+  if not iterable or isinstance(batches, (dict, str)):
+    raise TypeError(
+      "batches must be an iterable of batches, got a"
+      f" {type(batches).__name__}. For a single batch write [batch]."
+    )
+
+
 def check_batch(batch: Any, name: str) -> int:
   """Returns the number of examples of a batch; raises if it has none."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):

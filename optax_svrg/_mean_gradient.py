@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _lockstep
 
 
 def mean_gradient(
@@ -60,6 +60,8 @@ def mean_gradient(
       leading axis is the examples, of the same length in all leaves; leaves
       without axes (a number, a PRNG key) count for nothing. All batches have
       the same structure and numbers of axes.
+      Where ``params`` are spread over several processes, each has its own
+      iterable, and they are kept in step by :func:`optax_svrg.lockstep`.
     axis_name: name of the axis (or tuple of names) of an enclosing
       :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`, each member
       of which has ``batches`` of its own and a device-local ``grad_fn``. The
@@ -77,7 +79,9 @@ def mean_gradient(
       in their number of examples, a batch differs from the first one in
       structure or number of axes, a gradient differs from ``params`` in
       structure, shape or kind of dtype, ``axis_name`` is no enclosing axis, or
-      gradients have already been summed over it.
+      gradients have already been summed over it; if another process has
+      other batches than this one.
+    TimeoutError: if another process has not come to a batch in 300 s.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_svrg
@@ -112,7 +116,7 @@ def mean_gradient(
   if not callable(grad_fn):
     raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
   _checks.check_inexact(params, "params")
-  check_batches(batches)
+  _checks.check_batches(batches)
   # A Partial is a tree: its arrays are arguments, its function is static.
   leaves, treedef = jax.tree.flatten(
     grad_fn
@@ -125,6 +129,8 @@ def mean_gradient(
     lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
     params,
   )
+  if _lockstep.spans_processes(params):
+    batches = _lockstep.lockstep(batches)
   num_examples = 0
   first_ndims = None
   for index, batch in enumerate(batches):
@@ -177,17 +183,6 @@ def _in_sequence(total: Any, batch: Any) -> tuple[Any, Any]:
   if len(varying) > 1:
     return total, batch
   return jax.lax.optimization_barrier((total, batch))
-
-
-def check_batches(batches: Any) -> None:
-  """Raises TypeError for what iterates, but not over batches."""
-  # Not by iter(batches): a data loader may start its workers then.
-  iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-  if not iterable or isinstance(batches, (dict, str)):
-    raise TypeError(
-      "batches must be an iterable of batches, got a"
-      f" {type(batches).__name__}. For a single batch write [batch]."
-    )
 
 
 def _check_ndims(ndims: Any, first_ndims: Any, index: int) -> None:

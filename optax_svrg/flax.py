@@ -36,7 +36,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from optax_svrg import _alpha_svrg, _mean_gradient
+from optax_svrg import _alpha_svrg, _checks, _mean_gradient
 
 
 def grad_fn(
@@ -178,7 +178,7 @@ def mean_grad_fn(
     TypeError: as :func:`optax_svrg.mean_gradient`.
     ValueError: as :func:`optax_svrg.mean_gradient`, when the result is called.
   """
-  _mean_gradient.check_batches(batches)
+  _checks.check_batches(batches)
   # A Partial, as its arrays are arguments of compiled functions, not constants.
   frozen = jax.tree_util.Partial(*_freeze(loss_fn, model, wrt, has_aux))
 

@@ -14,7 +14,9 @@
 """Trains in one of several processes; see test_processes.py."""
 
 import itertools
+import os
 import sys
+import time
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -127,6 +129,40 @@ def train(method, how, num_processes, process):
   return params, state[0]
 
 
+def pass_with_a_fault(fault, process):
+  """A snapshot pass of which process 1 cannot make the fourth batch.
+
+  Args:
+    fault: what happens to it.
+    process: which process this is.
+  """
+  mesh = jax.make_mesh((_NUM_DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+  params = jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P()))
+
+  def batches():
+    for i in range(5):
+      size = 16
+      if process == 1 and i == 3:
+        if fault == "missing":
+          return
+        if fault == "failed":
+          raise RuntimeError("the disk is gone")
+        if fault == "stalled":
+          time.sleep(20)
+        if fault == "died":
+          os._exit(1)
+        size = 8
+      yield jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("data")), np.ones((size, 4), np.float32)
+      )
+
+  in_step = batches()
+  if fault == "stalled":
+    in_step = optax_svrg.lockstep(in_step, timeout=2)
+  grad = jax.grad(lambda p, x: jax.numpy.mean((x @ p) ** 2))
+  optax_svrg.mean_gradient(grad, params, in_step)
+
+
 def main(method, how, num_processes, process, port, precision, out):
   """Trains, and writes all numbers as this process has them."""
   num_processes, process = int(num_processes), int(process)
@@ -136,9 +172,16 @@ def main(method, how, num_processes, process, port, precision, out):
   if num_processes > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-      f"127.0.0.1:{port}", num_processes=num_processes, process_id=process
+      f"127.0.0.1:{port}",
+      num_processes=num_processes,
+      process_id=process,
+      # How long JAX itself waits for a process that has died.
+      heartbeat_timeout_seconds=10,
     )
   assert jax.device_count() == _NUM_DEVICES
+  if method == "fault":
+    pass_with_a_fault(how, process)
+    return
   result = train(method, how, num_processes, process)
   leaves = [
     np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(result)

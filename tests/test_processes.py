@@ -18,15 +18,18 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+
+import optax_svrg
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(num_processes, out, method, how, precision):
-  """What each process has at the end, as lists of arrays."""
+  """How each process has ended: exit status and output."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
@@ -45,12 +48,21 @@ def run(num_processes, out, method, how, precision):
       )
     )
   try:
-    for worker in workers:
-      output, _ = worker.communicate(timeout=300)
-      assert worker.returncode == 0, output
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
   finally:
     for worker in workers:
       worker.kill()
+  return [
+    (worker.returncode, output)
+    for worker, output in zip(workers, outputs, strict=True)
+  ]
+
+
+def train(num_processes, out, *args):
+  """What each process has at the end, as lists of arrays."""
+  out.mkdir()
+  for status, output in run(num_processes, out, *args):
+    assert status == 0, output
   results = []
   for i in range(num_processes):
     with np.load(out / f"{i}.npz") as arrays:
@@ -71,13 +83,47 @@ def run(num_processes, out, method, how, precision):
 )
 def test_two_processes_train_as_one_does(method, how, precision, tmp_path):
   """With four devices each, as one with eight."""
-  one, two = tmp_path / "one", tmp_path / "two"
-  one.mkdir()
-  two.mkdir()
-  (want,) = run(1, one, method, how, precision)
-  first, second = run(2, two, method, how, precision)
+  args = (method, how, precision)
+  (want,) = train(1, tmp_path / "one", *args)
+  first, second = train(2, tmp_path / "two", *args)
   tolerance = 1e-12 if precision == "float64" else 1e-6
   for got, other, leaf in zip(first, second, want, strict=True):
     np.testing.assert_array_equal(got, other)
     assert np.all(np.isfinite(got))
     np.testing.assert_allclose(got, leaf, rtol=0, atol=tolerance)
+
+
+_UNLIKE = "ValueError: batches[3] must be alike in all processes, got"
+
+
+def test_lockstep_refuses():
+  with pytest.raises(TypeError, match="batches must be an iterable"):
+    optax_svrg.lockstep({"x": np.ones(2)})
+  with pytest.raises(ValueError, match="timeout must be positive, got 0"):
+    optax_svrg.lockstep([], timeout=0)
+
+
+@pytest.mark.parametrize(
+  ("fault", "first", "second"),
+  [
+    ("missing", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and no"
+     " further batch in process 1.", _UNLIKE),
+    ("short", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
+     " PyTreeDef(*) of float32[16, 4] in process 1.", _UNLIKE),
+    ("failed", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
+     " RuntimeError: the disk is gone in process 1.",
+     "RuntimeError: the disk is gone"),
+    ("stalled", "TimeoutError: batches[3]: process 1 of 2 did not come to it"
+     " within 2 seconds, or is lost.", "TimeoutError: batches[3]"),
+    # JAX itself notices.
+    ("died", "The following tasks are unhealthy", ""),
+  ],
+)  # fmt: skip
+def test_a_process_without_a_batch_ends_all(fault, first, second, tmp_path):
+  """With an error that says what is amiss, and soon."""
+  start = time.monotonic()
+  results = run(2, tmp_path, "fault", fault, "float32")
+  for (status, output), message in zip(results, (first, second), strict=True):
+    assert status != 0
+    assert message in output
+  assert time.monotonic() - start < 120
