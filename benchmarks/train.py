@@ -19,7 +19,9 @@ Run ``python -m benchmarks.train --help``.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
+import json
 import math
 import os
 from pathlib import Path
@@ -32,13 +34,14 @@ from typing import Any, NamedTuple
 import click
 from flax import nnx
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
 import rich.progress
 
-from benchmarks import data, models, reporting
+from benchmarks import checkpointing, data, models, placement, reporting
 import optax_svrg
 
 _INTERRUPTED = 128 + 2  # The exit status of a shell command ended by SIGINT.
@@ -96,14 +99,14 @@ class Method(NamedTuple):
 
 
 class Epoch(NamedTuple):
-  """What is known of the steps of an epoch.
+  """Sums over steps of an epoch.
 
   Attributes:
-    second_gradients: number of steps that evaluated a second gradient.
-    alpha: mean of the coefficient.
-    plain_moment: mean square distance of the plain gradient from the mean
+    second_gradients: of the steps that evaluated a second gradient.
+    alpha: of the coefficient.
+    plain_moment: of the square distance of the plain gradient from the mean
       gradient of the snapshot or table; 0 without one.
-    corrected_moment: that of the corrected gradient.
+    corrected_moment: of that of the corrected gradient.
   """
 
   second_gradients: jax.Array
@@ -112,36 +115,69 @@ class Epoch(NamedTuple):
   corrected_moment: jax.Array
 
 
+class TrainState(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: the parameters.
+    opt_state: the states of the method and of the optimizer.
+    observed: sums over the steps of the epoch so far.
+  """
+
+  params: optax.Params
+  opt_state: Any
+  observed: Epoch
+
+
 class Program(NamedTuple):
   """What is compiled for a method.
 
   Attributes:
-    init: makes the state of the method and of the optimizer.
+    init: makes a :class:`TrainState` from parameters.
+    order: draws the :class:`Order` of an epoch.
     snapshot: moves the snapshot to the present parameters; ``None`` if none is
       ever taken.
-    epoch: trains for an epoch at a peak learning rate, and returns the
-      parameters, the state, and an :class:`Epoch`.
+    steps: trains from a step of an epoch up to another one.
     snapshot_epochs: the epochs that begin with a snapshot.
-    examples_per_epoch: number of examples in the steps of an epoch.
+    num_steps: number of steps of an epoch.
+    num_examples: number of examples in them.
   """
 
   init: Callable
+  order: Callable
   snapshot: Callable | None
-  epoch: Callable
+  steps: Callable
   snapshot_epochs: frozenset[int]
-  examples_per_epoch: int
+  num_steps: int
+  num_examples: int
 
 
 class Keys(NamedTuple):
-  """Random keys.
+  """Random keys, or their data.
 
   Attributes:
     epoch: for the order of the examples and for augmentation.
     batches: for fixed batches, the same in all epochs.
   """
 
-  epoch: jax.Array
-  batches: jax.Array
+  epoch: Any
+  batches: Any
+
+
+class Order(NamedTuple):
+  """Which examples are in each step of an epoch.
+
+  Attributes:
+    examples: their indices, or what :meth:`placement.Placement.refer` makes of
+      them, step by step.
+    is_real: a mask of the shape of the indices that tells which count, ``None``
+      for all.
+    batch_index: the number of each batch.
+  """
+
+  examples: Any
+  is_real: Any
+  batch_index: Any
 
 
 class Batch(NamedTuple):
@@ -241,11 +277,13 @@ METHODS: dict[str, Callable[[Options, int], Method]] = {
   "saga": saga,
   "adaptive-saga": adaptive_saga,
 }
+# Options that say where things are, and not what they are.
+_PLACES = ("data_dir", "out")
 _SNAPSHOTS = ("svrg", "alpha-svrg", "adaptive")
 
 
 class Trainer:
-  """The compiled functions of all methods, with the data on the device.
+  """The compiled functions of the methods, with the data on the devices.
 
   Args:
     options: the command line.
@@ -260,6 +298,8 @@ class Trainer:
     methods: dict[str, Callable[[Options, int], Method]],
   ):
     self._options = options
+    self._methods = methods
+    self._programs: dict[str, Program] = {}
     self._make_model = functools.partial(
       models.MODELS[options.model], dataset.image_shape, dataset.num_classes
     )
@@ -267,27 +307,27 @@ class Trainer:
     self._num_examples = len(dataset.train_labels)
     if options.label_noise:
       dataset = data.with_wrong_labels(dataset, options.label_noise)
-    self._train, self._validation = jax.device_put(
-      (
-        (dataset.train_images, dataset.train_labels),
-        (dataset.validation_images, dataset.validation_labels),
-      )
-    )
+    self._placement = placement.Placement()
+    self._arrays = dataset.train_images, dataset.train_labels
+    validation = dataset.validation_images, dataset.validation_labels
+    self._train = self._placement.store(*self._arrays)
     self._graphdef, params = self._init(jax.random.key(0))
-    # All is compiled before the clock starts.
-    self._evaluate = _compile(
-      self._evaluate_fn, (params, self._train, self._validation)
+    self._evaluated = (
+      (self._train, self._whole_and_rest(*self._arrays, self._piece_size)),
+      (
+        self._placement.store(*validation),
+        self._whole_and_rest(*validation, self._piece_size),
+      ),
     )
-    self._programs = {
-      name: self._program(method(options, self._num_examples), params)
-      for name, method in methods.items()
-    }
+    self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
 
   def train(
     self,
     run: reporting.Run,
     lr: float,
     on_epoch: Callable[[reporting.Point], None] = lambda point: None,
+    checkpoints: checkpointing.Checkpoints | None = None,
+    at: checkpointing.Position = checkpointing.START,
   ) -> None:
     """Trains once.
 
@@ -296,72 +336,114 @@ class Trainer:
         holds the results so far when the training is interrupted.
       lr: peak learning rate.
       on_epoch: called with the results of each epoch.
+      checkpoints: where to save.
+      at: the position of the run in ``checkpoints``, to go on from.
+
+    Raises:
+      checkpointing.CheckpointError: if a checkpoint is damaged.
+      TimeoutError: if another process is lost.
     """
-    program = self._programs[run.method]
-    init_key, order_key = jax.random.split(jax.random.key(run.seed))
-    # The same fixed batches for all methods.
-    batches_key = jax.random.fold_in(order_key, self._options.epochs)
-    _, params = self._init(init_key)
-    opt_state = program.init(params)
-    evaluations, seconds = 0, 0.0
-    run.history.append(self._point(params, 0, evaluations, seconds))
-    for epoch in range(self._options.epochs):
-      # The same order for all methods.
-      keys = Keys(jax.random.fold_in(order_key, epoch), batches_key)
-      start = time.perf_counter()
-      params, opt_state, steps, count = self._train_epoch(
-        program, params, opt_state, keys, lr, epoch in program.snapshot_epochs
-      )
-      seconds += time.perf_counter() - start
-      evaluations += count
-      point = self._point(params, epoch + 1, evaluations, seconds, steps)
-      run.history.append(point)
+    for point in run.history[1:]:
       on_epoch(point)
-    run.finished = True
+    if run.finished:
+      return
+    # All is compiled before the clock starts.
+    program = self._program(run.method)
+    init_key, order_key = jax.random.split(jax.random.key(run.seed))
+    _, params = self._init(init_key)
+    state, order_key = program.init(params), jax.random.key_data(order_key)
+    if run.history:
+      state, order_key = checkpoints.restore(run, (state, order_key))
+    else:
+      run.history.append(self._point(state.params, at))
+    order_key = np.asarray(order_key)
+    epochs = range(at.epoch, self._options.epochs)
+    # So that no process waits for another one for ever.
+    for epoch in optax_svrg.lockstep(epochs):
+      keys = self._keys(order_key, epoch)
+      with_snapshot = epoch in program.snapshot_epochs
+      start = time.perf_counter()
+      order = self._place(program.order(keys))
+      if with_snapshot and not at.step:
+        state = state._replace(
+          opt_state=program.snapshot(
+            state.opt_state, state.params, self._train, self._passed, keys
+          )
+        )
+      while at.step < program.num_steps:
+        stop = program.num_steps
+        if checkpoints:
+          stop = checkpoints.next_stop(epoch, at.step, program.num_steps)
+        steps = np.array([at.step, stop], np.int32)
+        state = jax.block_until_ready(
+          program.steps(state, self._train, order, keys, np.float32(lr), steps)
+        )
+        seconds = at.seconds + time.perf_counter() - start
+        at = at._replace(step=stop, seconds=seconds)
+        if stop < program.num_steps:
+          checkpoints.save(run, (state, order_key), at, program.num_steps)
+        start = time.perf_counter()
+      count = program.num_examples + with_snapshot * self._num_examples
+      count += int(state.observed.second_gradients) * self._options.batch_size
+      at = checkpointing.Position(
+        epoch + 1, 0, at.evaluations + count, at.seconds
+      )
+      run.history.append(
+        self._point(state.params, at, state.observed, program.num_steps)
+      )
+      run.finished = at.epoch == self._options.epochs
+      if checkpoints and (
+        run.finished or checkpoints.is_due(epoch, program.num_steps)
+      ):
+        checkpoints.save(run, (state, order_key), at, program.num_steps)
+      on_epoch(run.history[-1])
+
+  @property
+  def _piece_size(self) -> int:
+    """How many examples are evaluated at once: what fits into a cache."""
+    return self._placement.padded_size(128)
+
+  @functools.cached_property
+  def _passed(self) -> list:
+    """All examples, for the snapshot pass."""
+    return self._whole_and_rest(*self._arrays, self._options.batch_size)
 
   def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
     model = self._make_model(rngs=nnx.Rngs(key))
     graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.as_pure(params)
+    params = nnx.as_pure(params)
+    if self._placement.replicated is not None:
+      params = jax.device_put(params, self._placement.replicated)
+    return graphdef, params
 
-  def _train_epoch(
-    self,
-    program: Program,
-    params: optax.Params,
-    opt_state: Any,
-    keys: Keys,
-    lr: float,
-    with_snapshot: bool,
-  ) -> tuple[optax.Params, Any, Epoch, int]:
-    """Trains for an epoch and counts the gradients of examples evaluated."""
-    if with_snapshot:
-      opt_state = program.snapshot(opt_state, params, self._train, keys)
-    params, opt_state, steps = jax.block_until_ready(
-      program.epoch(params, opt_state, self._train, keys, np.float32(lr))
+  def _keys(self, order_key: np.ndarray, epoch: int) -> Keys:
+    """The data of the keys of an epoch, the same for all methods."""
+    key = jax.random.wrap_key_data(order_key)
+    return Keys(
+      *(
+        np.asarray(jax.random.key_data(jax.random.fold_in(key, i)))
+        for i in (epoch, self._options.epochs)
+      )
     )
-    count = program.examples_per_epoch
-    count += int(steps.second_gradients) * self._options.batch_size
-    return params, opt_state, steps, count + with_snapshot * self._num_examples
 
   def _point(
     self,
     params: optax.Params,
-    epoch: int,
-    evaluations: int,
-    seconds: float,
-    steps: Epoch | None = None,
+    at: checkpointing.Position,
+    observed: Epoch | None = None,
+    num_steps: int = 0,
   ) -> reporting.Point:
-    loss, accuracy = self._evaluate(params, self._train, self._validation)
+    loss, accuracy = self._evaluate(params, *self._evaluated)
     ratio = None
-    if steps is not None and steps.plain_moment > 0:
-      ratio = float(steps.corrected_moment / steps.plain_moment)
+    if observed is not None and observed.plain_moment > 0:
+      ratio = float(observed.corrected_moment / observed.plain_moment)
     return reporting.Point(
-      epoch=epoch,
+      epoch=at.epoch,
       train_loss=float(loss),
       validation_accuracy=float(accuracy),
-      gradients_per_example=evaluations / self._num_examples,
-      seconds=seconds,
-      alpha=None if steps is None else float(steps.alpha),
+      gradients_per_example=at.evaluations / self._num_examples,
+      seconds=at.seconds,
+      alpha=None if observed is None else float(observed.alpha / num_steps),
       variance_ratio=ratio,
     )
 
@@ -372,69 +454,96 @@ class Trainer:
     )
     return losses.mean(where=batch.is_real)
 
-  def _batch(
-    self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
-  ) -> Batch:
-    """Gathers examples, augmented as this epoch has it."""
-    images, labels = jax.tree.map(lambda x: x[indices], train)
+  def _batch(self, train: Any, reference: Any, is_real: Any, key: Any) -> Batch:
+    """Examples, augmented as this epoch has it."""
+    images, labels, indices = placement.look_up(train, reference)
     images = data.augment(
-      self._options.augment, keys.epoch, indices, images, self._image_shape
+      self._options.augment, key, indices, images, self._image_shape
     )
     return Batch(images, labels, is_real)
 
-  def _order(
-    self, method: Method, keys: Keys
-  ) -> tuple[jax.Array, Any, jax.Array]:
-    """Which examples are in each step of an epoch.
-
-    Args:
-      method: the method.
-      keys: the keys of the epoch.
-
-    Returns:
-      The indices of the examples, step by step; a mask of the same shape that
-      tells which count, ``None`` for all; and the number of each batch.
-    """
+  def _order(self, method: Method, keys: Keys) -> Order:
+    """Draws which examples are in each step of an epoch."""
     size = self._options.batch_size
+    keys = Keys(*map(jax.random.wrap_key_data, keys))
     if not method.has_fixed_batches:
       steps = steps_per_epoch(self._options, self._num_examples)
       order = jax.random.permutation(keys.epoch, self._num_examples)
       # The remainder of the epoch is dropped, as the authors do by default.
       indices = order[: steps * size].reshape(steps, size)
-      return indices, None, jnp.arange(steps)
+      return Order(indices, None, jnp.arange(steps))
     steps = num_fixed_batches(self._options, self._num_examples)
     batches = np.array_split(np.arange(self._num_examples), steps)
-    longest = max(map(len, batches))
+    longest = self._placement.padded_size(max(map(len, batches)))
     # Short batches are filled with what does not count.
     padded = np.stack([np.resize(b, longest) for b in batches])
     is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
     members = jax.random.permutation(keys.batches, self._num_examples)
     key = keys.batches if method.has_fixed_order else keys.epoch
     order = jax.random.permutation(key, steps)
-    return (
+    return Order(
       members[padded][order],
       None if is_real.all() else jnp.asarray(is_real)[order],
       order,
     )
 
+  def _place(self, order: Order) -> Order:
+    """Gives each device its part of each batch."""
+    if self._placement.replicated is None:
+      return order
+    examples = self._placement.refer(*self._arrays, order.examples)
+    _, *rest = jax.tree.map(np.asarray, order)
+    return Order(examples, *rest)
+
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
   ) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(self._graphdef, params)
-    # In pieces that fit into a cache.
-    losses, _ = jax.lax.map(
-      functools.partial(_loss_and_success, model), train, batch_size=128
-    )
-    _, successes = jax.lax.map(
-      functools.partial(_loss_and_success, model), validation, batch_size=128
-    )
-    return losses.mean(), successes.mean()
 
-  def _program(self, method: Method, params: optax.Params) -> Program:
-    """Compiles a method."""
+    def mean(fn, store, pieces):
+      """Of a function of one example."""
+
+      def values(reference):
+        images, labels, _ = placement.look_up(store, reference)
+        return jax.vmap(fn)(model(images), labels)
+
+      return jnp.concatenate(
+        [
+          jax.lax.map(
+            values, self._placement.in_batches(piece, self._piece_size)
+          ).ravel()
+          for piece in pieces
+        ]
+      ).mean()
+
+    return mean(_cross_entropy, *train), mean(_is_right, *validation)
+
+  def _whole_and_rest(
+    self, images: np.ndarray, labels: np.ndarray, size: int
+  ) -> list:
+    """All examples that fill batches, in one piece, and the remainder."""
+    full = len(labels) - len(labels) % size
+    indices = np.arange(len(labels), dtype=np.int32)
+    return [
+      jax.tree.map(jnp.asarray, self._placement.refer(images, labels, part))
+      for part in np.split(indices, [full])
+      if len(part)
+    ]
+
+  def _program(self, name: str) -> Program:
+    """What is compiled for a method, at its first use."""
+    if name not in self._programs:
+      self._programs[name] = self._make_program(
+        self._methods[name](self._options, self._num_examples)
+      )
+    return self._programs[name]
+
+  def _make_program(self, method: Method) -> Program:
     options = self._options
-    count = num_fixed_batches if method.has_fixed_batches else steps_per_epoch
-    total_steps = options.epochs * count(options, self._num_examples)
+    num_steps = (
+      num_fixed_batches if method.has_fixed_batches else steps_per_epoch
+    )(options, self._num_examples)
+    total_steps = options.epochs * num_steps
     # In units of the peak, so that one program serves all learning rates.
     schedule = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
@@ -450,62 +559,71 @@ class Trainer:
 
     grad = jax.grad(self._loss)
 
+    @functools.partial(jax.jit, out_shardings=self._placement.replicated)
     def init(params):
-      return transform.init(params), optimizer(options.lr).init(params)
+      opt_state = transform.init(params), optimizer(options.lr).init(params)
+      return TrainState(params, opt_state, _nothing_observed())
 
-    def snapshot(opt_state, params, train, keys):
-      def indexed_grad(p, indices):
-        return grad(p, self._batch(train, indices, None, keys))
+    def snapshot(opt_state, params, train, passed, keys):
+      epoch_key = jax.random.wrap_key_data(keys.epoch)
+
+      def piece_grad(params, piece):
+        """The mean over a piece, batch by batch."""
+        return _scanned(
+          lambda p, x: grad(p, self._batch(train, x, None, epoch_key)),
+          params,
+          self._placement.in_batches(piece, options.batch_size),
+        )
 
       return optax_svrg.take_snapshot(
         opt_state,
         params,
-        lambda p: optax_svrg.mean_gradient(
-          functools.partial(_scanned, indexed_grad, options.batch_size),
-          p,
-          _whole_and_rest(self._num_examples, options.batch_size),
-        ),
+        lambda p: optax_svrg.mean_gradient(piece_grad, p, passed),
       )
 
-    def epoch(params, opt_state, train, keys, lr):
-      order = self._order(method, keys)
+    def steps(state, train, order, keys, lr, start_and_stop):
+      start, stop = start_and_stop
+      epoch_key = jax.random.wrap_key_data(keys.epoch)
+
+      def batch_at(position):
+        examples, is_real, batch_index = jax.tree.map(
+          lambda x: x[position], order
+        )
+        return self._batch(train, examples, is_real, epoch_key), batch_index
 
       def batch_grad_fn(params, batch_index):
         """The gradient of any batch, for methods that look at others, too."""
-        position = jnp.argmax(order[2] == batch_index)
-        indices, is_real = jax.tree.map(lambda x: x[position], order[:2])
-        return grad(params, self._batch(train, indices, is_real, keys))
+        batch, _ = batch_at(jnp.argmax(order.batch_index == batch_index))
+        return grad(params, batch)
 
-      def step(carry, of_step):
-        params, (state, opt_state) = carry
-        indices, is_real, batch_index = of_step
-        batch = self._batch(train, indices, is_real, keys)
+      def step(i, state):
+        params, (before, opt_state), observed = state
+        batch, batch_index = batch_at(i)
         grad_fn = lambda p: grad(p, batch)
         grads = grad_fn(params)
-        before = state
-        corrected, state = transform.update(
+        corrected, after = transform.update(
           grads,
-          state,
+          before,
           params,
           grad_fn=grad_fn,
           batch_index=batch_index,
           batch_grad_fn=batch_grad_fn,
         )
-        observed = _observe(grads, corrected, before, state)
         updates, opt_state = optimizer(lr).update(corrected, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, (state, opt_state)), observed
+        return TrainState(
+          optax.apply_updates(params, updates),
+          (after, opt_state),
+          jax.tree.map(
+            jnp.add, observed, _observe(grads, corrected, before, after)
+          ),
+        )
 
-      (params, opt_state), steps = jax.lax.scan(
-        step, (params, opt_state), order
+      observed = optax.tree.where(
+        start == 0, _nothing_observed(), state.observed
       )
-      return (
-        params,
-        opt_state,
-        Epoch(
-          steps.second_gradients.sum(),
-          *(x.mean() for x in steps[1:]),
-        ),
+      # Not a scan: whatever the steps, it is this very program.
+      return jax.lax.fori_loop(
+        start, stop, step, state._replace(observed=observed)
       )
 
     snapshot_epochs = frozenset(
@@ -514,19 +632,32 @@ class Trainer:
       if not method.has_fixed_batches
       and self._is_useful(method.coefficient, start)
     )
-    opt_state = init(params)
-    keys, lr = Keys(*[jax.random.key(0)] * 2), np.float32(0)
-    args = (params, opt_state, self._train, keys, lr)
+    _, params = self._init(jax.random.key(0))
+    state = init(params)
+    keys = self._keys(jax.random.key_data(jax.random.key(0)), 0)
+    draw_order = jax.jit(functools.partial(self._order, method))
+    order = self._place(draw_order(keys))
+    args = state, self._train, order, keys, np.float32(0), np.zeros(2, np.int32)
+    compiled_snapshot = None
+    if snapshot_epochs:
+      compiled_snapshot = _compile(
+        snapshot,
+        (state.opt_state, state.params, self._train, self._passed, keys),
+        donate=(0,),
+        out_shardings=self._placement.replicated,
+      )
     return Program(
       init,
-      _compile(snapshot, (opt_state, params, self._train, keys), donate=(0,))
-      if snapshot_epochs
-      else None,
-      _compile(epoch, args, donate=(0, 1)),
+      draw_order,
+      compiled_snapshot,
+      _compile(
+        steps, args, donate=(0,), out_shardings=self._placement.replicated
+      ),
       snapshot_epochs,
+      num_steps,
       self._num_examples
       if method.has_fixed_batches
-      else steps_per_epoch(options, self._num_examples) * options.batch_size,
+      else num_steps * options.batch_size,
     )
 
   def _is_useful(self, coefficient: optax.Schedule, start: int) -> bool:
@@ -537,14 +668,15 @@ class Trainer:
     return bool(np.any(coefficient(counts) != 0))
 
 
-def _loss_and_success(
-  model: Callable, example: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  """Of one example."""
-  image, label = example
-  logits = model(image)
-  loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-  return loss, logits.argmax() == label
+_cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+def _is_right(logits: jax.Array, label: jax.Array) -> jax.Array:
+  return logits.argmax() == label
+
+
+def _nothing_observed() -> Epoch:
+  return Epoch(jnp.zeros((), int), *(jnp.zeros(()) for _ in range(3)))
 
 
 def _observe(
@@ -576,28 +708,26 @@ def _observe(
   )
 
 
-def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
-  return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
-
-
-def _whole_and_rest(num_examples: int, batch_size: int) -> list[jax.Array]:
-  """The indices of all full batches, in one piece, and of the remainder."""
-  full = num_examples - num_examples % batch_size
-  parts = jnp.split(jnp.arange(num_examples), [full])
-  return [part for part in parts if len(part)]
+def _compile(
+  fn: Callable,
+  args: tuple,
+  donate: tuple[int, ...] = (),
+  out_shardings: Any = None,
+) -> Any:
+  jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
+  return jitted.lower(*args).compile()
 
 
 def _scanned(
-  grad: Callable, batch_size: int, params: optax.Params, indices: jax.Array
+  grad: Callable, params: optax.Params, batches: Any
 ) -> optax.Updates:
-  """The mean gradient, in batches, over a multiple of a batch or a part."""
-  batches = indices.reshape(-1, min(batch_size, len(indices)))
+  """The mean gradient over batches of the same size."""
 
   def add(total, batch):
     return optax.tree.add(total, grad(params, batch)), None
 
   total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
-  return optax.tree.scale(1 / len(batches), total)
+  return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)
 
 
 class Command(click.Command):
@@ -732,17 +862,66 @@ def _parse_methods(
   show_default=True,
   help="Folder for results.json and results.png.",
 )
+@click.option(
+  "--checkpoint-dir",
+  type=click.Path(file_okay=False, path_type=Path),
+  help="Folder to save the training to, from which --resume goes on.",
+)
+@click.option(
+  "--checkpoint-every",
+  type=click.IntRange(min=1),
+  show_default="once per epoch",
+  help="Steps between checkpoints.",
+)
+@click.option(
+  "--resume",
+  is_flag=True,
+  help="Go on with the training in --checkpoint-dir. The results are those of"
+  " a training that was never stopped.",
+)
+@click.option(
+  "--distributed",
+  is_flag=True,
+  help="Train on the devices of several processes, each started with this"
+  " command. TPU pods, Slurm and GKE need no further options.",
+)
+@click.option(
+  "--coordinator",
+  metavar="HOST:PORT",
+  help="Address of process 0, where the cluster is not detected.",
+)
+@click.option("--num-processes", type=click.IntRange(min=1))
+@click.option("--process-id", type=click.IntRange(min=0))
 @click.pass_context
-def main(ctx: click.Context, **kwargs: Any) -> int:
+def main(
+  ctx: click.Context,
+  checkpoint_dir: Path | None,
+  checkpoint_every: int | None,
+  resume: bool,
+  distributed: bool,
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  **kwargs: Any,
+) -> int:
   """Trains a model with each method, on the same data in the same order.
 
   Prints a table, and writes a JSON file and a plot. Ctrl-C ends the training
-  and keeps the results so far.
+  and keeps the results so far. All devices are used: each batch is divided
+  among them.
   """
   if kwargs["lr"] is None:
     kwargs["lr"] = OPTIMIZERS[kwargs["optimizer"]].lr
   options = Options(**kwargs)
   _check_consistency(ctx, options)
+  for name, value in (
+    ("--checkpoint-every", checkpoint_every),
+    ("--resume", resume),
+  ):
+    if value and checkpoint_dir is None:
+      raise click.UsageError(f"{name} needs --checkpoint-dir.")
+  _initialize(distributed, coordinator, num_processes, process_id)
+  is_first = jax.process_index() == 0
   try:
     dataset = data.load(options.dataset, options.data_dir)
   except data.DataError as e:
@@ -753,11 +932,18 @@ def main(ctx: click.Context, **kwargs: Any) -> int:
       "--batch-size must be at most the number of training examples,"
       f" {num_examples}, got {options.batch_size}."
     )
+  if options.batch_size % jax.device_count():
+    raise click.UsageError(
+      "--batch-size must be a multiple of the number of devices,"
+      f" {jax.device_count()}, got {options.batch_size}."
+    )
 
   runs: list[reporting.Run] = []
   record = _record(ctx.obj, options, dataset)
 
   def write_json() -> None:
+    if not is_first:
+      return
     reporting.write_json(
       options.out / "results.json",
       record
@@ -767,18 +953,39 @@ def main(ctx: click.Context, **kwargs: Any) -> int:
       },
     )
 
+  identity = _identity(record)
+  _check_same(identity)
+  checkpoints = None
   try:
-    options.out.mkdir(parents=True, exist_ok=True)
+    if checkpoint_dir is not None:
+      checkpoints = checkpointing.Checkpoints(
+        checkpoint_dir, checkpoint_every, identity, resume
+      )
+    if is_first:
+      options.out.mkdir(parents=True, exist_ok=True)
     write_json()
+  except checkpointing.CheckpointError as e:
+    raise click.UsageError(str(e)) from e
   except OSError as e:
     raise click.UsageError(f"--out {options.out}: {e.strerror}.") from e
 
   interrupted = False
   try:
-    _train_all(options, dataset, runs, write_json)
+    _train_all(options, dataset, runs, write_json, checkpoints)
+    if checkpoints is not None:
+      checkpoints.close()
   except KeyboardInterrupt:
     interrupted = True
+  except (checkpointing.CheckpointError, TimeoutError) as e:
+    raise click.ClickException(str(e)) from e
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1:
+      raise
+    reason = str(e).partition("\n")[0]
+    raise click.ClickException(f"Another process may be lost: {reason}") from e
   write_json()
+  if not is_first:
+    return _INTERRUPTED if interrupted else 0
   reporting.write_plot(
     options.out / "results.png",
     runs,
@@ -791,6 +998,65 @@ def main(ctx: click.Context, **kwargs: Any) -> int:
     click.echo(_interruption(options, runs))
   click.echo(f"Written to {options.out}.")
   return _INTERRUPTED if interrupted else 0
+
+
+def _initialize(
+  distributed: bool,
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+) -> None:
+  """Joins the processes of a cluster."""
+  given = {
+    "--coordinator": coordinator,
+    "--num-processes": num_processes,
+    "--process-id": process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if not distributed:
+    if len(missing) < len(given):
+      name = next(name for name in given if name not in missing)
+      raise click.UsageError(f"{name} needs --distributed.")
+    return
+  if 0 < len(missing) < len(given):
+    raise click.UsageError(
+      f"{', '.join(given)} go together, {', '.join(missing)} is missing."
+    )
+  if None not in (process_id, num_processes) and process_id >= num_processes:
+    raise click.UsageError(
+      f"--process-id must be less than --num-processes, {num_processes}, got"
+      f" {process_id}."
+    )
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+  except (RuntimeError, ValueError) as e:
+    reason = str(e).partition("\n")[0].rstrip(".")
+    raise click.UsageError(
+      f"--distributed: {reason}. Where the cluster is not detected, give"
+      f" {', '.join(given)}."
+    ) from e
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+  """What the results follow from, whatever the devices."""
+  options = record["options"].items()
+  return {
+    **{f"--{k.replace('_', '-')}": v for k, v in options if k not in _PLACES},
+    "the SHA-256 of the data": record["data"]["sha256"],
+  }
+
+
+def _check_same(identity: dict[str, Any]) -> None:
+  """Raises in all processes unless all are to train the same."""
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.sha256(json.dumps(identity).encode()).digest()
+  digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+  for process, other in enumerate(digests):
+    if np.any(other != digests[0]):
+      raise click.UsageError(
+        f"Process {process} has other options, or other data, than process 0."
+      )
 
 
 def _check_consistency(ctx: click.Context, options: Options) -> None:
@@ -814,6 +1080,7 @@ def _train_all(
   dataset: data.Dataset,
   runs: list[reporting.Run],
   on_run: Callable[[], None],
+  checkpoints: checkpointing.Checkpoints | None,
 ) -> None:
   """Appends a run for each seed and method, and trains it."""
   columns = (
@@ -823,7 +1090,10 @@ def _train_all(
     rich.progress.TimeRemainingColumn(),
   )
   console = rich.console.Console(stderr=True)
-  with rich.progress.Progress(*columns, console=console) as progress:
+  is_first = jax.process_index() == 0
+  with rich.progress.Progress(
+    *columns, console=console, disable=not is_first
+  ) as progress:
     task = progress.add_task(
       "compiling",
       total=options.seeds * len(options.methods) * options.epochs,
@@ -846,7 +1116,17 @@ def _train_all(
       for method in options.methods:
         runs.append(reporting.Run(method, seed))
         progress.update(task, description=f"{method}, seed {seed}")
-        trainer.train(runs[-1], options.lr, on_epoch)
+        at = checkpointing.START
+        if checkpoints is not None:
+          at = checkpoints.position(runs[-1])
+          if checkpoints.is_resumed and is_first:
+            where = f"goes on after epoch {at.epoch}, step {at.step}"
+            if runs[-1].finished:
+              where = "is finished"
+            elif at == checkpointing.START:
+              where = "begins"
+            progress.console.print(f"{method}, seed {seed}, {where}.")
+        trainer.train(runs[-1], options.lr, on_epoch, checkpoints, at)
         on_run()
 
 
@@ -902,6 +1182,8 @@ def environment() -> dict[str, Any]:
       "cpus": os.cpu_count(),
       "backend": jax.default_backend(),
       "device": jax.devices()[0].device_kind,
+      "devices": jax.device_count(),
+      "processes": jax.process_count(),
     },
   }
 

@@ -14,6 +14,8 @@
 """Problems and assertions shared by all tests."""
 
 from collections.abc import Callable, Iterator, Sequence
+import gzip
+import struct
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -218,3 +220,13 @@ def with_snapshot(
     params,
     lambda p: optax_svrg.mean_gradient(problem.grad, p, problem.batches),
   )
+
+
+def idx(array):
+  """The bytes of an IDX file before compression."""
+  header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+  return header + array.astype(np.uint8).tobytes()
+
+
+def write_gz(path, raw):
+  path.write_bytes(gzip.compress(raw))

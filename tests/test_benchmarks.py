@@ -32,6 +32,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import data, models, reporting, train
@@ -49,16 +50,6 @@ METHODS = (
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
-def idx(array):
-  """The bytes of an IDX file before compression."""
-  header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-  return header + array.astype(np.uint8).tobytes()
-
-
-def write_gz(path, raw):
-  path.write_bytes(gzip.compress(raw))
-
-
 def write_dataset(folder):
   """A small data set with something to learn, in the form of Fashion-MNIST."""
   rng = np.random.default_rng(0)
@@ -67,8 +58,12 @@ def write_dataset(folder):
   for part, size in (("train", TRAIN), ("t10k", VALIDATION)):
     labels = rng.integers(0, 10, size)
     images = prototypes[labels] + rng.integers(0, 50, (size, SIDE, SIDE))
-    write_gz(folder / f"{part}-images-idx3-ubyte.gz", idx(images))
-    write_gz(folder / f"{part}-labels-idx1-ubyte.gz", idx(labels))
+    helpers.write_gz(
+      folder / f"{part}-images-idx3-ubyte.gz", helpers.idx(images)
+    )
+    helpers.write_gz(
+      folder / f"{part}-labels-idx1-ubyte.gz", helpers.idx(labels)
+    )
     arrays += [images, labels]
   return arrays
 
@@ -173,48 +168,54 @@ class TestData:
       ),
       (
         "train-images-idx3",
-        lambda p: write_gz(p, idx(np.zeros(TRAIN))),
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros(TRAIN))),
         "must start with 00000803 .*, got 00000801",
       ),
       (
         "train-labels-idx1",
-        lambda p: write_gz(p, b"\0\0\x0d\x01" + bytes(4)),
+        lambda p: helpers.write_gz(p, b"\0\0\x0d\x01" + bytes(4)),
         "must start with 00000801 .*, got 00000d01",
       ),
-      ("t10k-labels-idx1", lambda p: write_gz(p, b""), "got an empty file"),
+      (
+        "t10k-labels-idx1",
+        lambda p: helpers.write_gz(p, b""),
+        "got an empty file",
+      ),
       (
         "t10k-images-idx3",
-        lambda p: write_gz(p, b"\0\0\x08\x03" + bytes(11)),
+        lambda p: helpers.write_gz(p, b"\0\0\x08\x03" + bytes(11)),
         "ends inside its header",
       ),
       (
         "t10k-images-idx3",
-        lambda p: write_gz(p, gzip.decompress(p.read_bytes())[:-1]),
+        lambda p: helpers.write_gz(p, gzip.decompress(p.read_bytes())[:-1]),
         r"must hold 720 bytes of data for its shape \[20, 6, 6\], got 719",
       ),
       (
         "t10k-images-idx3",
-        lambda p: write_gz(p, gzip.decompress(p.read_bytes()) + b"\0"),
+        lambda p: helpers.write_gz(p, gzip.decompress(p.read_bytes()) + b"\0"),
         "must hold 720 bytes .* got 721",
       ),
       (
         "train-labels-idx1",
-        lambda p: write_gz(p, idx(np.zeros(TRAIN - 1))),
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros(TRAIN - 1))),
         "a label for each of the 50 images, got 49",
       ),
       (
         "t10k-labels-idx1",
-        lambda p: write_gz(p, idx(np.full(VALIDATION, 10))),
+        lambda p: helpers.write_gz(p, helpers.idx(np.full(VALIDATION, 10))),
         "labels must be from 0 to 9, got 10",
       ),
       (
         "t10k-images-idx3",
-        lambda p: write_gz(p, idx(np.zeros((VALIDATION, SIDE, 5)))),
+        lambda p: helpers.write_gz(
+          p, helpers.idx(np.zeros((VALIDATION, SIDE, 5)))
+        ),
         r"\[6, 6\], got \[6, 5\]",
       ),
       (
         "train-images-idx3",
-        lambda p: write_gz(p, idx(np.zeros((0, SIDE, SIDE)))),
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros((0, SIDE, SIDE)))),
         r"holds no pixels, its shape is \[0, 6, 6\]",
       ),
     ],
@@ -231,7 +232,9 @@ class TestData:
   def test_images_all_alike(self, tmp_path):
     write_dataset(tmp_path)
     alike = np.full((TRAIN, SIDE, SIDE), 7)
-    write_gz(tmp_path / "train-images-idx3-ubyte.gz", idx(alike))
+    helpers.write_gz(
+      tmp_path / "train-images-idx3-ubyte.gz", helpers.idx(alike)
+    )
     with pytest.raises(data.DataError, match="are alike, namely 7"):
       data.load("fashion-mnist", tmp_path)
 
@@ -813,44 +816,49 @@ class TestTraining:
       "alpha-svrg": pytest.approx((TRAIN + 5 * steps) / TRAIN),
     }
 
-  def test_snapshot_is_over_all_examples(self):
-    rng = np.random.default_rng(0)
-    examples = (
-      jnp.asarray(rng.normal(size=(TRAIN, 4)), jnp.float32),
-      jnp.asarray(rng.normal(size=TRAIN), jnp.float32),
-    )
-    grad = jax.grad(lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
-    w = jnp.ones(4)
-
-    def indexed_grad(w, indices):
-      return grad(w, jax.tree.map(lambda x: x[indices], examples))
-
-    for batch_size in (1, 16, 25, TRAIN):
-      mean = optax_svrg.mean_gradient(
-        functools.partial(train._scanned, indexed_grad, batch_size),
-        w,
-        train._whole_and_rest(TRAIN, batch_size),
-      )
-      np.testing.assert_allclose(mean, grad(w, examples), rtol=1e-5)
-
-  @pytest.mark.parametrize("batch_size", [16, 25, TRAIN])
-  def test_fixed_batches(self, data_dir, batch_size):
-    """They hold every example once, and are the same in all epochs."""
-    options = train.Options(*[None] * 14)
+  def trainer(self, data_dir, batch_size):
     options = dataclasses.replace(
-      options,
+      train.Options(*[None] * 14),
       model="mlp2",
       optimizer="sgd",
       epochs=2,
       batch_size=batch_size,
       lr=0.1,
+      alpha0=0.75,
+      snapshot_every=1,
       augment="none",
     )
-    trainer = train.Trainer(options, data.load("fashion-mnist", data_dir), {})
-    method = train.plain_fixed(options, TRAIN)
+    return train.Trainer(options, data.load("fashion-mnist", data_dir), {})
+
+  @pytest.mark.parametrize("batch_size", [1, 16, 25, TRAIN])
+  def test_snapshot_is_over_all_examples(self, data_dir, batch_size):
+    dataset = data.load("fashion-mnist", data_dir)
+    trainer = self.trainer(data_dir, batch_size)
+    program = trainer._make_program(train.svrg(trainer._options, TRAIN))
+    _, params = trainer._init(jax.random.key(0))
+    keys = trainer._keys(jax.random.key_data(jax.random.key(0)), 0)
+    opt_state = program.snapshot(
+      program.init(params).opt_state,
+      params,
+      trainer._train,
+      trainer._passed,
+      keys,
+    )
+    batch = train.Batch(dataset.train_images, dataset.train_labels)
+    want = jax.grad(trainer._loss)(params, batch)
+    got = optax.tree.get(opt_state, "mean_grads")
+    helpers.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+  @pytest.mark.parametrize("batch_size", [16, 25, TRAIN])
+  def test_fixed_batches(self, data_dir, batch_size):
+    """They hold every example once, and are the same in all epochs."""
+    trainer = self.trainer(data_dir, batch_size)
+    method = train.plain_fixed(trainer._options, TRAIN)
     partitions, orders = [], set()
     for epoch in range(2):
-      keys = train.Keys(jax.random.key(epoch), jax.random.key(7))
+      keys = train.Keys(
+        *(jax.random.key_data(jax.random.key(i)) for i in (epoch, 7))
+      )
       fixed = trainer._order(method._replace(has_fixed_order=True), keys)
       orders.add(tuple(fixed[2].tolist()))
       indices, is_real, order = trainer._order(method, keys)
@@ -871,14 +879,7 @@ class TestTraining:
     assert len(orders) == 1
 
   def test_gradient_of_a_padded_batch(self, data_dir):
-    options = dataclasses.replace(
-      train.Options(*[None] * 14),
-      model="mlp2",
-      epochs=1,
-      batch_size=16,
-      augment="none",
-    )
-    trainer = train.Trainer(options, data.load("fashion-mnist", data_dir), {})
+    trainer = self.trainer(data_dir, 16)
     _, params = trainer._init(jax.random.key(0))
     images, labels = (x[:5] for x in trainer._train)
     padded = [jnp.concatenate([x, x[:2]]) for x in (images, labels)]
@@ -921,16 +922,21 @@ class TestInterruption:
   def test_results_so_far_are_kept(
     self, invoke, monkeypatch, tmp_path, epochs_done, where, lengths
   ):
-    train_epoch = train.Trainer._train_epoch
+    make_program = train.Trainer._make_program
     calls = []
 
-    def interrupted(*args):
-      if len(calls) == epochs_done:
-        raise KeyboardInterrupt
-      calls.append(args)
-      return train_epoch(*args)
+    def make_interrupted(*args):
+      program = make_program(*args)
 
-    monkeypatch.setattr(train.Trainer, "_train_epoch", interrupted)
+      def interrupted(*args):
+        if len(calls) == epochs_done:
+          raise KeyboardInterrupt
+        calls.append(args)
+        return program.steps(*args)
+
+      return program._replace(steps=interrupted)
+
+    monkeypatch.setattr(train.Trainer, "_make_program", make_interrupted)
     result, results = invoke(
       "--epochs=2", "--seeds=1", "--model=logreg", "--methods=plain,svrg"
     )
@@ -1003,6 +1009,21 @@ class TestOptions:
         "train-images-idx3-ubyte.gz: No such file or directory.",
       ),
       ("--batch-size=51 {small}", "number of training examples, 50, got 51."),
+      ("--resume", "--resume needs --checkpoint-dir."),
+      ("--checkpoint-every=3", "--checkpoint-every needs --checkpoint-dir."),
+      ("--process-id=0", "--process-id needs --distributed."),
+      (
+        "--distributed --num-processes=2",
+        "go together, --coordinator, --process-id is missing.",
+      ),
+      (
+        "--distributed --coordinator=x:1 --num-processes=2 --process-id=2",
+        "--process-id must be less than --num-processes, 2, got 2.",
+      ),
+      (
+        "--checkpoint-dir={file}/below {small} --batch-size=16",
+        "--checkpoint-dir {file}/below: Not a directory.",
+      ),
       ("--out={file}", "'--out': Directory '{file}' is a file"),
       (
         "--out={file}/below --batch-size=16 {small}",

@@ -1,0 +1,91 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Runs benchmarks.train in a process that kills itself; see test_resume.py."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import orbax.checkpoint as ocp
+
+from benchmarks import train
+
+
+def _kill(after=0.0):
+  time.sleep(after)
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(args, cache, num_devices, kill):
+  """Trains.
+
+  Args:
+    args: of the command line.
+    cache: folder of compiled programs, which all processes share.
+    num_devices: how many to have.
+    kill: ``None``, or what is to be interrupted (``"steps"``, ``"pass"`` or
+      ``"write"``), the how-manieth of these, and for how many seconds to let
+      it run. After as many intervals of steps it is killed in any case.
+  """
+  sys.stdout = sys.stderr = open(os.devnull, "w")
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", num_devices)
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  if kill is not None:
+    _arm(*kill)
+  train.main([str(arg) for arg in args])
+
+
+def _arm(what, number, delay):
+  counts = dict.fromkeys(("steps", "pass", "write"), 0)
+
+  def count(kind):
+    """Whether it is this one."""
+    counts[kind] += 1
+    is_late = kind == "steps" and counts[kind] > number + 4
+    return is_late or (kind == what and counts[kind] == number)
+
+  def while_it_runs(kind, fn):
+    def interrupted(*args):
+      if count(kind):
+        threading.Thread(target=_kill, args=(delay,), daemon=True).start()
+      return fn(*args)
+
+    return interrupted
+
+  make_program = train.Trainer._make_program
+
+  def make_interrupted(self, method):
+    program = make_program(self, method)
+    return program._replace(
+      steps=while_it_runs("steps", program.steps),
+      snapshot=program.snapshot and while_it_runs("pass", program.snapshot),
+    )
+
+  train.Trainer._make_program = make_interrupted
+  save = ocp.CheckpointManager.save
+
+  def interrupted_save(*args, **kwargs):
+    saved = save(*args, **kwargs)
+    # It is being written in the background.
+    if count("write"):
+      _kill(delay)
+    return saved
+
+  ocp.CheckpointManager.save = interrupted_save
