@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _control_variate
+from optax_svrg import _checks, _control_variate, _sharding
 
 
 class SAGAState(NamedTuple):
@@ -386,13 +386,18 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
   )
 
   def read() -> optax.Updates:
-    return jax.tree.map(
-      lambda t: jax.lax.dynamic_index_in_dim(t, position, 0, keepdims=False),
-      state.table,
+    # Of a table in the memory of the host, the entry alone is moved.
+    return _sharding.to_device(
+      jax.tree.map(
+        lambda t: jax.lax.dynamic_index_in_dim(t, position, 0, keepdims=False),
+        state.table,
+      )
     )
 
   def empty() -> optax.Updates:
-    return jax.tree.map(lambda t: jnp.zeros_like(t[0]), state.table)
+    return jax.tree.map(
+      lambda t: jnp.zeros_like(_sharding.to_device(t[0])), state.table
+    )
 
   if isinstance(is_filled, bool):
     grads = read() if is_filled else empty()
@@ -409,7 +414,7 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
     # Exactly the mean of the table once this is full.
     jax.tree.map(
       lambda m: m * (num_batches / num_filled).astype(m.dtype),
-      state.mean_grads,
+      _sharding.to_device(state.mean_grads),
     ),
   )
 
@@ -444,7 +449,10 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     )
 
   pairs = jax.tree.map(
-    moved, state.mean_grads, state.mean_error, entry.grads, new
+    moved,
+    *_sharding.to_device((state.mean_grads, state.mean_error)),
+    entry.grads,
+    new,
   )
   mean, error = (
     jax.tree.map(lambda _, pair, i=i: pair[i], state.mean_grads, pairs)
@@ -455,10 +463,10 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     table=jax.tree.map(
       lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, entry.position, 0),
       state.table,
-      new,
+      _sharding.to_memory_of(state.table, new),
     ),
-    mean_grads=mean,
-    mean_error=error,
+    mean_grads=_sharding.to_memory_of(state.mean_grads, mean),
+    mean_error=_sharding.to_memory_of(state.mean_error, error),
   )
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _control_variate
+from optax_svrg import _checks, _control_variate, _sharding
 
 _FLAT_HINT = (
   " The stored snapshot is a single vector. If optax.flatten made it so,"
@@ -214,7 +214,7 @@ def alpha_svrg(
       updates = _control_variate.correct(
         updates,
         snapshot_grads,
-        state.mean_grads,
+        _sharding.to_device(state.mean_grads),
         coefficient,
         active & _control_variate.all_finite(snapshot_grads),
       )
@@ -380,14 +380,15 @@ def adaptive_svrg(
     if active is not False:
       if grad_fn is not None:
         snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
+      mean_grads = _sharding.to_device(state.mean_grads)
       covariance, variance = _control_variate.products(
-        updates, snapshot_grads, state.mean_grads, active, estimate
+        updates, snapshot_grads, mean_grads, active, estimate
       )
       # At 0 the gradient passes as it is, but the estimate goes on.
       updates = _control_variate.correct(
         updates,
         snapshot_grads,
-        state.mean_grads,
+        mean_grads,
         coefficient,
         (coefficient != 0) & _control_variate.all_finite(snapshot_grads),
       )
@@ -402,7 +403,7 @@ def adaptive_svrg(
         estimate,
         covariance / num_devices,
         variance / num_devices,
-        _control_variate.second_moment(updates, state.mean_grads, estimate),
+        _control_variate.second_moment(updates, mean_grads, estimate),
         coefficient,
         decay,
       )
@@ -489,7 +490,9 @@ def take_snapshot(
   dtypes = [_checks.dtype_of(leaf) for leaf in leaves]
 
   def like_params(snapshot: list[Any]) -> optax.Params:
-    return jax.tree.unflatten(treedef, map(jnp.asarray, snapshot, dtypes))
+    return jax.tree.unflatten(
+      treedef, map(jnp.asarray, _sharding.to_device(snapshot), dtypes)
+    )
 
   means: dict[Any, optax.Updates] = {}
 
@@ -512,7 +515,8 @@ def take_snapshot(
       snapshot_params=stored,
       mean_grads=mean_grads,
       is_finite=_copy_into(
-        node.is_finite, _control_variate.all_finite(mean_grads)
+        node.is_finite,
+        _control_variate.all_finite(_sharding.to_device(mean_grads)),
       ),
       estimate=node.estimate and _control_variate.reset(node.estimate),
     )
@@ -575,7 +579,7 @@ def _copy_into(old: Any, new: Any) -> jax.Array:
     and not old.sharding.is_equivalent_to(copy.sharding, copy.ndim)
   ):
     copy = jax.device_put(copy, old.sharding)
-  return copy
+  return _sharding.to_memory_of(old, copy)
 
 
 def _map_unmasked(fn: Callable, masked: Any, full: Any) -> Any:
@@ -682,7 +686,9 @@ def _evaluate(
 
   def evaluate() -> optax.Updates:
     # mean_grads have the dtypes of the parameters.
-    snapshot = optax.tree.cast_like(state.snapshot_params, state.mean_grads)
+    snapshot = optax.tree.cast_like(
+      _sharding.to_device(state.snapshot_params), state.mean_grads
+    )
     try:
       grads = grad_fn(snapshot)
       _check_gradient(grads, updates, axis_name, "the result of grad_fn")

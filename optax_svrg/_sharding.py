@@ -104,7 +104,8 @@ def state_shardings(
     params: the parameters, or :class:`jax.ShapeDtypeStruct` in their place,
       each with a :class:`jax.sharding.NamedSharding`. To shard the state and
       not the parameters (ZeRO), give such structs with the shardings that the
-      state is to have.
+      state is to have; likewise to keep the state of a transformation of this
+      package in the memory of the host, with the memory kind ``pinned_host``.
 
   Returns:
     A tree like ``tx.init(params)`` with :class:`jax.sharding.NamedSharding` as
@@ -174,3 +175,24 @@ def state_shardings(
     jax.tree.unflatten(jax.tree.structure(params), shardings),
     transform_non_params=lambda x: replicated,
   )
+
+
+def to_device(tree: Any) -> Any:
+  """Moves to the memory of the device what is in that of the host."""
+  return jax.tree.map(
+    lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x,
+    tree,
+  )
+
+
+def to_memory_of(old: Any, new: Any) -> Any:
+  """Moves the second tree, in device memory, to where the first one is."""
+  return jax.tree.map(
+    lambda o, n: jax.device_put(n, jax.memory.Space.Host) if _on_host(o) else n,
+    old,
+    new,
+  )
+
+
+def _on_host(x: Any) -> bool:
+  return jax.typeof(x).memory_space == jax.memory.Space.Host

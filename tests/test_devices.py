@@ -996,6 +996,101 @@ class TestStateShardings:
 
 
 @eight_devices
+@pytest.mark.parametrize("spec", [P(), P("data")])
+@pytest.mark.parametrize("kind", TRANSFORMS)
+class TestOffload:
+  """The state in the memory of the host."""
+
+  @staticmethod
+  def train(kind, spec, memory_kind):
+    """Two epochs: what comes out, and the program of a step."""
+    first, second = TRANSFORMS[kind](), optax.sgd(0.1, momentum=0.9)
+    tx = optax.chain(first, second)
+    sharding = NamedSharding(make_mesh(), spec)
+    params = jax.device_put(PARAMS, sharding)
+    stored = jax.tree.map(
+      lambda p: jax.ShapeDtypeStruct(
+        p.shape, p.dtype, sharding=sharding.with_memory_kind(memory_kind)
+      ),
+      params,
+    )
+    shardings = (
+      optax_svrg.state_shardings(first, stored),
+      optax_svrg.state_shardings(second, params),
+    )
+
+    def check(state):
+      for leaf, want in zip(
+        *map(jax.tree.leaves, (state, shardings)), strict=True
+      ):
+        assert leaf.sharding.memory_kind == want.memory_kind
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
+
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    check(state)
+
+    def step(params, state, batch, batch_index):
+      grad_fn = lambda p: GRAD(p, batch)
+      updates, state = tx.update(
+        grad_fn(params),
+        state,
+        params,
+        grad_fn=grad_fn,
+        batch_index=batch_index,
+      )
+      return optax.apply_updates(params, updates), state
+
+    step = jax.jit(
+      step, donate_argnums=(0, 1), out_shardings=(sharding, shardings)
+    )
+    snapshot = lambda state, params: optax_svrg.take_snapshot(
+      state, params, lambda p: optax_svrg.mean_gradient(GRAD, p, BATCHES)
+    )
+    if "saga" in kind:
+      snapshot = lambda state, params: state
+    jitted = jax.jit(snapshot, donate_argnums=0, out_shardings=shardings)
+    for take_snapshot in (snapshot, jitted):
+      state = take_snapshot(state, params)
+      check(state)
+      for index, batch in enumerate(BATCHES):
+        params, state = step(params, state, batch, index)
+        check(state)
+    compiled = step.lower(params, state, BATCHES[0], 0).compile()
+    return (params, state), compiled.as_text()
+
+  def test_values_and_bytes(self, kind, spec):
+    want, in_device = self.train(kind, spec, "device")
+    got, offloaded = self.train(kind, spec, "pinned_host")
+    helpers.assert_equal(got, want)
+    # Of the state, nothing but scalars and marks comes in from the device.
+    stored = sum(
+      leaf.addressable_shards[0].data.nbytes
+      for leaf in jax.tree.leaves(want[1][0])
+      if leaf.ndim > 1
+    )
+    assert stored > 0
+    assert self.input_bytes(in_device, on_host=True) == 0
+    assert self.input_bytes(offloaded, on_host=True) == stored
+    assert self.input_bytes(offloaded, on_host=False) == (
+      self.input_bytes(in_device, on_host=False) - stored
+    )
+
+  @staticmethod
+  def input_bytes(program, on_host):
+    """Of a compiled program, by the memory that they are in."""
+    (inputs,) = re.findall(r"entry_computation_layout={\((.*?)\)->", program)
+    total = 0
+    for dtype, shape, layout in re.findall(
+      r"(\w+)\[([\d,]*)\](?:{([^}]*)})?", inputs
+    ):
+      # S(5) is the memory of the host.
+      if ("S(5)" in layout) == on_host:
+        size = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
+        total += size * np.prod([int(n) for n in shape.split(",") if n])
+    return int(total)
+
+
+@eight_devices
 def test_eager_snapshot_keeps_a_committed_placement():
   """E.g. a mean gradient that was computed on one device or on the host."""
   mesh = make_mesh()

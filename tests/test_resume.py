@@ -153,7 +153,7 @@ def test_checkpoints_change_nothing(arguments, start, trained, tmp_path):
 def stopped(arguments, start, tmp_path_factory):
   """A logistic regression that was killed between two checkpoints.
 
-  Without kinks and with SGD, so that rounding is not amplified.
+  Without kinks and with small steps of SGD, so that rounding is not amplified.
   """
   out, saved, alone = (
     tmp_path_factory.mktemp(name) for name in ("out", "saved", "alone")
@@ -162,6 +162,7 @@ def stopped(arguments, start, tmp_path_factory):
     *(a for a in arguments[:-1] if not a.startswith(("--methods", "--model"))),
     "--model=logreg",
     "--optimizer=sgd",
+    "--lr=0.01",
     "--methods=adaptive,adaptive-saga",
   ]
   assert start([*training, f"--out={alone}"]) == 0
@@ -184,11 +185,16 @@ def assert_close(got, want):
   for method, points in want.items():
     assert len(got[method]) == len(points)
     for point, wanted in zip(got[method], points, strict=True):
-      for name, value in wanted.items():
-        if value is None:
+      assert point.keys() == wanted.keys()
+      for name in ("train_loss", "validation_accuracy"):
+        assert point[name] == pytest.approx(wanted[name], rel=1e-5), name
+      assert point["gradients_per_example"] == wanted["gradients_per_example"]
+      # Quotients of differences, in which rounding shows.
+      for name in ("alpha", "variance_ratio"):
+        if wanted[name] is None:
           assert point[name] is None
         else:
-          assert point[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+          assert point[name] == pytest.approx(wanted[name], abs=1e-3), name
 
 
 def test_on_more_devices(resuming, start, tmp_path):
@@ -247,7 +253,7 @@ def test_by_two_processes(resuming, tmp_path):
 
 def test_two_processes_must_train_the_same(resuming):
   args, _ = resuming
-  for status, output in in_two_processes(args, [*args, "--lr=0.01"]):
+  for status, output in in_two_processes(args, [*args, "--lr=0.02"]):
     assert status == 2
     assert "Error: Process 1 has other options, or other data" in output
     assert "Traceback" not in output
