@@ -334,7 +334,7 @@ def adaptive_saga(
     corrected = _control_variate.correct(
       updates, entry.grads, entry.mean, coefficient, coefficient != 0
     )
-    covariance, variance = _control_variate.products(
+    covariance, variance, _ = _control_variate.products(
       updates, entry.grads, entry.mean, entry.is_filled, state.estimate
     )
     estimate = _control_variate.update(

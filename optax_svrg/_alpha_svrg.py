@@ -381,7 +381,7 @@ def adaptive_svrg(
       if grad_fn is not None:
         snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
       mean_grads = _sharding.to_device(state.mean_grads)
-      covariance, variance = _control_variate.products(
+      covariance, variance, is_finite = _control_variate.products(
         updates, snapshot_grads, mean_grads, active, estimate
       )
       # At 0 the gradient passes as it is, but the estimate goes on.
@@ -390,7 +390,7 @@ def adaptive_svrg(
         snapshot_grads,
         mean_grads,
         coefficient,
-        (coefficient != 0) & _control_variate.all_finite(snapshot_grads),
+        (coefficient != 0) & is_finite,
       )
       num_devices = 1
       if axis_name is not None:

@@ -174,7 +174,7 @@ def products(
   mean: optax.Updates,
   active: Any,
   estimate: CoefficientEstimate,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """One observation of the covariance and of the variance.
 
   A control variate that differs from its mean by rounding alone has no
@@ -188,7 +188,8 @@ def products(
     estimate: the averages, whose dtype the results have.
 
   Returns:
-    Two real scalars: the inner products of s - m with g - m and with itself.
+    Two real scalars: the inner products of s - m with g - m and with itself;
+    and whether the latter is finite, which it is not where s is not.
   """
   dtype = estimate.variance.dtype
   zero = jnp.zeros([], dtype)
@@ -204,7 +205,11 @@ def products(
     variance += _dot(s - m, s - m).astype(dtype)
     rounding += ((_ROUNDINGS * eps) ** 2 * _dot(m, m)).astype(dtype)
   known = (variance > rounding) & active
-  return jnp.where(known, covariance, 0), jnp.where(known, variance, 0)
+  return (
+    jnp.where(known, covariance, 0),
+    jnp.where(known, variance, 0),
+    jnp.isfinite(variance),
+  )
 
 
 def second_moment(

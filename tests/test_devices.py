@@ -99,6 +99,10 @@ def make_mesh(axis_type=AxisType.Auto):
   return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
 
+def two_axes(axis_type=AxisType.Auto):
+  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
 @pytest.fixture
 def want():
   """What one device does with whole batches."""
@@ -639,17 +643,23 @@ class TestDiagnostics:
 
 
 SPECS = {"replicated": P(), "fsdp": P("data"), "columns": P(None, "data")}
+# On data and model.
+TWO_AXES = {
+  "tensor": P(None, "model"),
+  "tensor and fsdp": P("data", "model"),
+}
 
 
 @eight_devices
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, *TWO_AXES])
 class TestShardedJit:
   """Without axis_name: global arrays, gradients averaged by the compiler."""
 
   def put(self, axis_type, spec):
-    mesh = make_mesh(axis_type)
-    params = jax.device_put(PARAMS, NamedSharding(mesh, SPECS[spec]))
+    mesh = two_axes(axis_type) if spec in TWO_AXES else make_mesh(axis_type)
+    sharding = NamedSharding(mesh, (SPECS | TWO_AXES)[spec])
+    params = jax.device_put(PARAMS, sharding)
     batches = jax.device_put(BATCHES, NamedSharding(mesh, P("data")))
 
     def gathered_loss(params, batch):
@@ -864,12 +874,6 @@ class TestSAGA:
     }[kind]
     with pytest.raises(ValueError, match=rf"needs {64 * 10**13} bytes, and"):
       factory(10**13).init(params)
-
-
-def two_axes():
-  return jax.make_mesh(
-    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-  )
 
 
 TRANSFORMS = {
