@@ -29,6 +29,8 @@ from optax_svrg._diagnostics import optimal_alpha as optimal_alpha
 from optax_svrg._diagnostics import per_example_grads as per_example_grads
 from optax_svrg._diagnostics import RunningMoments as RunningMoments
 from optax_svrg._lockstep import lockstep as lockstep
+from optax_svrg._mean_gradient import gradient_table as gradient_table
+from optax_svrg._mean_gradient import GradientTable as GradientTable
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
 from optax_svrg._schedules import linear_decay as linear_decay
 from optax_svrg._sharding import device_local as device_local

@@ -13,7 +13,6 @@
 # limitations under the License.
 """SAGA over mini-batches, also with a coefficient estimated online."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -482,48 +481,20 @@ def _init(
 ) -> SAGAState:
   _checks.check_inexact(params, "params")
   _checks.check_dtype_fits(params, table_dtype, "table_dtype")
-  _check_memory(params, num_batches, table_dtype)
+  # First, as it may not fit.
+  table = _sharding.table(params, num_batches, table_dtype)
 
   def zeros(p: Any) -> Any:
     return jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p)))
-
-  def entries(p: Any) -> Any:
-    entry = jnp.zeros_like(p, table_dtype or _checks.dtype_of(p))
-    return jnp.broadcast_to(entry, (num_batches, *entry.shape))
 
   return SAGAState(
     count=jnp.zeros([], jnp.int32),
     alpha=jnp.zeros([], float),
     is_filled=jnp.zeros(num_batches, bool),
-    table=jax.tree.map(entries, params),
+    table=table,
     mean_grads=jax.tree.map(zeros, params),
     mean_error=jax.tree.map(zeros, params),
   )
-
-
-def _check_memory(
-  params: optax.Params, num_batches: int, table_dtype: Any
-) -> None:
-  """Raises if the table is known not to fit where the parameters are."""
-  needed = 0
-  devices = set()
-  for p in jax.tree.leaves(params):
-    if isinstance(p, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-      return  # Where it will be placed is not known.
-    shape = np.shape(p)
-    if isinstance(p, jax.Array):
-      shape = p.sharding.shard_shape(shape)
-      devices |= p.sharding.addressable_devices
-    dtype = np.dtype(table_dtype or _checks.dtype_of(p))
-    needed += num_batches * math.prod(shape) * dtype.itemsize
-  for device in devices or {jax.local_devices()[0]}:
-    available = _checks.device_memory(device)
-    if available is not None and needed > available:
-      raise ValueError(
-        f"the table for num_batches={num_batches} needs {needed} bytes, and"
-        f" {device} has {available}. Larger batches, a table_dtype of fewer"
-        " bytes and sharded parameters make the table smaller."
-      )
 
 
 def _check_update(
@@ -549,18 +520,7 @@ def _check_index(batch_index: Any, num_batches: int) -> Any:
       f" {num_batches} fixed batches this gradient is of. Call update(grads,"
       " state, params, batch_index=i); a wrapper may have dropped the argument."
     )
-  if isinstance(batch_index, (bool, np.bool_)) or not isinstance(
-    batch_index, (int, np.ndarray, np.integer, jax.Array)
-  ):
-    raise TypeError(f"batch_index must be an integer, got {batch_index!r}.")
-  dtype = _checks.dtype_of(batch_index)
-  if not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f"batch_index must be an integer, got dtype {dtype}.")
-  if jnp.ndim(batch_index):
-    raise ValueError(
-      "batch_index must be a scalar, got an array of shape"
-      f" {jnp.shape(batch_index)}."
-    )
+  _checks.check_index(batch_index, "batch_index")
   if not isinstance(batch_index, jax.core.Tracer):
     index = int(batch_index)
     if not 0 <= index < num_batches:

@@ -205,6 +205,22 @@ def check_count(value: Any, name: str) -> int:
   return int(value)
 
 
+def check_index(value: Any, name: str) -> Any:
+  """Returns ``value``; raises unless it is one integer."""
+  if isinstance(value, (bool, np.bool_)) or not isinstance(
+    value, (int, np.ndarray, np.integer, jax.Array)
+  ):
+    raise TypeError(f"{name} must be an integer, got {value!r}.")
+  dtype = dtype_of(value)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"{name} must be an integer, got dtype {dtype}.")
+  if jnp.ndim(value):
+    raise ValueError(
+      f"{name} must be a scalar, got an array of shape {jnp.shape(value)}."
+    )
+  return value
+
+
 def leading_axes(tree: Any) -> list[tuple[Any, int]]:
   """Path and length of the leading axis of each leaf that has one."""
   return [

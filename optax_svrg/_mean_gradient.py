@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The mean gradient over a data set, from a stream of batches."""
+"""The mean gradient over a data set, and a table of those of its batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _lockstep
+from optax_svrg import _checks, _lockstep, _sharding
 
 
 def mean_gradient(
@@ -113,10 +114,147 @@ def mean_gradient(
     Yin et al., `A Coefficient Makes SVRG Effective
     <https://arxiv.org/abs/2311.05589>`_, 2025
   """
+  _check_arguments(grad_fn, params, batches)
+  total, _, num_examples = _pass(grad_fn, params, batches, None)
+  if axis_name is not None:
+    _checks.check_varying(total, axis_name, "the gradients of grad_fn")
+    # Every member has as many examples: shapes are the same on all devices.
+    total = jax.lax.pmean(total, axis_name)
+  return jax.tree.map(lambda t: t / num_examples, total)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientTable:
+  """The gradients of the batches of a data set, as an argument of programs.
+
+  ``table[i]``, for a Python or traced integer ``i`` in [0, ``len(table)``), is
+  the gradient of batch ``i``, to be given to ``update`` as ``snapshot_grads``.
+  A Python integer out of this range raises an IndexError; a traced one gives
+  numbers that are not finite, which ``update`` takes for a gradient that cannot
+  be used, so that the plain one passes.
+
+  Attributes:
+    grads: a tree like the parameters, with a leading axis of batches on each
+      leaf.
+    num_batches: how many there are.
+  """
+
+  grads: optax.Updates
+  num_batches: int = dataclasses.field(metadata={"static": True})
+
+  def __len__(self) -> int:
+    return self.num_batches
+
+  def __getitem__(self, index: Any) -> optax.Updates:
+    index = _checks.check_index(index, "the index of a table")
+    last = self.num_batches - 1
+    if not isinstance(index, jax.core.Tracer) and not 0 <= index <= last:
+      raise IndexError(f"the table has batches 0 to {last}, got {index}.")
+    index = jnp.asarray(index)
+    if index.dtype.itemsize < 4:
+      # May be too narrow for the number of batches, which it is compared with.
+      index = index.astype(jnp.int32)
+    is_known = (index >= 0) & (index <= last)
+    entry = jax.tree.map(
+      lambda t: jax.lax.dynamic_index_in_dim(t, index, 0, keepdims=False),
+      self.grads,
+    )
+    return jax.tree.map(
+      lambda x: jnp.where(is_known, x, jnp.nan), _sharding.to_device(entry)
+    )
+
+
+def gradient_table(
+  grad_fn: Callable[[optax.Params, Any], optax.Updates],
+  params: optax.Params,
+  batches: Iterable[Any],
+  *,
+  dtype: Any = None,
+) -> tuple[optax.Updates, GradientTable]:
+  """The mean gradient over a data set, and the gradient of each batch.
+
+  The pass of :func:`optax_svrg.mean_gradient` computes the gradients of all
+  batches at the snapshot. Where the steps visit the same batches, in any order,
+  they can take them from this table instead of computing them again: two
+  gradients per example and epoch instead of three, for the memory of as many
+  copies of the parameters as there are batches.
+
+  Args:
+    grad_fn: as for :func:`optax_svrg.mean_gradient`.
+    params: likewise.
+    batches: likewise. An iterable without a length is read into a list first.
+    dtype: dtype of the table, ``None`` for the parameters'. The mean is that of
+      the rounded gradients, so that the estimator stays unbiased.
+
+  Returns:
+    The mean gradient, as of :func:`optax_svrg.mean_gradient`, and a
+    :class:`GradientTable`, in the order of ``batches``.
+
+  Raises:
+    TypeError: as :func:`optax_svrg.mean_gradient`, or if ``dtype`` is not a
+      float or complex dtype.
+    ValueError: as :func:`optax_svrg.mean_gradient`; if ``dtype`` would drop
+      imaginary parts; or, before any gradient is computed, if the table does
+      not fit into the memory of the device.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> loss = lambda w, x: jnp.mean((w - x) ** 2)
+    >>> grad = jax.grad(loss)
+    >>> batches = [jnp.array([0.0, 2.0]), jnp.array([4.0, 8.0])]
+    >>> params = jnp.array(1.0)
+    >>> tx = optax.chain(optax_svrg.alpha_svrg(1.0), optax.sgd(0.1))
+    >>> mean, table = optax_svrg.gradient_table(grad, params, batches)
+    >>> print(mean, table[1])
+    -5.0 -10.0
+    >>> state = optax_svrg.take_snapshot(
+    ...     tx.init(params), params, lambda _: mean)
+    >>> @jax.jit
+    ... def step(params, state, batch, table, i):
+    ...   updates, state = tx.update(
+    ...       grad(params, batch), state, params, snapshot_grads=table[i])
+    ...   return optax.apply_updates(params, updates), state
+    >>> for i in (1, 0):
+    ...   params, state = step(params, state, batches[i], table, i)
+    >>> print(f"{params:.2f}")
+    1.90
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025, whose code has a variant that
+    keeps the gradients of an epoch; Johnson and Zhang, `Accelerating Stochastic
+    Gradient Descent using Predictive Variance Reduction
+    <https://papers.nips.cc/paper/4937>`_, 2013
+
+  .. seealso:: :func:`optax_svrg.adaptive_saga`, which needs no pass.
+  """
+  _check_arguments(grad_fn, params, batches)
+  dtype = _checks.as_dtype(dtype, "dtype")
+  _checks.check_dtype_fits(params, dtype, "dtype")
+  if not isinstance(batches, Sized):
+    batches = list(batches)
+  total, table, num_examples = _pass(
+    grad_fn, params, batches, _sharding.table(params, len(batches), dtype)
+  )
+  mean = jax.tree.map(lambda t: t / num_examples, total)
+  return mean, GradientTable(table, len(batches))
+
+
+def _check_arguments(grad_fn: Any, params: Any, batches: Any) -> None:
   if not callable(grad_fn):
     raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
   _checks.check_inexact(params, "params")
   _checks.check_batches(batches)
+
+
+def _pass(
+  grad_fn: Callable[[optax.Params, Any], optax.Updates],
+  params: optax.Params,
+  batches: Iterable[Any],
+  table: Any,
+) -> tuple[optax.Updates, Any, int]:
+  """Sums the gradients of batches, and stores them if there is a table."""
   # A Partial is a tree: its arrays are arguments, its function is static.
   leaves, treedef = jax.tree.flatten(
     grad_fn
@@ -138,14 +276,10 @@ def mean_gradient(
     ndims = jax.tree.map(np.ndim, batch)
     first_ndims = ndims if first_ndims is None else first_ndims
     _check_ndims(ndims, first_ndims, index)
-    total = accumulate(total, leaves, params, batch)
+    total, table = accumulate((total, table), index, leaves, params, batch)
   if not num_examples:
     raise ValueError("batches must hold at least one batch, got none.")
-  if axis_name is not None:
-    _checks.check_varying(total, axis_name, "the gradients of grad_fn")
-    # Every member has as many examples: shapes are the same on all devices.
-    total = jax.lax.pmean(total, axis_name)
-  return jax.tree.map(lambda t: t / num_examples, total)
+  return total, table, num_examples
 
 
 # Compiled functions are kept for as many gradients as a program may use in
@@ -156,15 +290,23 @@ def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
 
   @functools.partial(jax.jit, donate_argnums=0)
   def accumulate(
-    total: optax.Updates, leaves: Any, params: optax.Params, batch: Any
-  ) -> optax.Updates:
-    total, batch = _in_sequence(total, batch)
+    carry: Any, index: Any, leaves: Any, params: optax.Params, batch: Any
+  ) -> Any:
+    (total, table), batch = _in_sequence(carry, batch)
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
     weight = _checks.leading_axes(batch)[0][1]
-    return jax.tree.map(
+    if table is not None:
+      grads = jax.tree.map(lambda t, g: jnp.asarray(g, t.dtype), table, grads)
+      table = jax.tree.map(
+        lambda t, g: jax.lax.dynamic_update_index_in_dim(t, g, index, 0),
+        table,
+        grads,
+      )
+    total = jax.tree.map(
       lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
     )
+    return total, table
 
   return accumulate
 

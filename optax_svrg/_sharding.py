@@ -15,9 +15,11 @@
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
@@ -196,3 +198,49 @@ def to_memory_of(old: Any, new: Any) -> Any:
 
 def _on_host(x: Any) -> bool:
   return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def table(params: optax.Params, num_batches: int, dtype: Any) -> optax.Updates:
+  """Zeros like the parameters, with a leading axis of batches, placed alike.
+
+  Args:
+    params: the parameters.
+    num_batches: length of the leading axis.
+    dtype: dtype of all leaves, ``None`` for those of the parameters.
+
+  Returns:
+    A tree like ``params``.
+
+  Raises:
+    ValueError: if it is known not to fit where the parameters are.
+  """
+  _check_memory(params, num_batches, dtype)
+
+  def entries(p: Any) -> Any:
+    entry = jnp.zeros_like(p, dtype or _checks.dtype_of(p))
+    return jnp.broadcast_to(entry, (num_batches, *entry.shape))
+
+  return jax.tree.map(entries, params)
+
+
+def _check_memory(params: optax.Params, num_batches: int, dtype: Any) -> None:
+  """Raises if the table is known not to fit where the parameters are."""
+  needed = 0
+  devices = set()
+  for p in jax.tree.leaves(params):
+    if isinstance(p, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+      return  # Where it will be placed is not known.
+    shape = np.shape(p)
+    if isinstance(p, jax.Array):
+      shape = p.sharding.shard_shape(shape)
+      devices |= p.sharding.addressable_devices
+    itemsize = np.dtype(dtype or _checks.dtype_of(p)).itemsize
+    needed += num_batches * math.prod(shape) * itemsize
+  for device in devices or {jax.local_devices()[0]}:
+    available = _checks.device_memory(device)
+    if available is not None and needed > available:
+      raise ValueError(
+        f"the table for {num_batches} batches needs {needed} bytes, and"
+        f" {device} has {available}. Larger batches, a dtype of fewer"
+        " bytes and sharded parameters make the table smaller."
+      )

@@ -793,7 +793,8 @@ class TestMisuse:
     """Said before anything is allocated, with the bytes that it takes."""
     params = {"w": jnp.ones(3), "b": jnp.ones((), jnp.bfloat16)}
     with pytest.raises(
-      ValueError, match=rf"num_batches={10**13} needs {14 * 10**13} bytes, and"
+      ValueError,
+      match=rf"table for {10**13} batches needs {14 * 10**13} bytes, and",
     ):
       make(kind, 10**13).init(params)
     with pytest.raises(ValueError, match=rf"needs {8 * 10**13} bytes, and"):
@@ -802,7 +803,7 @@ class TestMisuse:
   @both
   @pytest.mark.parametrize("leaf", [2.0, np.ones(3, np.float32)])
   def test_a_table_that_is_too_large_for_host_parameters(self, kind, leaf):
-    with pytest.raises(ValueError, match=rf"num_batches={10**13} needs"):
+    with pytest.raises(ValueError, match=rf"table for {10**13} batches needs"):
       make(kind, 10**13).init({"w": leaf})
 
   @both

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The mean gradient over streams of batches."""
 
+import functools
 import gc
 import itertools
 import weakref
@@ -24,6 +25,7 @@ import optax
 import pytest
 
 import optax_svrg
+from optax_svrg import _mean_gradient
 from tests import helpers
 
 
@@ -351,3 +353,175 @@ def test_misshaped_batches(batches, error, message):
 def test_wrong_functions_and_params(grad, params, error, message):
   with pytest.raises(error, match=message):
     optax_svrg.mean_gradient(grad, params, [data(4)])
+
+
+class TestGradientTable:
+  """One pass for the mean gradient and the gradients of the batches."""
+
+  @pytest.mark.parametrize(
+    "make", [list, tuple, iter, lambda b: (x for x in b)]
+  )
+  @pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10])
+  def test_values(self, x64, sizes, make):
+    params, batch = make_params(float), data(10, float)
+    batches = split(batch, sizes)
+    mean, table = optax_svrg.gradient_table(GRAD, params, make(batches))
+    helpers.assert_equal(mean, optax_svrg.mean_gradient(GRAD, params, batches))
+    assert len(table) == len(sizes)
+    read = jax.jit(lambda table, i: table[i])
+    for i, one in enumerate(batches):
+      want = GRAD(params, one)
+      helpers.assert_close(table[i], want, rtol=1e-14)
+      for index in (np.int8(i), jnp.asarray(i, jnp.uint8), jnp.asarray(i)):
+        helpers.assert_equal(read(table, index), table[i])
+    assert [len(jax.tree.leaves(entry)) for entry in table] == [2] * len(sizes)
+
+  @pytest.mark.parametrize("tree", helpers.TREES)
+  def test_dtypes_and_structure(self, tree):
+    make, x64 = helpers.TREES[tree]
+    with jax.enable_x64(x64):
+      problem, params = helpers.finite_sum([2, 3]), make()
+      mean, table = optax_svrg.gradient_table(
+        problem.grad, params, problem.batches
+      )
+      assert jax.tree.structure(table[0]) == jax.tree.structure(params)
+      for p, t, m in zip(
+        *map(jax.tree.leaves, (params, table.grads, mean)), strict=True
+      ):
+        assert t.shape == (2, *jnp.shape(p))
+        assert t.dtype == jnp.result_type(p)
+        assert m.dtype == np.promote_types(jnp.result_type(p), np.float32)
+
+  def test_mean_is_that_of_what_is_stored(self):
+    """So that the estimator stays unbiased."""
+    params, batches = make_params(), split(data(10), [4, 4, 2])
+    mean, table = optax_svrg.gradient_table(
+      GRAD, params, batches, dtype=jnp.bfloat16
+    )
+    exact = optax_svrg.mean_gradient(GRAD, params, batches)
+    for m, e, t in zip(
+      *map(jax.tree.leaves, (mean, exact, table.grads)), strict=True
+    ):
+      assert t.dtype == jnp.bfloat16
+      stored = np.asarray(t, np.float32)
+      want = np.average(stored, axis=0, weights=[4, 4, 2])
+      np.testing.assert_allclose(m, want, rtol=1e-6, atol=1e-7)
+      assert not np.allclose(m, e, rtol=1e-5)
+
+  @pytest.mark.parametrize(
+    "make",
+    [
+      lambda: optax_svrg.alpha_svrg(0.75),
+      lambda: optax_svrg.adaptive_svrg(),
+    ],
+  )
+  def test_the_same_trajectory_as_with_grad_fn(self, x64, make):
+    """Epochs that are scanned, each over the batches in another order."""
+    batches = data(40, float)
+    batches = jax.tree.map(lambda x: x.reshape(10, 4, *x.shape[1:]), batches)
+    as_list = [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(10)]
+    tx = optax.chain(make(), optax.sgd(0.1, momentum=0.9))
+
+    @functools.partial(jax.jit, static_argnames="from_table")
+    def epoch(params, state, table, order, from_table):
+      def step(carry, i):
+        params, state = carry
+        grad_fn = lambda p: GRAD(p, jax.tree.map(lambda x: x[i], batches))
+        other = {"grad_fn": grad_fn}
+        if from_table:
+          other = {"snapshot_grads": table[i]}
+        updates, state = tx.update(grad_fn(params), state, params, **other)
+        return (optax.apply_updates(params, updates), state), None
+
+      return jax.lax.scan(step, (params, state), order)[0]
+
+    ends = []
+    for from_table in (False, True):
+      params = make_params(float)
+      state = tx.init(params)
+      for seed in range(5):
+        mean, table = optax_svrg.gradient_table(GRAD, params, as_list)
+        state = optax_svrg.take_snapshot(state, params, lambda _, m=mean: m)
+        order = np.random.default_rng(seed).permutation(10)
+        params, state = epoch(params, state, table, order, from_table)
+      ends.append((params, state))
+    helpers.assert_close(*ends, rtol=1e-10)
+
+  def test_bad_index(self):
+    params, batches = make_params(), split(data(10), [5, 5])
+    mean, table = optax_svrg.gradient_table(GRAD, params, batches)
+    for index in (-1, 2, np.int8(2)):
+      with pytest.raises(IndexError, match=f"batches 0 to 1, got {index}"):
+        table[index]
+    for index in (0.0, True, "0", slice(1)):
+      with pytest.raises(TypeError, match="must be an integer, got"):
+        table[index]
+    with pytest.raises(ValueError, match="must be a scalar"):
+      table[np.arange(2)]
+    # A traced one cannot raise; the gradient of another batch would be wrong.
+    tx = optax_svrg.alpha_svrg(1.0)
+    state = optax_svrg.take_snapshot(tx.init(params), params, lambda _: mean)
+    grads = GRAD(params, batches[0])
+    step = jax.jit(
+      lambda table, i: tx.update(grads, state, snapshot_grads=table[i])[0]
+    )
+    for index in (-1, 2):
+      helpers.assert_equal(step(table, index), grads)
+    helpers.assert_close(step(table, 0), mean, rtol=1e-5, atol=1e-7)
+
+  def test_in_place(self):
+    """Beside the table there are a few gradients at a time."""
+    params = {"w": jnp.ones((128, 128))}
+    grad = jax.tree_util.Partial(
+      jax.grad(lambda p, x: jnp.mean((x @ p["w"]) ** 2))
+    )
+    leaves, treedef = jax.tree.flatten(grad)
+    batches = [jnp.ones((2, 128))] * 40
+    _, table = optax_svrg.gradient_table(
+      grad, params, [jnp.ones((2, 128))] * 40
+    )
+    compiled = (
+      _mean_gradient._accumulation(treedef)
+      .lower((params, table.grads), 3, leaves, params, batches[0])
+      .compile()
+    )
+    size = params["w"].nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * size
+
+  def test_too_large(self):
+    """Known before any gradient is computed."""
+
+    class Batches(list):
+      def __len__(self):
+        return 10**13
+
+      def __iter__(self):
+        raise AssertionError("the pass has begun")
+
+    with pytest.raises(
+      ValueError, match=rf"table for {10**13} batches needs {64 * 10**13} bytes"
+    ):
+      optax_svrg.gradient_table(GRAD, make_params(), Batches())
+
+  @pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+      ({"grad_fn": None}, TypeError, "grad_fn must be a function"),
+      ({"batches": []}, ValueError, "batches must hold at least one batch"),
+      ({"batches": {"x": 1}}, TypeError, "batches must be an iterable"),
+      ({"dtype": "int8"}, TypeError, "dtype"),
+      (
+        {"params": {"w": jnp.ones(2, jnp.complex64)}, "dtype": "float32"},
+        ValueError,
+        "dtype",
+      ),
+    ],
+  )
+  def test_errors(self, change, error, message):
+    args = {
+      "grad_fn": GRAD,
+      "params": make_params(),
+      "batches": split(data(10), [5, 5]),
+    } | change
+    with pytest.raises(error, match=message):
+      optax_svrg.gradient_table(**args)
