@@ -13,7 +13,11 @@
 # limitations under the License.
 """Strict JAX promotion for our own arithmetic, and double precision."""
 
+import atexit
 from collections.abc import Iterator
+import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -22,6 +26,20 @@ import pytest
 # Compilation makes the first example slow; time is no subject of these tests.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("default")
+
+
+# Compiled programs are shared by the workers, and by the processes that tests
+# start: many tests compile the same ones.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  cache = tempfile.mkdtemp(prefix="optax_svrg_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  # Where JAX has read its environment already.
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -30,12 +30,11 @@ def _kill(after=0.0):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(args, cache, num_devices, kill):
+def main(args, num_devices, kill):
   """Trains.
 
   Args:
     args: of the command line.
-    cache: folder of compiled programs, which all processes share.
     num_devices: how many to have.
     kill: ``None``, or what is to be interrupted (``"steps"``, ``"pass"`` or
       ``"write"``), the how-manieth of these, and for how many seconds to let
@@ -44,9 +43,6 @@ def main(args, cache, num_devices, kill):
   sys.stdout = sys.stderr = open(os.devnull, "w")
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", num_devices)
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   if kill is not None:
     _arm(*kill)
   train.main([str(arg) for arg in args])

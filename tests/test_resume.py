@@ -71,16 +71,15 @@ def arguments(data_dir):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
   """Trains in a process of its own, and returns its exit status."""
   context = multiprocessing.get_context("forkserver")
   # Imports are made once.
   context.set_forkserver_preload(["tests.resume_worker"])
-  cache = tmp_path_factory.mktemp("cache")
 
   def run(args, kill=None, num_devices=1):
     process = context.Process(
-      target=resume_worker.main, args=(args, cache, num_devices, kill)
+      target=resume_worker.main, args=(args, num_devices, kill)
     )
     process.start()
     process.join(timeout=300)
