@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The models: perceptrons as in the alpha-SVRG paper, a small ViT and Mixer."""
+"""The models: perceptrons as in the alpha-SVRG paper, and small other ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import itertools
 import math
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 NUM_LAYERS = {"logreg": 1, "mlp2": 2, "mlp4": 4}
 
-# Of the small ViT and Mixer.
+# Of the small ViT and Mixer, unless others are given.
 _PATCH = 7
 _WIDTH = 32
 _DEPTH = 2
@@ -35,17 +35,14 @@ class MLP(nnx.Module):
   """A perceptron with ReLU; with one layer it is logistic regression.
 
   Args:
-    num_layers: number of linear layers.
-    num_inputs: number of inputs.
-    num_classes: number of outputs.
+    sizes: numbers of units, from the inputs to the outputs.
     rngs: random streams for the initial weights.
   """
 
-  def __init__(
-    self, num_layers: int, num_inputs: int, num_classes: int, *, rngs: nnx.Rngs
-  ):
-    sizes = itertools.pairwise(widths(num_layers, num_inputs, num_classes))
-    self.layers = nnx.List([nnx.Linear(*size, rngs=rngs) for size in sizes])
+  def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+    self.layers = nnx.List(
+      [nnx.Linear(*size, rngs=rngs) for size in itertools.pairwise(sizes)]
+    )
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the logits."""
@@ -75,12 +72,14 @@ def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
 
 
 class ViT(nnx.Module):
-  """A small vision transformer: two blocks of width 32 on patches of 7 x 7.
+  """A small vision transformer on patches of 7 x 7.
 
   Args:
     image_shape: channels, height and width of the images, which are flattened.
     num_classes: number of outputs.
     rngs: random streams for the initial weights.
+    width: number of features of a patch.
+    depth: number of blocks.
 
   Raises:
     ValueError: if height or width is not a multiple of the patch's.
@@ -92,16 +91,20 @@ class ViT(nnx.Module):
     num_classes: int,
     *,
     rngs: nnx.Rngs,
+    width: int = _WIDTH,
+    depth: int = _DEPTH,
   ):
     self.image_shape = image_shape
     num_patches, size = _patches(image_shape)
-    self.embed = nnx.Linear(size, _WIDTH, rngs=rngs)
+    self.embed = nnx.Linear(size, width, rngs=rngs)
     self.positions = nnx.Param(
-      0.02 * jax.random.normal(rngs.params(), (num_patches, _WIDTH))
+      0.02 * jax.random.normal(rngs.params(), (num_patches, width))
     )
-    self.blocks = nnx.List([_AttentionBlock(rngs=rngs) for _ in range(_DEPTH)])
-    self.norm = nnx.LayerNorm(_WIDTH, rngs=rngs)
-    self.head = nnx.Linear(_WIDTH, num_classes, rngs=rngs)
+    self.blocks = nnx.List(
+      [_AttentionBlock(width, rngs=rngs) for _ in range(depth)]
+    )
+    self.norm = nnx.LayerNorm(width, rngs=rngs)
+    self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the logits."""
@@ -147,6 +150,42 @@ class Mixer(nnx.Module):
     return self.head(self.norm(x).mean(axis=-2))
 
 
+class ConvNet(nnx.Module):
+  """A small convolutional net: 16, 32 and 64 channels, halved in size twice.
+
+  Args:
+    image_shape: channels, height and width of the images, which are flattened.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+  """
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.image_shape = image_shape
+    channels = (image_shape[0], 16, 32, 64)
+    self.convs = nnx.List(
+      [
+        nnx.Conv(*size, (3, 3), strides=stride, rngs=rngs)
+        for size, stride in zip(
+          itertools.pairwise(channels), (1, 2, 2), strict=True
+        )
+      ]
+    )
+    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the logits."""
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], *self.image_shape), -3, -1)
+    for conv in self.convs:
+      x = nnx.relu(conv(x))
+    return self.head(x.mean(axis=(-3, -2)))
+
+
 class _TwoLayers(nnx.Module):
   def __init__(self, num_features: int, num_hidden: int, *, rngs: nnx.Rngs):
     self.layers = nnx.List(
@@ -162,12 +201,12 @@ class _TwoLayers(nnx.Module):
 
 
 class _AttentionBlock(nnx.Module):
-  def __init__(self, *, rngs: nnx.Rngs):
-    self.norms = nnx.List([nnx.LayerNorm(_WIDTH, rngs=rngs) for _ in range(2)])
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
+    self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
     self.attention = nnx.MultiHeadAttention(
-      _HEADS, _WIDTH, decode=False, rngs=rngs
+      _HEADS, width, decode=False, rngs=rngs
     )
-    self.mlp = _TwoLayers(_WIDTH, 4 * _WIDTH, rngs=rngs)
+    self.mlp = _TwoLayers(width, 4 * width, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x + self.attention(self.norms[0](x))
@@ -215,7 +254,8 @@ def _mlp(
   *,
   rngs: nnx.Rngs,
 ) -> MLP:
-  return MLP(num_layers, math.prod(image_shape), num_classes, rngs=rngs)
+  sizes = widths(num_layers, math.prod(image_shape), num_classes)
+  return MLP(sizes, rngs=rngs)
 
 
 # Each makes a model from the shape of images, the number of classes and rngs.
@@ -223,4 +263,5 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
   **{name: functools.partial(_mlp, n) for name, n in NUM_LAYERS.items()},
   "vit": ViT,
   "mixer": Mixer,
+  "convnet": ConvNet,
 }

@@ -194,11 +194,8 @@ class Training:
     self._steps = self._num_examples // settings.batch_size
     self._train = (dataset.train_images, dataset.train_labels)
     self._graphdef, params = nnx.split(
-      models.MLP(
-        models.NUM_LAYERS[model],
-        dataset.train_images.shape[1],
-        dataset.num_classes,
-        rngs=nnx.Rngs(0),
+      models.MODELS[model](
+        dataset.image_shape, dataset.num_classes, rngs=nnx.Rngs(0)
       ),
       nnx.Param,
     )

@@ -373,10 +373,7 @@ class _Entry(NamedTuple):
 
 def _read(state: SAGAState, batch_index: Any) -> _Entry:
   num_batches = state.is_filled.shape[0]
-  index = jnp.asarray(batch_index)
-  if index.dtype.itemsize < 4:
-    # May be too narrow for the number of batches, which it is compared with.
-    index = index.astype(jnp.int32)
+  index = _checks.wide_index(batch_index)
   # A traced index out of range stands for no entry.
   is_known = (index >= 0) & (index < num_batches)
   position = jnp.where(is_known, index, 0)

@@ -221,6 +221,12 @@ def check_index(value: Any, name: str) -> Any:
   return value
 
 
+def wide_index(index: Any) -> jax.Array:
+  """An index as an array, which any number of batches can be compared with."""
+  index = jnp.asarray(index)
+  return index if index.dtype.itemsize >= 4 else index.astype(jnp.int32)
+
+
 def leading_axes(tree: Any) -> list[tuple[Any, int]]:
   """Path and length of the leading axis of each leaf that has one."""
   return [

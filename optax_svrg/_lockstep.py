@@ -111,6 +111,10 @@ def _lockstep(
       error = e
       mine = f"{type(e).__name__}: {e}"
     verdict = _verdict(client, f"optax_svrg/{call}", index, mine, timeout)
+    if verdict != _ALIKE or error is not None:
+      # All have come this far, so what they have begun will end. A process that
+      # exits while its first reduction connects it to the others hangs.
+      jax.block_until_ready(jax.live_arrays())
     if error is not None:
       raise error
     if verdict != _ALIKE:

@@ -151,10 +151,7 @@ class GradientTable:
     last = self.num_batches - 1
     if not isinstance(index, jax.core.Tracer) and not 0 <= index <= last:
       raise IndexError(f"the table has batches 0 to {last}, got {index}.")
-    index = jnp.asarray(index)
-    if index.dtype.itemsize < 4:
-      # May be too narrow for the number of batches, which it is compared with.
-      index = index.astype(jnp.int32)
+    index = _checks.wide_index(index)
     is_known = (index >= 0) & (index <= last)
     entry = jax.tree.map(
       lambda t: jax.lax.dynamic_index_in_dim(t, index, 0, keepdims=False),

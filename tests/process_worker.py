@@ -130,7 +130,7 @@ def train(method, how, num_processes, process):
 
 
 def pass_with_a_fault(fault, process):
-  """A snapshot pass of which process 1 cannot make the fourth batch.
+  """A snapshot pass of which process 1 cannot make the second batch.
 
   Args:
     fault: what happens to it.
@@ -142,7 +142,7 @@ def pass_with_a_fault(fault, process):
   def batches():
     for i in range(5):
       size = 16
-      if process == 1 and i == 3:
+      if process == 1 and i == 1:
         if fault == "missing":
           return
         if fault == "failed":

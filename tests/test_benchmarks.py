@@ -317,7 +317,7 @@ class TestModels:
     assert models.widths(num_layers, num_inputs, 10) == want
 
   def test_mlp(self):
-    model = models.MLP(3, 36, 10, rngs=nnx.Rngs(0))
+    model = models.MLP([36, 20, 15, 10], rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(5, 36)).astype(np.float32)
     want = x
     for index, layer in enumerate(model.layers):
@@ -328,8 +328,8 @@ class TestModels:
     np.testing.assert_allclose(model(jnp.asarray(x)), want, rtol=1e-4)
 
   @pytest.mark.standard_promotion
-  @pytest.mark.parametrize("name", ["vit", "mixer"])
-  def test_patches(self, name):
+  @pytest.mark.parametrize("name", ["vit", "mixer", "convnet"])
+  def test_images(self, name):
     """Each example has its own logits, which every pixel moves."""
     shape = (2, 14, 21)
     model = models.MODELS[name](shape, 10, rngs=nnx.Rngs(0))

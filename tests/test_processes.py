@@ -93,7 +93,7 @@ def test_two_processes_train_as_one_does(method, how, precision, tmp_path):
     np.testing.assert_allclose(got, leaf, rtol=0, atol=tolerance)
 
 
-_UNLIKE = "ValueError: batches[3] must be alike in all processes, got"
+_UNLIKE = "ValueError: batches[1] must be alike in all processes, got"
 
 
 def test_lockstep_refuses():
@@ -113,8 +113,8 @@ def test_lockstep_refuses():
     ("failed", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
      " RuntimeError: the disk is gone in process 1.",
      "RuntimeError: the disk is gone"),
-    ("stalled", "TimeoutError: batches[3]: process 1 of 2 did not come to it"
-     " within 2 seconds, or is lost.", "TimeoutError: batches[3]"),
+    ("stalled", "TimeoutError: batches[1]: process 1 of 2 did not come to it"
+     " within 2 seconds, or is lost.", "TimeoutError: batches[1]"),
     # JAX itself notices.
     ("died", "The following tasks are unhealthy", ""),
   ],

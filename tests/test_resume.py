@@ -32,7 +32,11 @@ from benchmarks import train
 from tests import helpers, resume_worker
 
 # Flax and optax.adamw rely on implicit promotion.
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+  pytest.mark.standard_promotion,
+  # Of coroutines that Orbax leaves behind when it cannot read a file.
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 TRAIN, BATCH_SIZE, EPOCHS, EVERY = 1600, 100, 6, 5
