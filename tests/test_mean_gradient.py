@@ -488,6 +488,17 @@ class TestGradientTable:
     size = params["w"].nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * size
 
+  def test_in_the_memory_of_the_host(self):
+    params, batches = make_params(), split(data(10), [5, 5])
+    _, table = optax_svrg.gradient_table(GRAD, params, batches)
+    sharding = jax.tree.leaves(table)[0].sharding
+    offloaded = jax.device_put(table, sharding.with_memory_kind("pinned_host"))
+    for read in (lambda t, i: t[i], jax.jit(lambda t, i: t[i])):
+      got = read(offloaded, 1)
+      helpers.assert_equal(got, table[1])
+      for leaf in jax.tree.leaves(got):
+        assert leaf.sharding.memory_kind == "device"
+
   def test_too_large(self):
     """Known before any gradient is computed."""
 
