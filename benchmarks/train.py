@@ -347,10 +347,10 @@ class Trainer:
       on_epoch(point)
     if run.finished:
       return
-    # All is compiled before the clock starts.
-    program = self._program(run.method)
     init_key, order_key = jax.random.split(jax.random.key(run.seed))
     _, params = self._init(init_key)
+    # All is compiled before the clock starts.
+    program = self._program(run.method, params)
     state, order_key = program.init(params), jax.random.key_data(order_key)
     if run.history:
       state, order_key = checkpoints.restore(run, (state, order_key))
@@ -530,15 +530,15 @@ class Trainer:
       if len(part)
     ]
 
-  def _program(self, name: str) -> Program:
+  def _program(self, name: str, params: optax.Params) -> Program:
     """What is compiled for a method, at its first use."""
     if name not in self._programs:
       self._programs[name] = self._make_program(
-        self._methods[name](self._options, self._num_examples)
+        self._methods[name](self._options, self._num_examples), params
       )
     return self._programs[name]
 
-  def _make_program(self, method: Method) -> Program:
+  def _make_program(self, method: Method, params: optax.Params) -> Program:
     options = self._options
     num_steps = (
       num_fixed_batches if method.has_fixed_batches else steps_per_epoch
@@ -632,7 +632,6 @@ class Trainer:
       if not method.has_fixed_batches
       and self._is_useful(method.coefficient, start)
     )
-    _, params = self._init(jax.random.key(0))
     state = init(params)
     keys = self._keys(jax.random.key_data(jax.random.key(0)), 0)
     draw_order = jax.jit(functools.partial(self._order, method))

@@ -15,7 +15,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import gzip
+import os
+import pathlib
+import socket
 import struct
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -230,3 +235,45 @@ def idx(array):
 
 def write_gz(path, raw):
   path.write_bytes(gzip.compress(raw))
+
+
+def in_processes(
+  make_command: Callable[[int, int], Sequence[Any]],
+  num_processes: int,
+  **env: str,
+) -> list[tuple[int, str]]:
+  """Runs Python in several processes at a time.
+
+  Args:
+    make_command: makes the arguments of a process from its number and a free
+      port.
+    num_processes: how many there are.
+    **env: further variables of their environment.
+
+  Returns:
+    How each process has ended: exit status and output.
+  """
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+  inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  workers = [
+    subprocess.Popen(
+      [sys.executable, *map(str, make_command(process, port))],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=inherited | env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in range(num_processes)
+  ]
+  try:
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+  finally:
+    for worker in workers:
+      worker.kill()
+  return [
+    (worker.returncode, output)
+    for worker, output in zip(workers, outputs, strict=True)
+  ]

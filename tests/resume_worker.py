@@ -67,8 +67,8 @@ def _arm(what, number, delay):
 
   make_program = train.Trainer._make_program
 
-  def make_interrupted(self, method):
-    program = make_program(self, method)
+  def make_interrupted(*args):
+    program = make_program(*args)
     return program._replace(
       steps=while_it_runs("steps", program.steps),
       snapshot=program.snapshot and while_it_runs("pass", program.snapshot),

@@ -834,8 +834,9 @@ class TestTraining:
   def test_snapshot_is_over_all_examples(self, data_dir, batch_size):
     dataset = data.load("fashion-mnist", data_dir)
     trainer = self.trainer(data_dir, batch_size)
-    program = trainer._make_program(train.svrg(trainer._options, TRAIN))
     _, params = trainer._init(jax.random.key(0))
+    method = train.svrg(trainer._options, TRAIN)
+    program = trainer._make_program(method, params)
     keys = trainer._keys(jax.random.key_data(jax.random.key(0)), 0)
     opt_state = program.snapshot(
       program.init(params).opt_state,

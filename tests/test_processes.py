@@ -13,49 +13,24 @@
 # limitations under the License.
 """Training in several processes, each with devices and data of its own."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import optax_svrg
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import helpers
 
 
 def run(num_processes, out, method, how, precision):
   """How each process has ended: exit status and output."""
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  workers = []
-  for i in range(num_processes):
-    args = [method, how, num_processes, i, port, precision, out / f"{i}.npz"]
-    workers.append(
-      subprocess.Popen(
-        [sys.executable, "-m", "tests.process_worker", *map(str, args)],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-    )
-  try:
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-  finally:
-    for worker in workers:
-      worker.kill()
-  return [
-    (worker.returncode, output)
-    for worker, output in zip(workers, outputs, strict=True)
-  ]
+  return helpers.in_processes(
+    lambda process, port: [
+      *("-m", "tests.process_worker", method, how, num_processes, process),
+      *(port, precision, out / f"{process}.npz"),
+    ],
+    num_processes,
+  )
 
 
 def train(num_processes, out, *args):

