@@ -102,14 +102,14 @@ class Epoch(NamedTuple):
   """Sums over steps of an epoch.
 
   Attributes:
-    second_gradients: of the steps that evaluated a second gradient.
+    extra_gradients: of the gradients of a batch beside those of the steps.
     alpha: of the coefficient.
     plain_moment: of the square distance of the plain gradient from the mean
       gradient of the snapshot or table; 0 without one.
     corrected_moment: of that of the corrected gradient.
   """
 
-  second_gradients: jax.Array
+  extra_gradients: jax.Array
   alpha: jax.Array
   plain_moment: jax.Array
   corrected_moment: jax.Array
@@ -384,7 +384,7 @@ class Trainer:
           checkpoints.save(run, (state, order_key), at, program.num_steps)
         start = time.perf_counter()
       count = program.num_examples + with_snapshot * self._num_examples
-      count += int(state.observed.second_gradients) * self._options.batch_size
+      count += int(state.observed.extra_gradients) * self._options.batch_size
       at = checkpointing.Position(
         epoch + 1, 0, at.evaluations + count, at.seconds
       )
@@ -689,19 +689,23 @@ def _observe(
   alpha = optax.tree.get(state, "alpha")
   snapshots = optax.tree.get(before, "num_snapshots")
   if snapshots is None:
-    second_gradients = jnp.asarray(0)
+    extra_gradients = jnp.asarray(0)
     known = optax.tree.get(before, "is_filled").all()
   else:
     known = snapshots > 0
     # An estimate needs the second gradient even where it is 0.
     estimated = optax.tree.get(state, "estimate") is not None
-    second_gradients = (known if estimated else alpha != 0).astype(int)
+    extra_gradients = (known if estimated else alpha != 0).astype(int)
+  # A method that takes its snapshots by itself counts by itself.
+  counted = optax.tree.get(state, "extra_gradients")
+  if counted is not None:
+    extra_gradients = counted - optax.tree.get(before, "extra_gradients")
   moments = [
     optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
     for g in (grads, corrected)
   ]
   return Epoch(
-    second_gradients,
+    extra_gradients,
     alpha,
     *(jnp.where(known, moment, 0) for moment in moments),
   )

@@ -26,6 +26,7 @@ from optax_svrg._alpha_svrg import take_snapshot as take_snapshot
 from optax_svrg._diagnostics import gradient_variance as gradient_variance
 from optax_svrg._diagnostics import GradientVariance as GradientVariance
 from optax_svrg._diagnostics import optimal_alpha as optimal_alpha
+from optax_svrg._diagnostics import Payoff as Payoff
 from optax_svrg._diagnostics import per_example_grads as per_example_grads
 from optax_svrg._diagnostics import RunningMoments as RunningMoments
 from optax_svrg._lockstep import lockstep as lockstep

@@ -873,3 +873,126 @@ class TestVarianceRatio:
     moments = streamed(stack(make_params()), stack(make_params(), seed=1))
     with pytest.raises(error, match=message):
       moments.variance_ratio(alpha)
+
+
+class TestPayoff:
+  """On quadratic losses, whose expansion to second order is exact."""
+
+  @pytest.fixture
+  def problem(self, x64):
+    """Losses 1/2 (w - b)* a (w - b) of six batches, and two points."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.ones((2, 3)), "v": jnp.ones(4, complex)}
+
+    def draw(n):
+      return [
+        jax.tree.map(
+          lambda p: jnp.asarray(
+            rng.normal(size=p.shape)
+            + (1j * rng.normal(size=p.shape) if jnp.iscomplexobj(p) else 0)
+          ),
+          params,
+        )
+        for _ in range(n)
+      ]
+
+    positive = lambda x: (jnp.abs(x) + 0.1).astype(x.dtype)
+    curvatures = [jax.tree.map(positive, a) for a in draw(6)]
+    return curvatures, draw(6), draw(2)
+
+  @staticmethod
+  def losses(problem, params):
+    total = lambda *trees: sum(
+      float(jnp.sum(a.real * jnp.abs(w - b) ** 2)) / 2
+      for a, b, w in zip(*map(jax.tree.leaves, trees), strict=True)
+    )
+    curvatures, centres, _ = problem
+    return [
+      total(*pair, params) for pair in zip(curvatures, centres, strict=True)
+    ]
+
+  @staticmethod
+  def moments(problem):
+    curvatures, centres, points = problem
+    moments = optax_svrg.RunningMoments.create(points[0])
+    for a, b in zip(curvatures, centres, strict=True):
+      snapshot_grads, grads = (
+        jax.tree.map(lambda a, b, w: a * (w - b), a, b, p) for p in points
+      )
+      moments = moments.update(grads, snapshot_grads)
+    return moments
+
+  @pytest.mark.parametrize("jit", [False, True])
+  def test_progress_is_that_of_the_loss(self, problem, jit):
+    before, after = problem[2]
+    step = jax.tree.map(jnp.subtract, after, before)
+    payoff = optax_svrg.RunningMoments.payoff
+    got = (jax.jit(payoff) if jit else payoff)(self.moments(problem), step)
+    change = np.subtract(
+      *(self.losses(problem, params) for params in (before, after))
+    ).mean()
+    np.testing.assert_allclose(got.progress, change, rtol=1e-12)
+    slope = sum(
+      float(jnp.vdot(g, d).real)
+      for g, d in zip(
+        jax.tree.leaves(self.moments(problem).mean_snapshot_grads),
+        jax.tree.leaves(step),
+        strict=True,
+      )
+    )
+    curvature = -slope - change
+    moments = self.moments(problem)
+    ratio = moments.variance_ratio(moments.optimal_alpha(per="tree"))
+    assert 0 < ratio < 1
+    np.testing.assert_allclose(got.variance_ratio, ratio, rtol=1e-12)
+    np.testing.assert_allclose(got.gain, (1 - ratio) * curvature, rtol=1e-12)
+
+  @pytest.mark.parametrize(
+    ("progress", "gain", "ratio", "cost", "pays"),
+    [
+      (1.0, 2.1, 0.3, 3, True),
+      (1.0, 1.9, 0.3, 3, False),  # As many plain steps would do more.
+      (1.0, 1.9, 0.3, 2, True),
+      (1.0, 2.1, 0.4, 3, False),  # So would smaller steps.
+      (-1.0, 0.1, 0.3, 3, True),
+      (1.0, np.nan, np.nan, 3, False),
+    ],
+  )
+  def test_pays(self, progress, gain, ratio, cost, pays):
+    numbers = map(jnp.asarray, (progress, gain, ratio))
+    assert optax_svrg.Payoff(*numbers).pays(cost) == pays
+
+  def test_small_steps_have_no_use_for_less_noise(self):
+    """The same noise, and less of it the smaller the steps."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, 4)).astype(np.float32)
+    for lr, pays in ((0.5, True), (1e-3, False)):
+      w = start = jnp.full(4, 0.3)
+      for _ in range(40):
+        w = w - lr * (w - centres[rng.integers(50)])
+      moments = optax_svrg.RunningMoments.create(w)
+      for b in centres:
+        moments = moments.update(w - b, start - b)
+      assert moments.payoff(w - start).pays(3) == pays
+
+  def test_one_pair_does_not_pay(self):
+    moments = optax_svrg.RunningMoments.create(jnp.ones(3))
+    moments = moments.update(jnp.ones(3), -jnp.ones(3))
+    payoff = moments.payoff(jnp.ones(3))
+    assert np.isnan(payoff.gain)
+    assert not payoff.pays(3)
+
+  @pytest.mark.parametrize(
+    ("displacement", "message"),
+    [
+      ({"w": jnp.ones((3, 4))}, "displacement must have the tree structure"),
+      (
+        {"w": jnp.ones((3, 4)), "v": jnp.ones(5)},
+        r"displacement .*\(5,\).*\['v'\]",
+      ),
+    ],
+  )
+  def test_wrong_displacement(self, displacement, message):
+    moments = streamed(stack(make_params()), stack(make_params(), seed=1))
+    with pytest.raises(ValueError, match=message):
+      moments.payoff(displacement)

@@ -25,6 +25,7 @@ import pytest
 
 from benchmarks import (
   coefficient,
+  equal_compute,
   grid,
   saga,
   saga_variants,
@@ -245,6 +246,12 @@ class TestRuns:
       coefficient, "METHODS", {m: coefficient.METHODS[m] for m in chosen}
     )
     monkeypatch.setattr(saga_variants, "CELLS", {of_saga.name: 0.1})
+    monkeypatch.setattr(equal_compute, "CELLS", {of_saga.name: of_saga})
+    few = ("plain", "alpha-SVRG, 0.75 linear", "gated", "adaptive SAGA")
+    few += (*equal_compute.LONGER, equal_compute.LARGER)
+    monkeypatch.setattr(
+      equal_compute, "METHODS", {m: equal_compute.METHODS[m] for m in few}
+    )
     monkeypatch.setattr(stability, "CELL", self.CELL)
     # The second one fails.
     monkeypatch.setattr(stability, "LEARNING_RATES", (0.1, 1e30))
@@ -256,6 +263,7 @@ class TestRuns:
       (stability.main, ["10 of 10 (", "0 of 10 |"]),
       (saga.main, [of_saga.name, "against the better plain", "bfloat16"]),
       (saga_variants.main, [*saga_variants.METHODS, "all"]),
+      (equal_compute.main, [of_saga.name, *few, "as many gradients"]),
     ):
       result = CliRunner().invoke(command, args)
       assert result.exit_code == 0, result.output
