@@ -66,7 +66,12 @@ def device_memory(device: jax.Device) -> int | None:
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-  if device.platform == "cpu" and hasattr(os, "sysconf"):
+  return host_memory() if device.platform == "cpu" else None
+
+
+def host_memory() -> int | None:
+  """The bytes of this machine; None if not known."""
+  if hasattr(os, "sysconf"):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return None
 

@@ -168,6 +168,7 @@ def gradient_table(
   batches: Iterable[Any],
   *,
   dtype: Any = None,
+  memory_kind: str | None = None,
 ) -> tuple[optax.Updates, GradientTable]:
   """The mean gradient over a data set, and the gradient of each batch.
 
@@ -183,6 +184,10 @@ def gradient_table(
     batches: likewise. An iterable without a length is read into a list first.
     dtype: dtype of the table, ``None`` for the parameters'. The mean is that of
       the rounded gradients, so that the estimator stays unbiased.
+    memory_kind: kind of memory of the table, ``None`` for that of the
+      parameters. With ``"pinned_host"`` it is in the memory of the host from
+      the beginning, and ``table[i]`` moves one gradient to the device. It needs
+      ``params`` that are not traced.
 
   Returns:
     The mean gradient, as of :func:`optax_svrg.mean_gradient`, and a
@@ -192,8 +197,9 @@ def gradient_table(
     TypeError: as :func:`optax_svrg.mean_gradient`, or if ``dtype`` is not a
       float or complex dtype.
     ValueError: as :func:`optax_svrg.mean_gradient`; if ``dtype`` would drop
-      imaginary parts; or, before any gradient is computed, if the table does
-      not fit into the memory of the device.
+      imaginary parts; if the devices of ``params`` have no ``memory_kind``; or,
+      before any gradient is computed, if the table does not fit into the memory
+      of the device, or of the host, with the bytes that it needs.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
@@ -232,7 +238,10 @@ def gradient_table(
   if not isinstance(batches, Sized):
     batches = list(batches)
   total, table, num_examples = _pass(
-    grad_fn, params, batches, _sharding.table(params, len(batches), dtype)
+    grad_fn,
+    params,
+    batches,
+    _sharding.table(params, len(batches), dtype, memory_kind),
   )
   mean = jax.tree.map(lambda t: t / num_examples, total)
   return mean, GradientTable(table, len(batches))
@@ -258,12 +267,17 @@ def _pass(
     if isinstance(grad_fn, jax.tree_util.Partial)
     else jax.tree_util.Partial(grad_fn)
   )
-  accumulate = _accumulation(treedef)
-
   total = jax.tree.map(
     lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
     params,
   )
+  # Flat, as only tuples of shardings can be hashed.
+  carry = tuple(tuple(jax.tree.leaves(x)) for x in (total, table))
+  shardings = None
+  if any(map(_sharding.on_host, jax.tree.leaves(table))):
+    # Else JAX pairs donated buffers of one kind of memory with the other.
+    shardings = jax.tree.map(lambda x: x.sharding, carry)
+  accumulate = _accumulation(treedef, shardings)
   if _lockstep.spans_processes(params):
     batches = _lockstep.lockstep(batches)
   num_examples = 0
@@ -273,35 +287,54 @@ def _pass(
     ndims = jax.tree.map(np.ndim, batch)
     first_ndims = ndims if first_ndims is None else first_ndims
     _check_ndims(ndims, first_ndims, index)
-    total, table = accumulate((total, table), index, leaves, params, batch)
+    carry = accumulate(carry, index, leaves, params, batch)
   if not num_examples:
     raise ValueError("batches must hold at least one batch, got none.")
+  total, table = (
+    jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    for tree, leaves in zip((total, table), carry, strict=True)
+  )
   return total, table, num_examples
 
 
 # Compiled functions are kept for as many gradients as a program may use in
 # turn, not for ever: jax.jit would keep each closure and what it refers to.
 @functools.lru_cache(maxsize=16)
-def _accumulation(treedef: Any) -> Callable[..., optax.Updates]:
-  """The jitted accumulation for one ``grad_fn``, given as a tree structure."""
+def _accumulation(treedef: Any, shardings: Any) -> Callable[..., Any]:
+  """The jitted accumulation for one ``grad_fn``, given as a tree structure.
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  Args:
+    treedef: of ``grad_fn``.
+    shardings: of what is accumulated, ``None`` to leave them to the compiler.
+
+  Returns:
+    A function that adds to the sum of the gradients, and stores the gradient in
+    the table, both tuples of leaves; the latter is empty without a table.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def accumulate(
     carry: Any, index: Any, leaves: Any, params: optax.Params, batch: Any
   ) -> Any:
-    (total, table), batch = _in_sequence(carry, batch)
+    total, table = carry
+    total, batch = _in_sequence(total, batch)
     grads = jax.tree.unflatten(treedef, leaves)(params, batch)
     _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
+    grads = jax.tree.leaves(grads)
     weight = _checks.leading_axes(batch)[0][1]
-    if table is not None:
-      grads = jax.tree.map(lambda t, g: jnp.asarray(g, t.dtype), table, grads)
-      table = jax.tree.map(
-        lambda t, g: jax.lax.dynamic_update_index_in_dim(t, g, index, 0),
-        table,
-        grads,
+    if table:
+      grads = [
+        jnp.asarray(g, t.dtype) for g, t in zip(grads, table, strict=True)
+      ]
+      table = tuple(
+        jax.lax.dynamic_update_index_in_dim(t, g, index, 0)
+        for t, g in zip(
+          table, _sharding.to_memory_of(list(table), grads), strict=True
+        )
       )
-    total = jax.tree.map(
-      lambda t, g: t + weight * jnp.asarray(g, t.dtype), total, grads
+    total = tuple(
+      t + weight * jnp.asarray(g, t.dtype)
+      for t, g in zip(total, grads, strict=True)
     )
     return total, table
 

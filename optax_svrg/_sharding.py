@@ -182,7 +182,7 @@ def state_shardings(
 def to_device(tree: Any) -> Any:
   """Moves to the memory of the device what is in that of the host."""
   return jax.tree.map(
-    lambda x: jax.device_put(x, jax.memory.Space.Device) if _on_host(x) else x,
+    lambda x: jax.device_put(x, jax.memory.Space.Device) if on_host(x) else x,
     tree,
   )
 
@@ -190,57 +190,116 @@ def to_device(tree: Any) -> Any:
 def to_memory_of(old: Any, new: Any) -> Any:
   """Moves the second tree, in device memory, to where the first one is."""
   return jax.tree.map(
-    lambda o, n: jax.device_put(n, jax.memory.Space.Host) if _on_host(o) else n,
+    lambda o, n: jax.device_put(n, jax.memory.Space.Host) if on_host(o) else n,
     old,
     new,
   )
 
 
-def _on_host(x: Any) -> bool:
+def on_host(x: Any) -> bool:
+  """Whether an array is in the memory of the host."""
   return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def table(params: optax.Params, num_batches: int, dtype: Any) -> optax.Updates:
+def table(
+  params: optax.Params,
+  num_batches: int,
+  dtype: Any,
+  memory_kind: str | None = None,
+) -> optax.Updates:
   """Zeros like the parameters, with a leading axis of batches, placed alike.
 
   Args:
     params: the parameters.
     num_batches: length of the leading axis.
     dtype: dtype of all leaves, ``None`` for those of the parameters.
+    memory_kind: kind of memory of all leaves, ``None`` for those of the
+      parameters.
 
   Returns:
     A tree like ``params``.
 
   Raises:
-    ValueError: if it is known not to fit where the parameters are.
+    ValueError: if it is known not to fit, or ``memory_kind`` is not to be had.
   """
-  _check_memory(params, num_batches, dtype)
+  if memory_kind is not None:
+    _check_memory_kind(params, memory_kind)
+  _check_memory(params, num_batches, dtype, memory_kind)
 
   def entries(p: Any) -> Any:
-    entry = jnp.zeros_like(p, dtype or _checks.dtype_of(p))
-    return jnp.broadcast_to(entry, (num_batches, *entry.shape))
+    entry_dtype = dtype or _checks.dtype_of(p)
+    if memory_kind is None:
+      entry = jnp.zeros_like(p, entry_dtype)
+      return jnp.broadcast_to(entry, (num_batches, *entry.shape))
+    # Not made on the device first, where it may not fit.
+    sharding = p.sharding
+    if isinstance(sharding, NamedSharding):
+      sharding = sharding.update(spec=PartitionSpec(None, *sharding.spec))
+    shape = (num_batches, *p.shape)
+
+    def zeros(index: Any) -> np.ndarray:
+      lengths = [
+        len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)
+      ]
+      return np.zeros(lengths, entry_dtype)
+
+    return jax.make_array_from_callback(
+      shape, sharding.with_memory_kind(memory_kind), zeros
+    )
 
   return jax.tree.map(entries, params)
 
 
-def _check_memory(params: optax.Params, num_batches: int, dtype: Any) -> None:
-  """Raises if the table is known not to fit where the parameters are."""
+def _check_memory_kind(params: optax.Params, memory_kind: str) -> None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    where = _checks.path_of(path)
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+      raise ValueError(
+        "memory_kind needs params whose placement is known, got"
+        f" {type(leaf).__name__} {where}. Inside jit, out_shardings say where"
+        " results go."
+      )
+    device: Any
+    for device in leaf.sharding.addressable_devices:
+      kinds = [memory.kind for memory in device.addressable_memories()]
+      if memory_kind not in kinds:
+        raise ValueError(
+          f"memory_kind must be one of {', '.join(kinds)} for {device}, got"
+          f" {memory_kind!r}."
+        )
+
+
+def _check_memory(
+  params: optax.Params, num_batches: int, dtype: Any, memory_kind: str | None
+) -> None:
+  """Raises if the table is known not to fit where it is to be."""
+  on_host = memory_kind is not None and memory_kind.endswith("host")
   needed = 0
   devices = set()
   for p in jax.tree.leaves(params):
     if isinstance(p, (jax.core.Tracer, jax.ShapeDtypeStruct)):
       return  # Where it will be placed is not known.
     shape = np.shape(p)
+    copies = 1
     if isinstance(p, jax.Array):
       shape = p.sharding.shard_shape(shape)
       devices |= p.sharding.addressable_devices
+      # Those of all devices of this process share its memory.
+      copies = len(p.sharding.addressable_devices) if on_host else 1
     itemsize = np.dtype(dtype or _checks.dtype_of(p)).itemsize
-    needed += num_batches * math.prod(shape) * itemsize
-  for device in devices or {jax.local_devices()[0]}:
-    available = _checks.device_memory(device)
+    needed += num_batches * math.prod(shape) * itemsize * copies
+  memories: dict[Any, int | None] = (
+    {"the host": _checks.host_memory()}
+    if on_host
+    else {
+      device: _checks.device_memory(device)
+      for device in devices or {jax.local_devices()[0]}
+    }
+  )
+  for where, available in memories.items():
     if available is not None and needed > available:
       raise ValueError(
         f"the table for {num_batches} batches needs {needed} bytes, and"
-        f" {device} has {available}. Larger batches, a dtype of fewer"
+        f" {where} has {available}. Larger batches, a dtype of fewer"
         " bytes and sharded parameters make the table smaller."
       )

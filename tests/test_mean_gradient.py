@@ -20,6 +20,8 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -481,8 +483,10 @@ class TestGradientTable:
       grad, params, [jnp.ones((2, 128))] * 40
     )
     compiled = (
-      _mean_gradient._accumulation(treedef)
-      .lower((params, table.grads), 3, leaves, params, batches[0])
+      _mean_gradient._accumulation(treedef, None)
+      .lower(
+        ((params["w"],), (table.grads["w"],)), 3, leaves, params, batches[0]
+      )
       .compile()
     )
     size = params["w"].nbytes
@@ -499,6 +503,26 @@ class TestGradientTable:
       for leaf in jax.tree.leaves(got):
         assert leaf.sharding.memory_kind == "device"
 
+  @pytest.mark.parametrize("spec", [P(), P("data")])
+  def test_made_in_the_memory_of_the_host(self, spec):
+    """From the beginning, replicated or sharded."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    params = jax.device_put(make_params(), NamedSharding(mesh, spec))
+    batches = split(data(10), [5, 3, 2])
+    want = optax_svrg.gradient_table(GRAD, params, batches)
+    mean, table = optax_svrg.gradient_table(
+      GRAD, params, batches, memory_kind="pinned_host"
+    )
+    helpers.assert_equal(mean, want[0])
+    for leaf, mean_leaf in zip(
+      jax.tree.leaves(table), jax.tree.leaves(mean), strict=True
+    ):
+      assert leaf.sharding.memory_kind == "pinned_host"
+      assert leaf.sharding.spec == P(None, *spec)
+      assert mean_leaf.sharding.memory_kind == "device"
+    for i in range(3):
+      helpers.assert_equal(table[i], want[1][i])
+
   def test_too_large(self):
     """Known before any gradient is computed."""
 
@@ -509,10 +533,14 @@ class TestGradientTable:
       def __iter__(self):
         raise AssertionError("the pass has begun")
 
-    with pytest.raises(
-      ValueError, match=rf"table for {10**13} batches needs {64 * 10**13} bytes"
-    ):
-      optax_svrg.gradient_table(GRAD, make_params(), Batches())
+    for memory_kind, where in ((None, "cpu:0"), ("pinned_host", "the host")):
+      message = (
+        f"table for {10**13} batches needs {64 * 10**13} bytes, .*{where}"
+      )
+      with pytest.raises(ValueError, match=message):
+        optax_svrg.gradient_table(
+          GRAD, make_params(), Batches(), memory_kind=memory_kind
+        )
 
   @pytest.mark.parametrize(
     ("change", "error", "message"),
@@ -521,6 +549,16 @@ class TestGradientTable:
       ({"batches": []}, ValueError, "batches must hold at least one batch"),
       ({"batches": {"x": 1}}, TypeError, "batches must be an iterable"),
       ({"dtype": "int8"}, TypeError, "dtype"),
+      (
+        {"memory_kind": "disk"},
+        ValueError,
+        "memory_kind must be one of device, .*, got 'disk'",
+      ),
+      (
+        {"memory_kind": "pinned_host", "params": {"w": np.ones(2)}},
+        ValueError,
+        r"memory_kind needs params whose placement .* ndarray at \['w'\]",
+      ),
       (
         {"params": {"w": jnp.ones(2, jnp.complex64)}, "dtype": "float32"},
         ValueError,

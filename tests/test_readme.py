@@ -49,6 +49,23 @@ def test_the_examples_train(code):
   assert loss(namespace["params"], (x, y)) < 0.5 * untrained
 
 
+@pytest.mark.standard_promotion
+def test_the_gate_opens():
+  """The recipe ends far below where plain steps stall."""
+  (code,) = (code for _, code in BLOCKS if "is_open" in code)
+  norms = []
+  for recipe in (code, code.replace("epoch % 4 == 0", "False")):
+    namespace = {"__name__": "readme"}
+    exec(compile(recipe, "README.md", "exec"), namespace)
+    grad, params, batches = (
+      namespace[name] for name in ("grad", "params", "batches")
+    )
+    full = sum(grad(params, batch) for batch in batches) / len(batches)
+    norms.append(float(abs(full).max()))
+    assert namespace["is_open"] == (recipe == code)
+  assert norms[0] < 1e-3 * norms[1]
+
+
 def test_set_up_is_two_commands():
   commands = re.findall(r"```sh\n(.*?)```", README, re.S)
   assert [command.count("\n") for command in commands] == [1, 1]
