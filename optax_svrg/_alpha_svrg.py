@@ -269,21 +269,20 @@ def adaptive_svrg(
   with large batches and large steps, the estimate is rough and tends to be too
   small, which gives away some of the reduction but does no other harm.
 
-  **A mean over a sample.** If :func:`optax_svrg.take_snapshot` is given the mean
-  gradient over :math:`n` of the :math:`N` batches only, its error has the
-  variance :math:`(1/n - 1/N) \operatorname{Var}(s)` and is the same in all steps
-  until the next snapshot, so that it does not average out. The estimate does not
-  see it. Over :math:`N` steps the variance of the sum of the corrected gradients
-  is
+  **A mean over a sample.** If :func:`optax_svrg.take_snapshot` is given the
+  mean gradient over only :math:`n` of the :math:`N` batches, its error has the
+  variance :math:`(1/n - 1/N) \operatorname{Var}(s)` and is the same in all
+  steps until the next snapshot, so that it does not average out. The estimate
+  does not see it. The variance of the sum of :math:`N` corrected gradients is
 
   .. math::
 
     N \left(\operatorname{Var}(g) - 2 \alpha \operatorname{Cov}(g, s)
     + \frac{\alpha^2}{q} \operatorname{Var}(s)\right), \qquad q = \frac{n}{N},
 
-  least for :math:`q \alpha^*`: a mean over a share :math:`q` is worth that share
-  of the reduction. Give ``max_alpha=q``. With more, training can end worse than
-  without any correction.
+  least for :math:`q \alpha^*`: a mean over a share :math:`q` is worth that
+  share of the reduction. Give ``max_alpha=q``. With more, training can end
+  worse than without any correction.
 
   Where the variance of the control variate is 0 (full batches) the averages,
   and with them the coefficient, stay as they are; so they do after a gradient
