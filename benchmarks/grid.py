@@ -148,14 +148,12 @@ def run_cell(
   ]
   if not missing:
     return rows
-  settings = options(cell, tuple(methods), len(seeds), data_dir, path.parent)
-  settings = dataclasses.replace(
-    settings, lr=learning_rates[0], snapshot_every=snapshot_every
-  )
-  dataset = _subset(cell.dataset, data_dir, cell.train_examples)
   wanted = {key[0] for key in missing}
-  trainer = train.Trainer(
-    settings, dataset, {k: v for k, v in methods.items() if k in wanted}
+  trainer = make_trainer(
+    cell,
+    {k: v for k, v in methods.items() if k in wanted},
+    data_dir,
+    snapshot_every,
   )
   for method, lr, seed in missing:
     run = reporting.Run(method, seed)
@@ -164,6 +162,28 @@ def run_cell(
     rows.append({"method": method, "lr": lr, "seed": seed} | last)
     reporting.write_json(path, {"cell": cell._asdict(), "runs": rows})
   return rows
+
+
+def make_trainer(
+  cell: Cell,
+  methods: Mapping[str, Callable[..., train.Method]],
+  data_dir: Path | None,
+  snapshot_every: int = 1,
+) -> train.Trainer:
+  """What trains with these methods, at any learning rate and seed.
+
+  Args:
+    cell: the problem.
+    methods: makes the methods, by their names.
+    data_dir: the folder of Fashion-MNIST.
+    snapshot_every: epochs between snapshots.
+  """
+  settings = dataclasses.replace(
+    options(cell, tuple(methods), 1, data_dir, Path()),
+    snapshot_every=snapshot_every,
+  )
+  dataset = _subset(cell.dataset, data_dir, cell.train_examples)
+  return train.Trainer(settings, dataset, dict(methods))
 
 
 def options(

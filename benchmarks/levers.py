@@ -250,23 +250,17 @@ def pull(
     del extra_args
     key = jax.random.fold_in(jax.random.key(0), state.step)
     is_start = state.step % num_steps == 0
+    is_due, begin = is_start, begin_epoch
     if lever.is_loopless:
-      flipped = jax.random.bernoulli(key, 1 / num_steps) | (state.step == 0)
-      state = jax.lax.cond(
-        flipped,
-        lambda s, p: take(s, p, batch_grad_fn, key),
-        lambda s, p: s,
-        state,
-        params,
-      )
-    else:
-      state = jax.lax.cond(
-        is_start,
-        lambda s, p: begin_epoch(s, p, batch_grad_fn, key),
-        lambda s, p: s,
-        state,
-        params,
-      )
+      flipped = jax.random.bernoulli(key, 1 / num_steps)
+      is_due, begin = flipped | (state.step == 0), take
+    state = jax.lax.cond(
+      is_due,
+      lambda s, p: begin(s, p, batch_grad_fn, key),
+      lambda s, p: s,
+      state,
+      params,
+    )
     before = state.svrg
     extra = {"grad_fn": grad_fn}
     if lever.has_table:
