@@ -124,7 +124,8 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
   )
 
 
-def _no_transform() -> optax.GradientTransformationExtraArgs:
+def no_transform() -> optax.GradientTransformationExtraArgs:
+  """What plain is."""
   return optax.with_extra_args_support(optax.identity())
 
 
@@ -205,7 +206,7 @@ class Problem:
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
     saga = optax_svrg.adaptive_saga(len(self.batches))
     return {
-      "plain": self._program(_no_transform()),
+      "plain": self._program(no_transform()),
       "alpha-svrg": self._program(svrg, self._take_snapshot),
       "adaptive": self._program(
         optax_svrg.adaptive_svrg(), self._take_snapshot
@@ -296,7 +297,7 @@ def measure_epochs(
   problem = Problem(
     MODELS[case.model], case.batch_size, steps, dtype, optax.adamw(1e-3)
   )
-  of_step = flops(problem.lower_step(_no_transform()))
+  of_step = flops(problem.lower_step(no_transform()))
   of_gradient = flops(problem.lower_gradient())
   times = seconds(problem.programs(), rounds)
   rows = []
@@ -326,7 +327,7 @@ def temporary_gradients(case: Case, dtype: Any) -> dict[str, float]:
     .memory_analysis()
     .temp_size_in_bytes
     for name, transform in (
-      ("plain", _no_transform()),
+      ("plain", no_transform()),
       ("alpha-svrg", optax_svrg.alpha_svrg(0.75)),
       ("adaptive", optax_svrg.adaptive_svrg()),
     )
@@ -352,7 +353,7 @@ def updates_alone(
     jax.random.key(0), (4, size)
   ).astype(dtype)
   transforms = {
-    "plain": _no_transform(),
+    "plain": no_transform(),
     "alpha-svrg": optax_svrg.alpha_svrg(0.75),
     "adaptive": optax_svrg.adaptive_svrg(),
   }

@@ -209,15 +209,28 @@ def alpha_svrg(
     active = False if always_off else _control_variate.eagerly(coefficient != 0)
 
     if active is not False:
-      if grad_fn is not None:
-        snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
-      updates = _control_variate.correct(
-        updates,
-        snapshot_grads,
-        _sharding.to_device(state.mean_grads),
-        coefficient,
-        active & _control_variate.all_finite(snapshot_grads),
-      )
+      mean_grads = _sharding.to_device(state.mean_grads)
+
+      def correct(snapshot_grads: optax.Updates) -> optax.Updates:
+        return _control_variate.correct(
+          updates,
+          snapshot_grads,
+          mean_grads,
+          coefficient,
+          active & _control_variate.all_finite(snapshot_grads),
+        )
+
+      def evaluate_and_correct() -> optax.Updates:
+        assert grad_fn is not None
+        return correct(_evaluate(grad_fn, updates, state, True, axis_name))
+
+      if grad_fn is None:
+        updates = correct(snapshot_grads)
+      elif active is True:
+        updates = evaluate_and_correct()
+      else:
+        # All of it, so that nothing but the gradient is read while not active.
+        updates = jax.lax.cond(active, evaluate_and_correct, lambda: updates)
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
     return updates, state._replace(

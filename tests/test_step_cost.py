@@ -1,0 +1,224 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a step costs: the counts, and the benchmark that publishes them."""
+
+import json
+import re
+
+from click.testing import CliRunner
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import models, step_cost
+import optax_svrg
+
+pytestmark = pytest.mark.standard_promotion
+
+SIZE = 100_000
+ARRAY_BYTES = 4 * SIZE
+
+
+@pytest.fixture(scope="module")
+def problem():
+  """An MLP whose step is dominated by its gradient."""
+
+  def make_model(shape, classes, rngs):
+    return models.MLP([int(np.prod(shape)), 64, classes], rngs=rngs)
+
+  return step_cost.Problem(make_model, 256, 3, jnp.float32, optax.adamw(1e-3))
+
+
+class TestLimit:
+  def test_a_gradient(self, problem):
+    """Three products of matrices, but for the first layer's input."""
+    examples, weights = 256, 784 * 64
+    got = step_cost.flops(problem.lower_gradient())
+    products = 4 * examples * weights + 6 * examples * 64 * 10
+    assert products <= got <= 1.05 * products
+
+  def test_epochs(self, problem):
+    plain = step_cost.flops(problem.lower_step(step_cost.no_transform()))
+    gradient = step_cost.flops(problem.lower_gradient())
+    limits = {
+      name: 1 + extra * gradient / plain
+      for name, extra in step_cost.EXTRA_GRADIENTS.items()
+    }
+    for name, want in (
+      ("alpha-svrg", 3),
+      ("adaptive", 3),
+      ("alpha-svrg, table", 2),
+      ("alpha-svrg, alpha = 0", 1),
+      ("adaptive-saga", 1),
+    ):
+      assert 0.95 * want <= limits[name] <= want
+
+  @pytest.mark.parametrize(
+    "transform",
+    [optax_svrg.alpha_svrg(0.75), optax_svrg.adaptive_svrg()],
+    ids=["alpha-svrg", "adaptive"],
+  )
+  def test_a_step_has_one_gradient_more(self, problem, transform):
+    plain, ours = (
+      problem.lower_step(t).compile()
+      for t in (step_cost.no_transform(), transform)
+    )
+    gradient = step_cost.flops(problem.lower_gradient())
+    more = (
+      ours.cost_analysis()["flops"] - plain.cost_analysis()["flops"]
+    ) / gradient
+    assert 0.95 <= more <= 1.1
+
+
+class TestBytes:
+  @pytest.fixture(scope="class")
+  def compiled(self):
+    updates = step_cost.updates_alone(SIZE, jnp.float32)
+    return {name: compiled for name, (compiled, _) in updates.items()}
+
+  def moved(self, compiled):
+    return compiled.cost_analysis()["bytes accessed"] / ARRAY_BYTES
+
+  def test_alpha_svrg_adds_what_it_needs(self, compiled):
+    """Two arrays, in each of the two loops into which XLA divides AdamW.
+
+    And the gradient at the snapshot once before, to see whether it is finite.
+    """
+    plain, ours = (self.moved(compiled[n]) for n in ("plain", "alpha-svrg"))
+    needed = plain + 2 * 2 + 1
+    assert plain <= ours <= 1.01 * needed
+
+  def test_adaptive_adds_three_reductions(self, compiled):
+    plain, ours = (self.moved(compiled[n]) for n in ("plain", "adaptive"))
+    # The corrected gradient is written, read again and compared with the mean.
+    needed = plain + (3 + 2 + 1) + 4 + 2
+    assert plain <= ours <= 1.01 * needed
+
+  def test_no_array_beside_the_corrected_gradient(self, compiled):
+    temporary = {
+      name: c.memory_analysis().temp_size_in_bytes / ARRAY_BYTES
+      for name, c in compiled.items()
+    }
+    assert temporary["plain"] < 0.01
+    assert temporary["alpha-svrg"] < 0.01
+    assert temporary["adaptive"] < 1.01
+
+  def test_a_step_holds_one_gradient_more(self, problem):
+    size = sum(x.nbytes for x in jax.tree.leaves(problem.params))
+    activations = 256 * 64 * 4
+    plain, *ours = (
+      problem.lower_step(t).compile().memory_analysis().temp_size_in_bytes
+      for t in (
+        step_cost.no_transform(),
+        optax_svrg.alpha_svrg(0.75),
+        optax_svrg.adaptive_svrg(),
+      )
+    )
+    for temporary in ours:
+      assert temporary - plain <= size + activations
+
+  def test_states(self):
+    copies = {
+      row["state"]: (row["on_device"], row["on_host"])
+      for row in step_cost.state_copies(4)
+    }
+    for state, want in {
+      "alpha_svrg": (2, 0),
+      "alpha_svrg, snapshot_dtype=bfloat16": (1.5, 0),
+      "alpha_svrg, in the memory of the host": (0, 2),
+      "adaptive_svrg": (2, 0),
+      "alpha_svrg, gradient_table of 4": (6, 0),
+      "adaptive_saga, 4 batches": (6, 0),
+    }.items():
+      assert copies[state] == pytest.approx(want, abs=1e-4)
+
+
+def test_ratios_are_within_rounds():
+  times = {"a": [9.0, 2.0, 4.0, 30.0], "b": [1.0, 1.0, 2.0, 10.0]}
+  assert step_cost.ratio(times, "a", "b") == 2
+
+
+def test_programs_take_turns():
+  order = []
+
+  def program(name):
+    return step_cost.Program(lambda n: order.append(name) or n + 1, 0)
+
+  times = step_cost.seconds({n: program(n) for n in "ab"}, rounds=2)
+  assert order == list("ababab")
+  assert {name: len(x) for name, x in times.items()} == {"a": 3, "b": 3}
+
+
+def test_methods_train_alike(problem):
+  """The table gives what the second gradient gives; off is plain."""
+  params = {
+    name: program.run(program.state)[0]
+    for name, program in problem.programs().items()
+  }
+  close = lambda a, b: jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5), a, b
+  )
+  close(params["alpha-svrg, table"], params["alpha-svrg"])
+  close(params["alpha-svrg, alpha = 0"], params["plain"])
+  moved = jax.tree.leaves(
+    jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), params["plain"], params["alpha-svrg"]
+    )
+  )
+  assert max(moved) > 1e-4
+
+
+class TestCommand:
+  def test_tables(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_cost, "_PEAK_SIZE", 32)
+    result = CliRunner().invoke(
+      step_cost.main,
+      [
+        *("--cell", "mlp-256-batch-128", "--steps", "2", "--rounds", "1"),
+        *("--size", "1000", "--dtype", "bfloat16", "--out", str(tmp_path)),
+      ],
+    )
+    assert result.exit_code == 0, result.output
+    for method in step_cost.EXTRA_GRADIENTS:
+      line = rf"\| mlp-256-batch-128 \| {re.escape(method)} \|( \S+ \|){{5}}"
+      assert re.search(line, result.output), method
+    for method, moved in step_cost.MOVED.items():
+      assert f"| {method} | {moved} |" in result.output
+    assert "| alpha_svrg | 2.00 | 0.00 |" in result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    (case,) = results["cases"].values()
+    assert [row["method"] for row in case["epochs"]] == list(
+      step_cost.EXTRA_GRADIENTS
+    )
+    assert case["epochs"][0]["time"] == 1
+    assert results["matmul_peak"] > 0
+    assert results["dtype"] == "bfloat16"
+
+  @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+      ("--dtype int8", "'--dtype'.*int8"),
+      ("--cell mlp", "'--cell'.*mlp"),
+      ("--rounds 0", "'--rounds'.*0"),
+      ("--out {file}/x", "--out .*/x: "),
+    ],
+  )
+  def test_errors(self, args, message, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    result = CliRunner().invoke(step_cost.main, args.format(file=file).split())
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"Error: .*{message}.*\n", result.output)

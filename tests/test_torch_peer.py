@@ -1,0 +1,94 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The same epochs in plain PyTorch and with this package."""
+
+import functools
+import importlib.util
+import json
+import re
+
+from click.testing import CliRunner
+import pytest
+
+from benchmarks import models, step_cost, torch_peer
+
+pytestmark = pytest.mark.standard_promotion
+
+needs_torch = pytest.mark.skipif(
+  importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
+# As those that are published, but small.
+PEERS = {
+  "mlp": torch_peer._mlp_peer((16, 12), 8),
+  "vit": torch_peer.Peer(
+    functools.partial(models.ViT, width=16, depth=2),
+    functools.partial(torch_peer._vit, width=16, depth=2, num_heads=4),
+    torch_peer._vit_weights,
+    8,
+  ),
+  "convnet": torch_peer.PEERS["convnet-batch-128"]._replace(batch_size=8),
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("variant", torch_peer.VARIANTS)
+@pytest.mark.parametrize("name", PEERS)
+def test_the_same_weights(name, variant):
+  row = torch_peer.compare(PEERS[name], variant, steps=4, rounds=1)
+  assert row["difference"] <= 1e-4
+  assert row["change"] >= 100 * row["difference"]
+  assert row["ratio"] > 0
+
+
+@needs_torch
+def test_all_published_models_take_our_weights():
+  """The modules have no weight that ours lack, and the other way round."""
+  import jax
+  import numpy as np
+  import torch
+
+  for peer in torch_peer.PEERS.values():
+    problem = step_cost.Problem(peer.ours, 2, 1, np.float32, None)
+    weights = peer.weights(jax.tree.map(np.asarray, problem.params))
+    peer.theirs().load_state_dict(
+      {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
+    )
+
+
+@needs_torch
+def test_command(tmp_path, monkeypatch):
+  monkeypatch.setitem(torch_peer.PEERS, "mlp-88-batch-128", PEERS["mlp"])
+  result = CliRunner().invoke(
+    torch_peer.main,
+    [
+      *("--cell", "mlp-88-batch-128", "--steps", "2", "--rounds", "1"),
+      *("--out", str(tmp_path)),
+    ],
+  )
+  assert result.exit_code == 0, result.output
+  for variant in torch_peer.VARIANTS:
+    line = rf"\| mlp-88-batch-128 \| {variant} \|( \S+ \|){{4}}"
+    assert re.search(line, result.output)
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert len(results["rows"]) == len(torch_peer.VARIANTS)
+  assert results["torch"]["threads"] >= 1
+
+
+def test_without_torch(monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "torch", None)
+  result = CliRunner().invoke(torch_peer.main, [])
+  assert result.exit_code == 2
+  assert re.fullmatch(
+    r"Error: PyTorch is missing: .*\[benchmarks,torch\]\"\n", result.output
+  )
