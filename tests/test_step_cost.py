@@ -83,12 +83,13 @@ class TestLimit:
     assert 0.95 <= more <= 1.1
 
 
-class TestBytes:
-  @pytest.fixture(scope="class")
-  def compiled(self):
-    updates = step_cost.updates_alone(SIZE, jnp.float32)
-    return {name: compiled for name, (compiled, _) in updates.items()}
+@pytest.fixture(scope="module")
+def compiled():
+  updates = step_cost.updates_alone(SIZE, jnp.float32)
+  return {name: compiled for name, (compiled, _) in updates.items()}
 
+
+class TestBytes:
   def moved(self, compiled):
     return compiled.cost_analysis()["bytes accessed"] / ARRAY_BYTES
 
@@ -184,6 +185,7 @@ def test_methods_train_alike(problem):
 class TestCommand:
   def test_tables(self, tmp_path, monkeypatch):
     monkeypatch.setattr(step_cost, "_PEAK_SIZE", 32)
+    monkeypatch.setitem(step_cost.MODELS, "mlp-256", models.MODELS["logreg"])
     result = CliRunner().invoke(
       step_cost.main,
       [

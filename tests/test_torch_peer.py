@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import json
 import re
+import sys
 
 from click.testing import CliRunner
 import pytest
@@ -32,8 +33,8 @@ needs_torch = pytest.mark.skipif(
 PEERS = {
   "mlp": torch_peer._mlp_peer((16, 12), 8),
   "vit": torch_peer.Peer(
-    functools.partial(models.ViT, width=16, depth=2),
-    functools.partial(torch_peer._vit, width=16, depth=2, num_heads=4),
+    functools.partial(models.ViT, width=16, depth=1),
+    functools.partial(torch_peer._vit, width=16, depth=1, num_heads=4),
     torch_peer._vit_weights,
     8,
   ),
@@ -86,7 +87,7 @@ def test_command(tmp_path, monkeypatch):
 
 
 def test_without_torch(monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "torch", None)
+  monkeypatch.setitem(sys.modules, "torch", None)
   result = CliRunner().invoke(torch_peer.main, [])
   assert result.exit_code == 2
   assert re.fullmatch(
