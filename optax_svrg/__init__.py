@@ -36,6 +36,7 @@ from optax_svrg._mean_gradient import mean_gradient as mean_gradient
 from optax_svrg._schedules import linear_decay as linear_decay
 from optax_svrg._sharding import device_local as device_local
 from optax_svrg._sharding import state_shardings as state_shardings
+from optax_svrg._smoothness import smoothness as smoothness
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,169 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The curvature of mini-batch losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_svrg
+
+
+def make_batches(num_batches=3, size=6, num_features=4, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.normal(size=(num_batches, size, num_features)), dtype)
+
+
+def loss(params, x):
+  z = x[:, :3] @ params["w"] + x[:, 3] * params["b"]
+  return jnp.mean(jnp.logaddexp(0.0, z))
+
+
+GRAD = jax.grad(loss)
+
+
+def make_params(dtype=jnp.float32):
+  return {"w": jnp.array([0.3, -0.2, 0.5], dtype), "b": jnp.array(0.1, dtype)}
+
+
+def eigenvalue(params, x):
+  """By all second derivatives."""
+  flat, unravel = jax.flatten_util.ravel_pytree(params)
+  hessian = jax.hessian(lambda f: loss(unravel(f), x))(flat)
+  return np.abs(np.linalg.eigvalsh(hessian)).max()
+
+
+def test_largest_eigenvalue_of_any_batch():
+  batches, params = make_batches(), make_params()
+  want = max(eigenvalue(params, x) for x in batches)
+  got = optax_svrg.smoothness(GRAD, params, batches, num_iters=100)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_few_iterations_are_nearly_enough_and_never_too_many():
+  batches, params = make_batches(), make_params()
+  want = max(eigenvalue(params, x) for x in batches)
+  estimates = [
+    float(optax_svrg.smoothness(GRAD, params, batches, num_iters=n))
+    for n in (1, 3, 10, 30)
+  ]
+  assert estimates == sorted(estimates)
+  assert 0.9 * want < estimates[2] <= estimates[3] < (1 + 1e-6) * want
+
+
+def test_larger_batches_are_smoother():
+  params = make_params()
+  small = make_batches(12, 1)
+  large = small.reshape(2, 6, 4)
+  assert optax_svrg.smoothness(GRAD, params, small) > optax_svrg.smoothness(
+    GRAD, params, large
+  )
+
+
+def test_under_jit_and_from_a_stream():
+  batches, params = make_batches(), make_params()
+  want = optax_svrg.smoothness(GRAD, params, batches)
+  jitted = jax.jit(lambda p, b: optax_svrg.smoothness(GRAD, p, b))
+  np.testing.assert_allclose(jitted(params, tuple(batches)), want, rtol=1e-6)
+  streamed = optax_svrg.smoothness(GRAD, params, (x for x in batches))
+  assert streamed == want
+
+
+def test_what_a_partial_holds_is_an_argument():
+  def scaled(scale, params, x):
+    return jax.tree.map(lambda g: scale * g, GRAD(params, x))
+
+  batches, params = make_batches(), make_params()
+  want = optax_svrg.smoothness(GRAD, params, batches)
+  for scale in (2.0, 3.0):
+    fn = jax.tree_util.Partial(scaled, jnp.float32(scale))
+    got = optax_svrg.smoothness(fn, params, batches)
+    np.testing.assert_allclose(got, scale * want, rtol=1e-5)
+
+
+def test_double_and_half_precision(x64):
+  batches = make_batches(dtype=jnp.float64)
+  params = make_params(jnp.float64)
+  got = optax_svrg.smoothness(GRAD, params, batches, num_iters=200)
+  assert got.dtype == jnp.float64
+  want = max(eigenvalue(params, x) for x in batches)
+  np.testing.assert_allclose(got, want, rtol=1e-12)
+  half = optax_svrg.smoothness(
+    jax.grad(lambda p, x: jnp.sum(p**2) * jnp.mean(x)),
+    jnp.ones(3, jnp.bfloat16),
+    jnp.ones((1, 4), jnp.bfloat16),
+  )
+  assert half.dtype == jnp.float32
+  np.testing.assert_allclose(half, 2.0, rtol=2e-2)
+
+
+def test_complex_parameters():
+  """An optimizer needs the conjugate of what jax.grad returns."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(
+    rng.normal(size=(1, 8, 3)) + 1j * rng.normal(size=(1, 8, 3)), jnp.complex64
+  )
+
+  def grad_fn(w, x):
+    return jax.grad(lambda w: 0.5 * jnp.mean(jnp.abs(x @ w - 1) ** 2))(w).conj()
+
+  w = jnp.ones(3, jnp.complex64)
+  got = optax_svrg.smoothness(grad_fn, w, x, num_iters=200)
+  assert got.dtype == jnp.float32
+  want = np.linalg.eigvalsh(x[0].conj().T @ x[0] / 8).max()
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_no_curvature_and_not_finite():
+  x, w = jnp.ones((2, 3)), jnp.ones(3)
+  linear = jax.grad(lambda w, x: jnp.vdot(w, x))
+  assert optax_svrg.smoothness(linear, w, x) == 0
+  bad = jax.grad(lambda w, x: jnp.sum(w**2) * jnp.mean(x))
+  got = optax_svrg.smoothness(bad, w, x.at[0].set(jnp.nan))
+  assert not jnp.isfinite(got)
+
+
+@pytest.mark.parametrize(
+  ("change", "error", "message"),
+  [
+    ({"grad_fn": 3}, TypeError, "grad_fn must be a function, got 3"),
+    ({"params": jnp.arange(3)}, TypeError, "params must have float or complex"),
+    ({"batches": {"x": 1}}, TypeError, "batches"),
+    ({"batches": []}, ValueError, "batches must hold at least one batch"),
+    ({"batches": [jnp.ones((0, 3))]}, ValueError, r"batches\[0\]"),
+    ({"num_iters": 0}, ValueError, "num_iters must be at least 1, got 0"),
+    ({"num_iters": 2.5}, TypeError, "num_iters must be an integer, got 2.5"),
+    (
+      {"grad_fn": lambda w, x: w[:2]},
+      ValueError,
+      "the result of grad_fn",
+    ),
+  ],
+)
+def test_bad_arguments(change, error, message):
+  args = {
+    "grad_fn": jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)),
+    "params": jnp.ones(3),
+    "batches": [jnp.ones((2, 3))],
+    "num_iters": 5,
+  } | change
+  with pytest.raises(error, match=message):
+    optax_svrg.smoothness(
+      args["grad_fn"],
+      args["params"],
+      args["batches"],
+      num_iters=args["num_iters"],
+    )
