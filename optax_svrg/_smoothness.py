@@ -48,8 +48,11 @@ def smoothness(
   The curvature is that at ``params``. In logistic regression it falls as
   the training goes on, by an order of magnitude, far below what bounds of it
   promise, so it pays to estimate it anew now and then: at the start and after
-  1, 2, 4, 8, … epochs costs next to nothing. A few batches tell enough, about
-  ten, drawn at random.
+  1, 2, 4, 8, … epochs costs next to nothing. A random sample of ten batches
+  tells enough for an epoch or ten. A step that is too long for a few sharp
+  batches undoes the progress only slowly, so sample the more batches, the
+  longer the estimate has to serve: ``python -m benchmarks.convex`` takes as
+  many as there have been epochs.
 
   Args:
     grad_fn: as for :func:`optax_svrg.mean_gradient`: a pure function
