@@ -71,6 +71,7 @@ CASES = {
 EXTRA_GRADIENTS = {
   "plain": 0,
   "alpha-svrg": 2,
+  "alpha-svrg, no branch": 2,
   "adaptive": 2,
   "alpha-svrg, table": 1,
   "alpha-svrg, alpha = 0": 0,
@@ -208,6 +209,9 @@ class Problem:
     return {
       "plain": self._program(no_transform()),
       "alpha-svrg": self._program(svrg, self._take_snapshot),
+      "alpha-svrg, no branch": self._program(
+        svrg, self._take_snapshot, has_branch=False
+      ),
       "adaptive": self._program(
         optax_svrg.adaptive_svrg(), self._take_snapshot
       ),
@@ -235,8 +239,12 @@ class Problem:
     self,
     transform: optax.GradientTransformationExtraArgs,
     prepare: Callable = lambda params, state: (state, None),
+    has_branch: bool = True,
   ) -> Program:
     """An epoch: what comes before the steps, and the steps one by one.
+
+    With ``grad_fn`` the gradient at the snapshot is in a branch, as it is not
+    always needed. Without a branch it is always computed.
 
     A scan over them would be one program, but XLA for CPU is many times slower
     at convolutions in a loop.
@@ -247,6 +255,9 @@ class Problem:
       extra = {"batch_index": i}
       if table is not None:
         extra["snapshot_grads"] = table[i]
+      if not has_branch:
+        snapshot = optax.tree.get(state, "snapshot_params")
+        extra["snapshot_grads"] = self.grad(snapshot, batch)
       return self._step(transform, params, state, batch, extra)
 
     def run(carry):
