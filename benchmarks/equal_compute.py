@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import click
 from matplotlib.figure import Figure
 
-from benchmarks import grid, levers, reporting, saga, train
+from benchmarks import grid, levers, reporting, train
 
 _PLAIN = "plain"
 _ROUNDS = 3
@@ -49,7 +49,6 @@ CELLS = {
   for cell in (
     grid.Cell("fashion-mnist", "mlp4", "adamw", 128, 10_240, EPOCHS),
     grid.Cell("fashion-mnist", "mlp4", "sgd", 128, 10_240, EPOCHS),
-    saga.Cell("fashion-mnist", "vit", "adamw", 128, 5_120, EPOCHS),
     grid.Cell("mnist-5k", "logreg", "adamw", 64, 4_000, EPOCHS),
   )
 }

@@ -220,17 +220,12 @@ def alpha_svrg(
           active & _control_variate.all_finite(snapshot_grads),
         )
 
-      def evaluate_and_correct() -> optax.Updates:
-        assert grad_fn is not None
-        return correct(_evaluate(grad_fn, updates, state, True, axis_name))
-
       if grad_fn is None:
         updates = correct(snapshot_grads)
-      elif active is True:
-        updates = evaluate_and_correct()
       else:
-        # All of it, so that nothing but the gradient is read while not active.
-        updates = jax.lax.cond(active, evaluate_and_correct, lambda: updates)
+        updates = _evaluate(
+          grad_fn, correct, lambda: updates, updates, state, active, axis_name
+        )
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
     return updates, state._replace(
@@ -406,32 +401,57 @@ def adaptive_svrg(
     ).astype(state.alpha.dtype)
 
     if active is not False:
-      if grad_fn is not None:
-        snapshot_grads = _evaluate(grad_fn, updates, state, active, axis_name)
       mean_grads = _sharding.to_device(state.mean_grads)
-      covariance, variance, is_finite = _control_variate.products(
-        updates, snapshot_grads, mean_grads, active, estimate
-      )
-      # At 0 the gradient passes as it is, but the estimate goes on.
-      updates = _control_variate.correct(
-        updates,
-        snapshot_grads,
-        mean_grads,
-        coefficient,
-        (coefficient != 0) & is_finite,
-      )
+
+      def observe(
+        snapshot_grads: optax.Updates,
+        updates: optax.Updates = updates,
+        mean_grads: optax.Updates = mean_grads,
+      ) -> tuple[optax.Updates, list[jax.Array]]:
+        """The corrected gradient and what the estimate takes from it."""
+        covariance, variance, is_finite = _control_variate.products(
+          updates, snapshot_grads, mean_grads, active, estimate
+        )
+        # At 0 the gradient passes as it is, but the estimate goes on.
+        corrected = _control_variate.correct(
+          updates,
+          snapshot_grads,
+          mean_grads,
+          coefficient,
+          (coefficient != 0) & is_finite,
+        )
+        seen = [covariance, variance]
+        if axis_name is None:
+          seen.append(
+            _control_variate.second_moment(corrected, mean_grads, estimate)
+          )
+        return corrected, seen
+
+      def pass_by() -> tuple[optax.Updates, list[jax.Array]]:
+        # What is seen of nothing: zeros that vary over the same axes.
+        nothing = jax.tree.map(lambda g: jnp.ravel(g)[:0], updates)
+        return updates, observe(nothing, nothing, nothing)[1]
+
+      if grad_fn is None:
+        updates, seen = observe(snapshot_grads)
+      else:
+        updates, seen = _evaluate(
+          grad_fn, observe, pass_by, updates, state, active, axis_name
+        )
       num_devices = 1
       if axis_name is not None:
-        updates, covariance, variance = jax.lax.pmean(
-          (updates, covariance, variance), axis_name
+        updates, seen = jax.lax.pmean((updates, seen), axis_name)
+        seen.append(
+          _control_variate.second_moment(updates, mean_grads, estimate)
         )
         # The mean over independent batches varies less.
         num_devices = jax.lax.axis_size(axis_name)
+      covariance, variance, moment = seen
       estimate = _control_variate.update(
         estimate,
         covariance / num_devices,
         variance / num_devices,
-        _control_variate.second_moment(updates, mean_grads, estimate),
+        moment,
         coefficient,
         decay,
       )
@@ -705,14 +725,19 @@ def _check_gradient(
 
 def _evaluate(
   grad_fn: Callable[[optax.Params], optax.Updates],
+  use: Callable[[optax.Updates], Any],
+  otherwise: Callable[[], Any],
   updates: optax.Updates,
   state: SVRGState,
   active: Any,
   axis_name: Any,
-) -> optax.Updates:
-  """The gradient of this batch at the snapshot, or zeros while not active."""
+) -> Any:
+  """What is made of the gradient at the snapshot, or else while not active.
 
-  def evaluate() -> optax.Updates:
+  Both are branches as a whole, so that while not active nothing is read.
+  """
+
+  def evaluate() -> Any:
     # mean_grads have the dtypes of the parameters.
     snapshot = optax.tree.cast_like(
       _sharding.to_device(state.snapshot_params), state.mean_grads
@@ -726,11 +751,10 @@ def _evaluate(
           f"grad_fn failed at the snapshot with {e!r}.{_FLAT_HINT}"
         ) from e
       raise
-    # Both branches of lax.cond must have the same types.
-    return jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype), grads, updates)
+    return use(
+      jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype), grads, updates)
+    )
 
-  if active is True:
-    return evaluate()
-  return jax.lax.cond(
-    active, evaluate, lambda: jax.tree.map(jnp.zeros_like, updates)
+  return (
+    evaluate() if active is True else jax.lax.cond(active, evaluate, otherwise)
   )

@@ -247,6 +247,17 @@ def gradient_table(
   return mean, GradientTable(table, len(batches))
 
 
+def flatten_grad_fn(grad_fn: Callable[..., Any]) -> tuple[list[Any], Any]:
+  """A gradient function as arguments of a program, and what it is compiled for.
+
+  A :class:`jax.tree_util.Partial` is a tree: its arrays are arguments, its
+  function is static. Other functions are static as a whole.
+  """
+  if not isinstance(grad_fn, jax.tree_util.Partial):
+    grad_fn = jax.tree_util.Partial(grad_fn)
+  return jax.tree.flatten(grad_fn)
+
+
 def _check_arguments(grad_fn: Any, params: Any, batches: Any) -> None:
   if not callable(grad_fn):
     raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
@@ -261,12 +272,8 @@ def _pass(
   table: Any,
 ) -> tuple[optax.Updates, Any, int]:
   """Sums the gradients of batches, and stores them if there is a table."""
-  # A Partial is a tree: its arrays are arguments, its function is static.
-  leaves, treedef = jax.tree.flatten(
-    grad_fn
-    if isinstance(grad_fn, jax.tree_util.Partial)
-    else jax.tree_util.Partial(grad_fn)
-  )
+  leaves, treedef = flatten_grad_fn(grad_fn)
+
   total = jax.tree.map(
     lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
     params,

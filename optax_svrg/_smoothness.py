@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _mean_gradient
 
 
 def smoothness(
@@ -105,12 +105,7 @@ def smoothness(
   _checks.check_inexact(params, "params")
   _checks.check_batches(batches)
   num_iters = _checks.check_count(num_iters, "num_iters")
-  # A Partial is a tree: its arrays are arguments, its function is static.
-  leaves, treedef = jax.tree.flatten(
-    grad_fn
-    if isinstance(grad_fn, jax.tree_util.Partial)
-    else jax.tree_util.Partial(grad_fn)
-  )
+  leaves, treedef = _mean_gradient.flatten_grad_fn(grad_fn)
   estimate = _power_method(treedef, num_iters)
   largest = None
   for index, batch in enumerate(batches):

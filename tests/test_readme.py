@@ -50,6 +50,14 @@ def test_the_examples_train(code):
 
 
 @pytest.mark.standard_promotion
+def test_the_linear_probe_comes_to_the_minimum():
+  (code,) = (code for _, code in BLOCKS if "smoothness" in code)
+  namespace = {"__name__": "readme"}
+  exec(compile(code, "README.md", "exec"), namespace)
+  assert namespace["gap"] < 1e-12
+
+
+@pytest.mark.standard_promotion
 def test_the_gate_opens():
   """The recipe ends far below where plain steps stall."""
   (code,) = (code for _, code in BLOCKS if "is_open" in code)
