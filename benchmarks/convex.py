@@ -828,16 +828,15 @@ def main(
   if _FEATURES_OF in problems and data_dir is None:
     raise click.UsageError(f"--problem {_FEATURES_OF} needs --data-dir.")
   out.mkdir(parents=True, exist_ok=True)
+  # All of them first: one may be missing.
+  made = {
+    name: MAKERS[name]()
+    if name in MAKERS
+    else fashion_mnist_features(data_dir, 10_000)
+    for name in problems
+  }
   results: dict[str, dict[str, Trace]] = {}
-  for name in problems:
-    try:
-      problem = (
-        MAKERS[name]()
-        if name in MAKERS
-        else fashion_mnist_features(data_dir, 10_000)
-      )
-    except data.DataError as e:
-      raise click.ClickException(str(e)) from e
+  for name, problem in made.items():
     results[name] = run_problem(name, problem, passes)
     reporting.write_json(
       out / "convex.json",

@@ -743,6 +743,9 @@ class Command(click.Command):
     except click.ClickException as e:
       click.echo(f"Error: {e.format_message()}", err=True)
       status = e.exit_code
+    except data.DataError as e:
+      click.echo(f"Error: {e}", err=True)
+      status = click.UsageError.exit_code
     except click.Abort:
       click.echo("Interrupted.", err=True)
       status = _INTERRUPTED
@@ -925,10 +928,7 @@ def main(
       raise click.UsageError(f"{name} needs --checkpoint-dir.")
   _initialize(distributed, coordinator, num_processes, process_id)
   is_first = jax.process_index() == 0
-  try:
-    dataset = data.load(options.dataset, options.data_dir)
-  except data.DataError as e:
-    raise click.UsageError(str(e)) from e
+  dataset = data.load(options.dataset, options.data_dir)
   num_examples = len(dataset.train_labels)
   if options.batch_size > num_examples:
     raise click.UsageError(

@@ -735,10 +735,7 @@ def main(
   component, which is found as often as adaptive is measured. A measurement
   takes the gradients of all batches of the epoch at frozen weights.
   """
-  try:
-    loaded = data.load(dataset, data_dir)
-  except data.DataError as e:
-    raise click.UsageError(str(e)) from e
+  loaded = data.load(dataset, data_dir)
   # Once for all trainings.
   images, labels = jax.device_put(
     (

@@ -228,7 +228,7 @@ class TestCommand:
       f"--data-dir={tmp_path}",
       f"--out={tmp_path / 'out'}",
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "train-images-idx3-ubyte.gz" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
