@@ -75,6 +75,7 @@ EXTRA_GRADIENTS = {
   "adaptive": 2,
   "alpha-svrg, table": 1,
   "alpha-svrg, alpha = 0": 0,
+  "adaptive, no snapshot": 0,
   "adaptive-saga": 0,
 }
 # Arrays like the parameters that a step must read and write: AdamW reads the
@@ -217,6 +218,7 @@ class Problem:
       ),
       "alpha-svrg, table": self._program(svrg, self._make_table),
       "alpha-svrg, alpha = 0": self._program(off),
+      "adaptive, no snapshot": self._program(optax_svrg.adaptive_svrg()),
       "adaptive-saga": self._program(saga),
     }
 
