@@ -241,7 +241,7 @@ def write_plot(path: Path, name: str, results: Mapping[str, Result]) -> None:
     name: of the problem.
     results: what each method has reached.
   """
-  figure = Figure(figsize=(13, 5), layout="constrained")
+  figure = Figure(figsize=(13, 6), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True)
   curve = [results[method] for method in (_PLAIN, *LONGER)]
   for axis, field in zip(axes, ("gradients", "seconds"), strict=True):
@@ -264,9 +264,11 @@ def write_plot(path: Path, name: str, results: Mapping[str, Result]) -> None:
     xlabel="gradient evaluations per example", ylabel="final train loss"
   )
   axes[1].set(xlabel="seconds / plain's")
-  figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
+  figure.legend(
+    *axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8
+  )
   figure.suptitle(f"{name}; the line: plain with 1, 2 and 3 times the epochs")
-  figure.savefig(path, format="png", dpi=100)
+  figure.savefig(path, format="png", dpi=90)
 
 
 @click.command(cls=train.Command)

@@ -191,7 +191,7 @@ def products(
 
   Returns:
     Two real scalars: the inner products of s - m with g - m and with itself;
-    and whether the latter is finite, which it is not where s is not.
+    and whether both are finite, which they are not where g or s is not.
   """
   dtype = estimate.variance.dtype
   zero = jnp.zeros([], dtype)
@@ -212,7 +212,8 @@ def products(
   return (
     jnp.where(known, covariance, 0),
     jnp.where(known, variance, 0),
-    jnp.isfinite(variance),
+    # Of both, so that what corrects waits for both, and can overwrite s.
+    jnp.isfinite(covariance + variance),
   )
 
 
