@@ -566,6 +566,15 @@ def tables(results: Mapping[str, Any]) -> str:
   return "\n\n".join((epochs, updates, states, temporary))
 
 
+steps_option = click.option(
+  "--steps",
+  type=click.IntRange(min=1),
+  default=10,
+  show_default=True,
+  help="Number of batches of an epoch.",
+)
+
+
 @click.command(cls=train.Command)
 @click.option(
   "--dtype",
@@ -575,13 +584,7 @@ def tables(results: Mapping[str, Any]) -> str:
   help="Of parameters and images.",
 )
 @grid.cell_option(CASES)
-@click.option(
-  "--steps",
-  type=click.IntRange(min=1),
-  default=10,
-  show_default=True,
-  help="Number of batches of an epoch.",
-)
+@steps_option
 @click.option(
   "--rounds",
   type=click.IntRange(min=1),

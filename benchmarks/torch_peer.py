@@ -354,13 +354,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 @click.command(cls=train.Command)
 @grid.cell_option(PEERS)
-@click.option(
-  "--steps",
-  type=click.IntRange(min=1),
-  default=10,
-  show_default=True,
-  help="Number of batches of an epoch.",
-)
+@step_cost.steps_option
 @click.option(
   "--rounds",
   type=click.IntRange(min=1),
