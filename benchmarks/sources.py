@@ -27,7 +27,7 @@ Preparing them does, once, in any environment that has the packages
   tfds build cifar100 --file_format=array_record --data_dir=DATA_DIR
 
 where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
-``--manual_dir``, the folder of ``ILSVRC2012_img_train.tar`` and
+``--manual_dir=MANUAL_DIR``, the folder of ``ILSVRC2012_img_train.tar`` and
 ``ILSVRC2012_img_val.tar``. ``DATA_DIR`` is what ``load`` takes then.
 """
 
@@ -37,6 +37,7 @@ import io
 import json
 import os
 from pathlib import Path
+import shlex
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
 
 import numpy as np
@@ -351,9 +352,10 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
   import tensorflow_datasets as tfds  # Only these data sets need it.
 
   full_name = _CONFIGS.get(name, name)
-  command = (
-    f"tfds build {full_name} --file_format=array_record --data_dir={data_dir}"
-  )
+  arguments = ["--file_format=array_record", f"--data_dir={data_dir}"]
+  if name == "imagenet2012":
+    arguments.append("--manual_dir=MANUAL_DIR")
+  command = shlex.join(["tfds", "build", full_name, *arguments])
   folder = data_dir / full_name
   if not any(folder.glob("*/dataset_info.json")):
     raise data.DataError(

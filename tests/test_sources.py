@@ -254,16 +254,17 @@ class TestTFDS:
     assert_examples(got.train, examples)
     assert got.fingerprint.startswith(f"cifar100/{version} ")
 
-  @pytest.mark.parametrize("name", ["cifar100", "eurosat"])
+  @pytest.mark.parametrize("name", [*TFDS, "eurosat"])
   @pytest.mark.parametrize("exists", [True, False])
   def test_missing(self, name, exists, tmp_path):
-    data_dir = tmp_path / "data"
+    data_dir = tmp_path / "my data"
     if exists:
       data_dir.mkdir()
     full_name = "eurosat/rgb" if name == "eurosat" else name
+    manual_dir = " --manual_dir=MANUAL_DIR" if name == "imagenet2012" else ""
     message = (
       f"^{data_dir}/{full_name}: has no data.*tfds build {full_name}"
-      f" --file_format=array_record --data_dir={data_dir}$"
+      f" --file_format=array_record '--data_dir={data_dir}'{manual_dir}$"
     )
     assert_data_error(message, sources.load, name, data_dir)
 
