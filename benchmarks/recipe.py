@@ -1,0 +1,494 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The augmentation of images in the alpha-SVRG paper.
+
+The paper trains with what timm 0.6.12 does by the settings of ConvNeXt. No
+kept library for JAX or Grain draws by the same law: dm-pix has single
+operations, augmax no RandAugment, and that of Keras has other operations, with
+strengths drawn otherwise. So :func:`augment` is a thin layer over the
+operations of Pillow, which timm calls too, and :func:`mix` is plain JAX.
+
+What an image is put through, in this order: a random resized crop, or at 32
+pixels and below a random crop of the padded image; a flip; RandAugment
+``rand-m9-mstd0.5-inc1``; random erasing by noise; mixup or cutmix with the
+batch in reverse order; smoothing of the labels. The authors also set colour
+jitter, which has no effect: timm leaves it out where RandAugment is on. It acts
+here by the same rule, that is, only with ``magnitude=None``.
+
+The authors mix within the part of the batch of one GPU, with a draw for each;
+here a batch is mixed as a whole, so that the number of devices does not matter.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image, ImageEnhance, ImageOps
+
+# Up to this size, in pixels, an image is neither scaled nor cropped at random.
+_SMALL = 32
+_VALIDATION_CROP = 224 / 256
+_BICUBIC = Image.Resampling.BICUBIC
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Of RandAugment.
+_NUM_LAYERS = 2
+_APPLIED = 0.5  # Probability.
+_MAX_MAGNITUDE = 10.0
+
+# Of random erasing.
+_ERASED_AREA = (0.02, 1 / 3)  # Share of the image.
+_ERASED_RATIO = (0.3, 1 / 0.3)  # Height to width.
+
+_ATTEMPTS = 10  # At a box that lies within the image.
+
+_Fill = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The settings, by default those of the paper (its code, ``main.py``).
+
+  Attributes:
+    image_size: height and width of the images that come out, in pixels.
+    num_channels: 3, or 1 for shades of grey.
+    num_classes: number of classes.
+    crop_scale: least and greatest share of the area in a random resized crop.
+    crop_ratio: least and greatest ratio of its width to its height.
+    padding: black pixels on each side before the random crop of images of at
+      most 32 pixels.
+    flip: probability of a flip from left to right.
+    magnitude: mean strength of RandAugment, from 0 to 10; ``None`` turns it
+      off.
+    magnitude_std: standard deviation of the strength, which is drawn for each
+      operation and clipped to 0 to 10.
+    color_jitter: how much brightness, contrast and saturation vary where
+      RandAugment is off; 0 for not at all.
+    erasing: probability that a box of an image is replaced by noise.
+    mixup: parameter of the beta distribution of mixup; 0 turns it off.
+    cutmix: the same for cutmix.
+    switch: probability of cutmix where both are on.
+    label_smoothing: how much of a target is spread evenly over all classes.
+
+  Raises:
+    ValueError: if a setting is out of its range.
+  """
+
+  image_size: int
+  num_channels: int
+  num_classes: int
+  crop_scale: tuple[float, float] = (0.08, 1.0)
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  padding: int = 4
+  flip: float = 0.5
+  magnitude: float | None = 9.0
+  magnitude_std: float = 0.5
+  color_jitter: float = 0.4
+  erasing: float = 0.25
+  mixup: float = 0.8
+  cutmix: float = 1.0
+  switch: float = 0.5
+  label_smoothing: float = 0.1
+
+  def __post_init__(self) -> None:
+    if self.num_channels not in (1, 3):
+      raise ValueError(f"num_channels must be 1 or 3, got {self.num_channels}.")
+    for name, low, high in (
+      ("image_size", 1, math.inf),
+      ("num_classes", 1, math.inf),
+      ("padding", 0, math.inf),
+      ("flip", 0, 1),
+      ("magnitude", 0, _MAX_MAGNITUDE),
+      ("magnitude_std", 0, math.inf),
+      ("color_jitter", 0, math.inf),
+      ("erasing", 0, 1),
+      ("mixup", 0, math.inf),
+      ("cutmix", 0, math.inf),
+      ("switch", 0, 1),
+      ("label_smoothing", 0, 1),
+    ):
+      value = getattr(self, name)
+      if value is not None and not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high:g}, got {value}.")
+    for name, high in (("crop_scale", 1), ("crop_ratio", math.inf)):
+      first, second = value = getattr(self, name)
+      if not 0 < first <= second <= high:
+        raise ValueError(
+          f"{name} must be two numbers in ascending order, above 0 and at most"
+          f" {high:g}, got {value}."
+        )
+
+  @property
+  def mean(self) -> tuple[float, ...]:
+    """The mean of each channel in ImageNet; for grey the mean of these."""
+    return self._of_channels(_IMAGENET_MEAN)
+
+  @property
+  def std(self) -> tuple[float, ...]:
+    """The standard deviation, like ``mean``."""
+    return self._of_channels(_IMAGENET_STD)
+
+  def _of_channels(self, values: tuple[float, ...]) -> tuple[float, ...]:
+    return values if self.num_channels == 3 else (sum(values) / len(values),)
+
+
+def _to_pillow(recipe: Recipe, image: np.ndarray) -> Image.Image:
+  image = np.asarray(image)
+  if (
+    image.dtype != np.uint8
+    or image.ndim != 3
+    or image.shape[-1] != recipe.num_channels
+    or not image.size
+  ):
+    raise ValueError(
+      "image must be uint8 of the shape (height, width,"
+      f" {recipe.num_channels}), got {image.dtype} of the shape {image.shape}."
+    )
+  return Image.fromarray(image if recipe.num_channels == 3 else image[..., 0])
+
+
+def _to_numpy(recipe: Recipe, image: Image.Image) -> np.ndarray:
+  return np.asarray(image).reshape(
+    recipe.image_size, recipe.image_size, recipe.num_channels
+  )
+
+
+def _crop_box(
+  recipe: Recipe, rng: np.random.Generator, width: int, height: int
+) -> tuple[int, int, int, int]:
+  """The left, upper, right and lower edge of a random resized crop."""
+  log_ratio = [math.log(ratio) for ratio in recipe.crop_ratio]
+  for _ in range(_ATTEMPTS):
+    area = rng.uniform(*recipe.crop_scale) * width * height
+    ratio = math.exp(rng.uniform(*log_ratio))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if w <= width and h <= height:
+      top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+      return int(left), int(top), int(left) + w, int(top) + h
+  # The greatest box in the middle whose ratio is allowed.
+  least, greatest = recipe.crop_ratio
+  w = min(width, round(height * greatest))
+  h = min(height, round(width / least))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def _crop(
+  recipe: Recipe, rng: np.random.Generator, image: Image.Image
+) -> Image.Image:
+  size = recipe.image_size
+  if size > _SMALL:
+    # Cropped first: pixels outside the box must not blur into it.
+    return image.crop(_crop_box(recipe, rng, *image.size)).resize(
+      (size, size), _BICUBIC
+    )
+  image = ImageOps.expand(image.resize((size, size), _BICUBIC), recipe.padding)
+  left, top = rng.integers(2 * recipe.padding + 1, size=2).tolist()
+  return image.crop((left, top, left + size, top + size))
+
+
+def _affine(
+  image: Image.Image, matrix: tuple[float, ...], fill: _Fill
+) -> Image.Image:
+  return image.transform(
+    image.size, Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=fill
+  )
+
+
+def _solarize_add(image: Image.Image, addend: int) -> Image.Image:
+  table = [min(255, i + addend) if i < 128 else i for i in range(256)]
+  return image.point(table * len(image.getbands()))
+
+
+def _factor(level: float) -> float:
+  """Of an enhancement; 1 leaves the image as it is."""
+  return max(0.1, 1 + 0.9 * level)
+
+
+# The operations of RandAugment. The level is the strength as a share of the
+# greatest; its sign is random, and matters where there are two directions.
+_OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
+  "auto_contrast": lambda image, level, fill: ImageOps.autocontrast(image),
+  "equalize": lambda image, level, fill: ImageOps.equalize(image),
+  "invert": lambda image, level, fill: ImageOps.invert(image),
+  "rotate": lambda image, level, fill: image.rotate(
+    30 * level, _BICUBIC, fillcolor=fill
+  ),
+  "posterize": lambda image, level, fill: ImageOps.posterize(
+    image, 4 - int(abs(level) * 4)
+  ),
+  "solarize": lambda image, level, fill: ImageOps.solarize(
+    image, 256 - int(abs(level) * 256)
+  ),
+  "solarize_add": lambda image, level, fill: _solarize_add(
+    image, int(abs(level) * 110)
+  ),
+  "color": lambda image, level, fill: ImageEnhance.Color(image).enhance(
+    _factor(level)
+  ),
+  "contrast": lambda image, level, fill: ImageEnhance.Contrast(image).enhance(
+    _factor(level)
+  ),
+  "brightness": lambda image, level, fill: ImageEnhance.Brightness(
+    image
+  ).enhance(_factor(level)),
+  "sharpness": lambda image, level, fill: ImageEnhance.Sharpness(image).enhance(
+    _factor(level)
+  ),
+  "shear_x": lambda image, level, fill: _affine(
+    image, (1, 0.3 * level, 0, 0, 1, 0), fill
+  ),
+  "shear_y": lambda image, level, fill: _affine(
+    image, (1, 0, 0, 0.3 * level, 1, 0), fill
+  ),
+  "translate_x": lambda image, level, fill: _affine(
+    image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill
+  ),
+  "translate_y": lambda image, level, fill: _affine(
+    image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill
+  ),
+}
+
+
+def _rand_augment(
+  recipe: Recipe, rng: np.random.Generator, image: Image.Image
+) -> Image.Image:
+  colors = [round(255 * mean) for mean in recipe.mean]
+  fill = tuple(colors) if len(colors) > 1 else colors[0]
+  names = list(_OPERATIONS)
+  for i in rng.integers(len(names), size=_NUM_LAYERS).tolist():
+    if rng.random() < _APPLIED:
+      magnitude = rng.normal(recipe.magnitude, recipe.magnitude_std)
+      level = min(max(magnitude, 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
+      sign = 1 if rng.random() < 0.5 else -1
+      image = _OPERATIONS[names[i]](image, sign * level, fill)
+  return image
+
+
+def _jitter(
+  recipe: Recipe, rng: np.random.Generator, image: Image.Image
+) -> Image.Image:
+  enhancers = (
+    ImageEnhance.Brightness,
+    ImageEnhance.Contrast,
+    ImageEnhance.Color,
+  )
+  least = max(0.0, 1 - recipe.color_jitter)
+  for i in rng.permutation(len(enhancers)):
+    factor = rng.uniform(least, 1 + recipe.color_jitter)
+    image = enhancers[i](image).enhance(factor)
+  return image
+
+
+def augment(
+  recipe: Recipe, rng: np.random.Generator, image: np.ndarray
+) -> np.ndarray:
+  """Augments an image for training, on the host.
+
+  Args:
+    recipe: the settings.
+    rng: from which all draws follow.
+    image: uint8 of the shape (height, width, channels).
+
+  Returns:
+    An array of uint8 of the shape (image_size, image_size, channels).
+
+  Raises:
+    ValueError: if ``image`` is of another dtype or shape.
+  """
+  result = _crop(recipe, rng, _to_pillow(recipe, image))
+  if rng.random() < recipe.flip:
+    result = ImageOps.mirror(result)
+  if recipe.magnitude is not None:
+    result = _rand_augment(recipe, rng, result)
+  elif recipe.color_jitter:
+    result = _jitter(recipe, rng, result)
+  return _to_numpy(recipe, result)
+
+
+def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
+  """Brings an image to its size for validation.
+
+  Above 32 pixels the shorter side is scaled to 256/224 of the size, and the
+  middle cut out; else the image is scaled as a whole.
+
+  Args:
+    recipe: the settings.
+    image: uint8 of the shape (height, width, channels).
+
+  Returns:
+    An array of uint8 of the shape (image_size, image_size, channels).
+
+  Raises:
+    ValueError: if ``image`` is of another dtype or shape.
+  """
+  result, size = _to_pillow(recipe, image), recipe.image_size
+  if size <= _SMALL:
+    return _to_numpy(recipe, result.resize((size, size), _BICUBIC))
+  short, target = min(result.size), int(size / _VALIDATION_CROP)
+  width, height = (int(target * side / short) for side in result.size)
+  left, top = round((width - size) / 2), round((height - size) / 2)
+  result = result.resize((width, height), _BICUBIC)
+  return _to_numpy(recipe, result.crop((left, top, left + size, top + size)))
+
+
+def standardise(recipe: Recipe, images: jax.Array) -> jax.Array:
+  """Standardises images by the mean and standard deviation of ImageNet.
+
+  Args:
+    recipe: the settings.
+    images: uint8 of the shape (batch, height, width, channels).
+
+  Returns:
+    An array of float32 of the same shape.
+  """
+  shape = (1, 1, 1, recipe.num_channels)
+  mean = jnp.array(recipe.mean, jnp.float32).reshape(shape)
+  std = jnp.array(recipe.std, jnp.float32).reshape(shape)
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _is_in_box(
+  size: int,
+  top: jax.Array,
+  bottom: jax.Array,
+  left: jax.Array,
+  right: jax.Array,
+) -> jax.Array:
+  """Which pixels lie in a box: booleans of the shape (size, size, 1)."""
+  places = jnp.arange(size)
+  rows = (top <= places) & (places < bottom)
+  columns = (left <= places) & (places < right)
+  return rows[:, None, None] & columns[None, :, None]
+
+
+def _erased(recipe: Recipe, key: jax.Array) -> jax.Array:
+  """Which pixels of an image are erased."""
+  size = recipe.image_size
+  keys = jax.random.split(key, 5)
+  shape = (_ATTEMPTS,)
+  least, greatest = _ERASED_AREA
+  area = size**2 * jax.random.uniform(
+    keys[0], shape, jnp.float32, least, greatest
+  )
+  least, greatest = (math.log(ratio) for ratio in _ERASED_RATIO)
+  ratio = jnp.exp(
+    jax.random.uniform(keys[1], shape, jnp.float32, least, greatest)
+  )
+  heights = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+  widths = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+  is_inside = (heights < size) & (widths < size)
+  first = jnp.argmax(is_inside)
+  height, width = heights[first], widths[first]
+  top = jax.random.randint(keys[2], (), 0, size - height + 1)
+  left = jax.random.randint(keys[3], (), 0, size - width + 1)
+  is_erased = jax.random.bernoulli(keys[4], recipe.erasing)
+  return (
+    is_erased
+    & is_inside[first]
+    & _is_in_box(size, top, top + height, left, left + width)
+  )
+
+
+def _erase(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
+  box_key, noise_key = jax.random.split(key)
+  keys = jax.random.split(box_key, len(images))
+  erased = jax.vmap(lambda key: _erased(recipe, key))(keys)
+  noise = jax.random.normal(noise_key, images.shape, images.dtype)
+  return jnp.where(erased, noise, images)
+
+
+def _share_kept(recipe: Recipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """How much of each image stays where it is mixed with another.
+
+  Args:
+    recipe: the settings.
+    key: from which the draws follow.
+
+  Returns:
+    The share at each pixel, of the shape (size, size, 1), and on the whole.
+  """
+  size = recipe.image_size
+  keys = jax.random.split(key, 5)
+  switch = (
+    recipe.switch if recipe.mixup and recipe.cutmix else recipe.cutmix > 0
+  )
+  is_cutmix = jax.random.bernoulli(keys[0], float(switch))
+  mixup, cutmix = (
+    jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
+    if alpha
+    else jnp.float32(1)
+    for key, alpha in ((keys[1], recipe.mixup), (keys[2], recipe.cutmix))
+  )
+  half = (size * jnp.sqrt(1 - cutmix)).astype(jnp.int32) // 2
+  center = jax.random.randint(keys[3], (2,), 0, size)
+  low, high = (jnp.clip(center + offset, 0, size) for offset in (-half, half))
+  box = _is_in_box(size, low[0], high[0], low[1], high[1])
+  outside = 1 - (high - low).prod().astype(jnp.float32) / size**2
+  return (
+    jnp.where(is_cutmix, 1 - box.astype(jnp.float32), mixup),
+    jnp.where(is_cutmix, outside, mixup),
+  )
+
+
+def mix(
+  recipe: Recipe, key: jax.Array, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Standardises, erases, mixes and smooths a batch, on the device.
+
+  To be compiled by the caller. Each image is mixed with that at its place in
+  the batch in reverse order, as timm does, by one draw for the batch.
+
+  Args:
+    recipe: the settings.
+    key: from which all draws follow.
+    images: uint8 of the shape (batch, image_size, image_size, channels).
+    labels: integers of the shape (batch,).
+
+  Returns:
+    The images as float32, and targets of float32 and of the shape (batch,
+    num_classes), each of which sums to one.
+
+  Raises:
+    ValueError: if ``images`` or ``labels`` is of another dtype or shape.
+  """
+  shape = (recipe.image_size, recipe.image_size, recipe.num_channels)
+  if images.dtype != jnp.uint8 or images.shape[1:] != shape:
+    raise ValueError(
+      f"images must be uint8 of the shape (batch, *{shape}), got"
+      f" {images.dtype} of the shape {images.shape}."
+    )
+  if labels.shape != images.shape[:1]:
+    raise ValueError(
+      f"labels must be of the shape {images.shape[:1]}, got {labels.shape}."
+    )
+  erasing_key, mixing_key = jax.random.split(key)
+  mixed = standardise(recipe, images)
+  targets = optax.smooth_labels(
+    jax.nn.one_hot(labels, recipe.num_classes, dtype=jnp.float32),
+    recipe.label_smoothing,
+  )
+  if recipe.erasing:
+    mixed = _erase(recipe, erasing_key, mixed)
+  if recipe.mixup or recipe.cutmix:
+    by_pixel, share = _share_kept(recipe, mixing_key)
+    mixed = by_pixel[None] * mixed + (1 - by_pixel[None]) * mixed[::-1]
+    targets = share * targets + (1 - share) * targets[::-1]
+  return mixed, targets
