@@ -212,9 +212,25 @@ def _affine(
   )
 
 
-def _solarize_add(image: Image.Image, addend: int) -> Image.Image:
-  table = [min(255, i + addend) if i < 128 else i for i in range(256)]
+def _by_table(
+  image: Image.Image, new_value: Callable[[int], int]
+) -> Image.Image:
+  """Replaces each value of each channel."""
+  table = [new_value(value) for value in range(256)]
   return image.point(table * len(image.getbands()))
+
+
+def _posterize(image: Image.Image, level: float) -> Image.Image:
+  # At the greatest level no bit is left, which ImageOps.posterize refuses.
+  step = 2 ** (4 + int(abs(level) * 4))
+  return _by_table(image, lambda value: value - value % step)
+
+
+def _solarize_add(image: Image.Image, level: float) -> Image.Image:
+  addend = int(abs(level) * 110)
+  return _by_table(
+    image, lambda value: min(255, value + addend) if value < 128 else value
+  )
 
 
 def _factor(level: float) -> float:
@@ -231,15 +247,11 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
   "rotate": lambda image, level, fill: image.rotate(
     30 * level, _BICUBIC, fillcolor=fill
   ),
-  "posterize": lambda image, level, fill: ImageOps.posterize(
-    image, 4 - int(abs(level) * 4)
-  ),
+  "posterize": lambda image, level, fill: _posterize(image, level),
   "solarize": lambda image, level, fill: ImageOps.solarize(
     image, 256 - int(abs(level) * 256)
   ),
-  "solarize_add": lambda image, level, fill: _solarize_add(
-    image, int(abs(level) * 110)
-  ),
+  "solarize_add": lambda image, level, fill: _solarize_add(image, level),
   "color": lambda image, level, fill: ImageEnhance.Color(image).enhance(
     _factor(level)
   ),

@@ -249,7 +249,7 @@ def _to_devices(
   batch: Batch,
 ) -> Batch:
   if sharding is None:
-    # A CPU takes an array as it is, and so would hold on to what a worker shares.
+    # The CPU may keep an array as it is, and with it what a worker shares.
     return jax.device_put(jax.tree.map(np.copy, batch))
 
   def place(array: np.ndarray) -> jax.Array:
