@@ -18,11 +18,12 @@ by an index. An element is a dictionary of ``"image"``, uint8 of the shape
 (height, width, channels) with one channel or three and read-only, and
 ``"label"``, an ``int``. Sources can be pickled for Grain's worker processes.
 
-The nine data sets of the paper's tables are those of TensorFlow Datasets,
-divided as in the authors' ``datasets.py``. Reading them needs no TensorFlow.
-Preparing them does, once, in any environment that has the packages
-``tensorflow``, ``tensorflow-datasets`` and ``importlib_resources``, and
-``scipy`` for some::
+The nine data sets of the paper's tables (Yin et al., "A Coefficient Makes SVRG
+Effective") are those of TensorFlow Datasets, divided as in the authors'
+``datasets.py``, but for EuroSAT, of which they draw other 70 % for training.
+Reading them needs no TensorFlow. Preparing them does, once, in any environment
+that has the packages ``tensorflow``, ``tensorflow-datasets``,
+``importlib_resources`` and, for some, ``scipy``::
 
   tfds build cifar100 --file_format=array_record --data_dir=DATA_DIR
 
@@ -61,8 +62,7 @@ _SPLITS = {
   "food101": _Splits("train", "validation"),
   "dtd": _Splits("train+validation", "test"),
   "svhn_cropped": _Splits("train", "test"),
-  # The only split, which has been shuffled when it was written. The authors
-  # draw as many at random.
+  # The only split, which TensorFlow Datasets has shuffled when it was written.
   "eurosat": _Splits("train[:70%]", "train[70%:]"),
   "imagenet2012": _Splits("train", "validation"),
 }
@@ -114,9 +114,8 @@ def load(name: str, data_dir: Path | None) -> ImageData:
   """Opens a data set.
 
   Args:
-    name: one of ``DATASETS``: one of TensorFlow Datasets, as the nine are that
-      the paper reports in its tables (section 5), prepared as the module's
-      docstring says; ``"image-folder"``, any images in files; or what
+    name: one of ``DATASETS``: one of TensorFlow Datasets, prepared as the
+      module's docstring says; ``"image-folder"``, any images in files; or what
       ``benchmarks.data.load`` takes.
     data_dir: of TensorFlow Datasets, where ``tfds build`` has put them; of
       ``"image-folder"``, the folder with ``train/CLASS/FILE`` and
