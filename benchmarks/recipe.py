@@ -377,45 +377,31 @@ def standardise(recipe: Recipe, images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _is_in_box(
-  size: int,
-  top: jax.Array,
-  bottom: jax.Array,
-  left: jax.Array,
-  right: jax.Array,
-) -> jax.Array:
-  """Which pixels lie in a box: booleans of the shape (size, size, 1)."""
-  places = jnp.arange(size)
-  rows = (top <= places) & (places < bottom)
-  columns = (left <= places) & (places < right)
-  return rows[:, None, None] & columns[None, :, None]
+def _is_in_box(size: int, low: jax.Array, high: jax.Array) -> jax.Array:
+  """Which pixels lie between corners: booleans of the shape (size, size, 1)."""
+  places = jnp.arange(size, dtype=jnp.int32)[:, None]
+  is_between = (low[None] <= places) & (places < high[None])
+  return is_between[:, None, :1] & is_between[None, :, 1:]
 
 
 def _erased(recipe: Recipe, key: jax.Array) -> jax.Array:
   """Which pixels of an image are erased."""
   size = recipe.image_size
-  keys = jax.random.split(key, 5)
-  shape = (_ATTEMPTS,)
-  least, greatest = _ERASED_AREA
-  area = size**2 * jax.random.uniform(
-    keys[0], shape, jnp.float32, least, greatest
-  )
-  least, greatest = (math.log(ratio) for ratio in _ERASED_RATIO)
-  ratio = jnp.exp(
-    jax.random.uniform(keys[1], shape, jnp.float32, least, greatest)
-  )
-  heights = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
-  widths = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
-  is_inside = (heights < size) & (widths < size)
-  first = jnp.argmax(is_inside)
-  height, width = heights[first], widths[first]
-  top = jax.random.randint(keys[2], (), 0, size - height + 1)
-  left = jax.random.randint(keys[3], (), 0, size - width + 1)
-  is_erased = jax.random.bernoulli(keys[4], recipe.erasing)
+  whether_key, box_key, corner_key = jax.random.split(key, 3)
+  log_ratio = [math.log(ratio) for ratio in _ERASED_RATIO]
+  low, high = jnp.array([_ERASED_AREA, log_ratio], jnp.float32).T
+  areas, log_ratios = jax.random.uniform(
+    box_key, (_ATTEMPTS, 2), jnp.float32, low, high
+  ).T
+  # The height and width of each attempt.
+  ratios = jnp.exp(jnp.stack([log_ratios, -log_ratios]))
+  sides = jnp.round(size * jnp.sqrt(areas[None] * ratios)).astype(jnp.int32)
+  is_inside = jnp.all(sides < size, axis=0)
+  side = sides[:, jnp.argmax(is_inside)]
+  corner = jax.random.randint(corner_key, (2,), 0, size + 1 - side, jnp.int32)
+  is_erased = jax.random.bernoulli(whether_key, recipe.erasing)
   return (
-    is_erased
-    & is_inside[first]
-    & _is_in_box(size, top, top + height, left, left + width)
+    is_erased & jnp.any(is_inside) & _is_in_box(size, corner, corner + side)
   )
 
 
@@ -438,25 +424,24 @@ def _share_kept(recipe: Recipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     The share at each pixel, of the shape (size, size, 1), and on the whole.
   """
   size = recipe.image_size
-  keys = jax.random.split(key, 5)
+  switch_key, share_key, center_key = jax.random.split(key, 3)
   switch = (
     recipe.switch if recipe.mixup and recipe.cutmix else recipe.cutmix > 0
   )
-  is_cutmix = jax.random.bernoulli(keys[0], float(switch))
-  mixup, cutmix = (
-    jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
-    if alpha
-    else jnp.float32(1)
-    for key, alpha in ((keys[1], recipe.mixup), (keys[2], recipe.cutmix))
+  is_cutmix = jax.random.bernoulli(switch_key, float(switch))
+  alpha = jnp.where(
+    is_cutmix, jnp.float32(recipe.cutmix), jnp.float32(recipe.mixup)
   )
-  half = (size * jnp.sqrt(1 - cutmix)).astype(jnp.int32) // 2
-  center = jax.random.randint(keys[3], (2,), 0, size)
-  low, high = (jnp.clip(center + offset, 0, size) for offset in (-half, half))
-  box = _is_in_box(size, low[0], high[0], low[1], high[1])
-  outside = 1 - (high - low).prod().astype(jnp.float32) / size**2
+  share = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32)
+  half = (size * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
+  center = jax.random.randint(center_key, (2,), 0, size, jnp.int32)
+  low = jnp.maximum(center - half, 0)
+  high = jnp.minimum(center + half, size)
+  outside = 1 - jnp.prod(high - low).astype(jnp.float32) / size**2
+  is_kept = ~_is_in_box(size, low, high)
   return (
-    jnp.where(is_cutmix, 1 - box.astype(jnp.float32), mixup),
-    jnp.where(is_cutmix, outside, mixup),
+    jnp.where(is_cutmix, is_kept.astype(jnp.float32), share),
+    jnp.where(is_cutmix, outside, share),
   )
 
 

@@ -23,7 +23,7 @@ to an array of uint8 of the shape (height, width, channels), and from
 ``"label"`` to an integer.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -275,7 +275,7 @@ def _stream(
   batch_size: int,
   sharding: NamedSharding | None,
   num_workers: int,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
   if num_workers < 0:
     raise ValueError(f"num_workers must not be negative, got {num_workers}.")
   rows = _local_rows(batch_size, sharding)
@@ -312,7 +312,7 @@ def train_batches(
   stop: int,
   sharding: NamedSharding | None = None,
   num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
   """The batches of steps, augmented, read ahead.
 
   Args:
@@ -323,7 +323,8 @@ def train_batches(
     stop: the step after the last.
     sharding: how the examples of a batch are divided among devices; each
       process reads those of its own. ``None`` for a single device.
-    num_workers: processes that read; 0 for threads of this one.
+    num_workers: processes that read; 0 for threads of this one. They import
+      the main module anew, which must have the usual guard for it.
 
   Returns:
     An iterator of batches on the devices. Its ``close`` ends the workers, which
@@ -360,7 +361,7 @@ def validation_batches(
   batch_size: int,
   sharding: NamedSharding | None = None,
   num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
   """All examples once, in the order of the source.
 
   Args:
