@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import functools
 import itertools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -37,11 +38,21 @@ class MLP(nnx.Module):
   Args:
     sizes: numbers of units, from the inputs to the outputs.
     rngs: random streams for the initial weights.
+    dtype: of the computation; that of inputs and weights unless given.
   """
 
-  def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    sizes: Sequence[int],
+    *,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike | None = None,
+  ):
     self.layers = nnx.List(
-      [nnx.Linear(*size, rngs=rngs) for size in itertools.pairwise(sizes)]
+      [
+        nnx.Linear(*size, dtype=dtype, rngs=rngs)
+        for size in itertools.pairwise(sizes)
+      ]
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,6 +80,21 @@ def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
   for _ in range(num_layers - 1):
     sizes.append(int(ratio * sizes[-1]))
   return [*sizes, num_classes]
+
+
+def cut(images: Any, size: int) -> Any:
+  """Cuts images into squares that do not overlap.
+
+  Args:
+    images: a NumPy or JAX array, ``[..., height, width, channels]``.
+    size: height and width of a square, in pixels; it divides the images'.
+
+  Returns:
+    ``[..., height / size, width / size, size, size, channels]``.
+  """
+  *leading, height, width, channels = images.shape
+  grid = (height // size, size, width // size, size)
+  return images.reshape(*leading, *grid, channels).swapaxes(-4, -3)
 
 
 class ViT(nnx.Module):
@@ -238,11 +264,8 @@ def _patches(image_shape: tuple[int, int, int]) -> tuple[int, int]:
 
 def _to_patches(x: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
   """Cuts flattened images of any leading axes."""
-  channels, height, width = image_shape
-  grid = (height // _PATCH, _PATCH, width // _PATCH, _PATCH)
-  x = x.reshape(*x.shape[:-1], channels, *grid)
-  # Patches by row and column first, then what is in a patch.
-  x = jnp.moveaxis(x, (-4, -2), (-5, -4))
+  x = jnp.moveaxis(x.reshape(*x.shape[:-1], *image_shape), -3, -1)
+  x = jnp.moveaxis(cut(x, _PATCH), -1, -3)
   num_patches, size = _patches(image_shape)
   return x.reshape(*x.shape[:-5], num_patches, size)
 
