@@ -628,7 +628,7 @@ class _ConvNeXtBlock(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(width))
     self.norm = _norm(width, dtype, rngs=rngs)
     self.mlp = _FeedForward(width, 4 * width, dtype, rngs=rngs)
-    self.layer_scale = nnx.Param(jnp.full(width, 1e-6))
+    self.layer_scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     kernel, bias, scale = (

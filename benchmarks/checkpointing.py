@@ -246,12 +246,12 @@ class Checkpoints:
     if found != self._identity:
       raise CheckpointError(
         f"--resume: {path.parent} holds another training:"
-        f" {_difference(found, self._identity)}."
+        f" {difference(found, self._identity)}."
       )
 
 
-def _difference(found: Any, wanted: Any) -> str:
-  """The first thing in which two records differ."""
+def difference(found: Any, wanted: Any) -> str:
+  """The first thing in which two records, as JSON, differ, in words."""
   if not isinstance(found, dict):
     return f"{found!r}"
   for key in {**wanted, **found}:

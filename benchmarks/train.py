@@ -757,19 +757,21 @@ class Command(click.Command):
     return super().parse_args(ctx, args)
 
 
-class _Finite(click.FloatRange):
+class Finite(click.FloatRange):
   """A finite number of a range."""
 
   def convert(self, value, param, ctx):
+    """Converts what was given."""
     number = super().convert(value, param, ctx)
     if not math.isfinite(number):
       self.fail(f"{value} is not a finite number.", param, ctx)
     return number
 
 
-def _parse_methods(
+def parse_methods(
   ctx: click.Context, param: click.Parameter, value: str
 ) -> tuple[str, ...]:
+  """Callback of an option of names of methods, separated by commas."""
   methods = tuple(value.split(","))
   for method in methods:
     if method not in METHODS:
@@ -779,6 +781,89 @@ def _parse_methods(
   if len(set(methods)) < len(methods):
     raise click.BadParameter(f"{value!r} has a method twice.", ctx, param)
   return methods
+
+
+class Distributed(NamedTuple):
+  """How to join the processes of a cluster.
+
+  Attributes:
+    is_on: whether there is one.
+    coordinator: address of process 0, ``None`` to detect the cluster.
+    num_processes: number of processes, likewise.
+    process_id: number of this process, likewise.
+  """
+
+  is_on: bool
+  coordinator: str | None
+  num_processes: int | None
+  process_id: int | None
+
+  def initialize(self) -> None:
+    """Joins them.
+
+    Raises:
+      click.UsageError: if the options contradict one another, or the cluster is
+        not detected.
+    """
+    given = {
+      "--coordinator": self.coordinator,
+      "--num-processes": self.num_processes,
+      "--process-id": self.process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not self.is_on:
+      if len(missing) < len(given):
+        name = next(name for name in given if name not in missing)
+        raise click.UsageError(f"{name} needs --distributed.")
+      return
+    if 0 < len(missing) < len(given):
+      raise click.UsageError(
+        f"{', '.join(given)} go together, {', '.join(missing)} is missing."
+      )
+    if not missing and self.process_id >= self.num_processes:
+      raise click.UsageError(
+        "--process-id must be less than --num-processes,"
+        f" {self.num_processes}, got {self.process_id}."
+      )
+    try:
+      jax.distributed.initialize(*self[1:])
+    except (RuntimeError, ValueError) as e:
+      reason = str(e).partition("\n")[0].rstrip(".")
+      raise click.UsageError(
+        f"--distributed: {reason}. Where the cluster is not detected, give"
+        f" {', '.join(given)}."
+      ) from e
+
+
+def distributed_options(command: Callable) -> Callable:
+  """The options of a :class:`Distributed`, the argument ``distributed``."""
+
+  @click.option(
+    "--distributed",
+    is_flag=True,
+    help="Train on the devices of several processes, each started with this"
+    " command. TPU pods, Slurm and GKE need no further options.",
+  )
+  @click.option(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="Address of process 0, where the cluster is not detected.",
+  )
+  @click.option("--num-processes", type=click.IntRange(min=1))
+  @click.option("--process-id", type=click.IntRange(min=0))
+  @functools.wraps(command)
+  def with_distributed(
+    *args: Any,
+    distributed: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **kwargs: Any,
+  ) -> Any:
+    joined = Distributed(distributed, coordinator, num_processes, process_id)
+    return command(*args, distributed=joined, **kwargs)
+
+  return with_distributed
 
 
 @click.command(cls=Command)
@@ -809,7 +894,7 @@ def _parse_methods(
 )
 @click.option(
   "--methods",
-  callback=_parse_methods,
+  callback=parse_methods,
   default=",".join(METHODS),
   show_default=True,
   help="Separated by commas.",
@@ -822,13 +907,13 @@ def _parse_methods(
 )
 @click.option(
   "--lr",
-  type=_Finite(min=0, min_open=True),
+  type=Finite(min=0, min_open=True),
   show_default=", ".join(f"{k} {v.lr:g}" for k, v in OPTIMIZERS.items()),
   help="Peak learning rate.",
 )
 @click.option(
   "--alpha0",
-  type=_Finite(min=0),
+  type=Finite(min=0),
   default=0.75,
   show_default=True,
   help="First coefficient of alpha-svrg.",
@@ -885,29 +970,14 @@ def _parse_methods(
   help="Go on with the training in --checkpoint-dir. The results are those of"
   " a training that was never stopped.",
 )
-@click.option(
-  "--distributed",
-  is_flag=True,
-  help="Train on the devices of several processes, each started with this"
-  " command. TPU pods, Slurm and GKE need no further options.",
-)
-@click.option(
-  "--coordinator",
-  metavar="HOST:PORT",
-  help="Address of process 0, where the cluster is not detected.",
-)
-@click.option("--num-processes", type=click.IntRange(min=1))
-@click.option("--process-id", type=click.IntRange(min=0))
+@distributed_options
 @click.pass_context
 def main(
   ctx: click.Context,
   checkpoint_dir: Path | None,
   checkpoint_every: int | None,
   resume: bool,
-  distributed: bool,
-  coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
+  distributed: Distributed,
   **kwargs: Any,
 ) -> int:
   """Trains a model with each method, on the same data in the same order.
@@ -926,7 +996,7 @@ def main(
   ):
     if value and checkpoint_dir is None:
       raise click.UsageError(f"{name} needs --checkpoint-dir.")
-  _initialize(distributed, coordinator, num_processes, process_id)
+  distributed.initialize()
   is_first = jax.process_index() == 0
   dataset = data.load(options.dataset, options.data_dir)
   num_examples = len(dataset.train_labels)
@@ -1001,43 +1071,6 @@ def main(
     click.echo(_interruption(options, runs))
   click.echo(f"Written to {options.out}.")
   return _INTERRUPTED if interrupted else 0
-
-
-def _initialize(
-  distributed: bool,
-  coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-) -> None:
-  """Joins the processes of a cluster."""
-  given = {
-    "--coordinator": coordinator,
-    "--num-processes": num_processes,
-    "--process-id": process_id,
-  }
-  missing = [name for name, value in given.items() if value is None]
-  if not distributed:
-    if len(missing) < len(given):
-      name = next(name for name in given if name not in missing)
-      raise click.UsageError(f"{name} needs --distributed.")
-    return
-  if 0 < len(missing) < len(given):
-    raise click.UsageError(
-      f"{', '.join(given)} go together, {', '.join(missing)} is missing."
-    )
-  if None not in (process_id, num_processes) and process_id >= num_processes:
-    raise click.UsageError(
-      f"--process-id must be less than --num-processes, {num_processes}, got"
-      f" {process_id}."
-    )
-  try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
-  except (RuntimeError, ValueError) as e:
-    reason = str(e).partition("\n")[0].rstrip(".")
-    raise click.UsageError(
-      f"--distributed: {reason}. Where the cluster is not detected, give"
-      f" {', '.join(given)}."
-    ) from e
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
