@@ -250,7 +250,7 @@ SCALES = {
     validation_examples=1_000,
   ),
   "smoke": Scale(
-    *(16, 2, 1, _shrunk((1, 1), (1, 2), 8, 12)),
+    *(16, 2, 1, _shrunk((1,), (1,), 8, 12)),
     batch_size=20,
     train_examples=60,
     validation_examples=20,
@@ -462,6 +462,10 @@ class Trainer:
       jax.value_and_grad(self.loss), out_shardings=self._replicated
     )
     self._evaluate = jax.jit(self._evaluate_fn)
+    self._nothing_observed = jax.jit(
+      lambda: Observed(jnp.zeros(()), jnp.zeros(())),
+      out_shardings=self._replicated,
+    )
     stream = functools.partial(
       streams.train_batches,
       self._train,
@@ -521,7 +525,6 @@ class Trainer:
         state = checkpoints.restore(run, state)
     for point in run.history:
       on_epoch(point)
-    draw_key = jax.device_put(draw_key, self._replicated)
     visits = self.visits(run.method, run.seed)
     num_steps = visits.steps_per_epoch
     snapshot = None  # The gradients there, in a table or of a batch.
@@ -543,9 +546,7 @@ class Trainer:
         state = state._replace(
           opt_state=program.snapshot(state.opt_state, state.params, mean)
         )
-      observed = jax.device_put(
-        Observed(*np.zeros(2, np.float32)), self._replicated
-      )
+      observed = self._nothing_observed()
       # So that no process waits for another one for ever.
       for batch in optax_svrg.lockstep(batches):
         if has_snapshot and not settings.is_table_kept:
@@ -608,7 +609,8 @@ class Trainer:
     return Epoch(
       range(epoch * steps, (epoch + 1) * steps),
       functools.partial(self._stream, visits),
-      functools.partial(self._mix, draw_key),
+      # Its data, as all processes have them.
+      functools.partial(self._mix, np.asarray(jax.random.key_data(draw_key))),
     )
 
   @property
@@ -619,9 +621,9 @@ class Trainer:
     params = nnx.split(self._make_model(rngs=nnx.Rngs(key)), nnx.Param)[1]
     return nnx.as_pure(params)
 
-  def _mix_fn(self, draw_key: jax.Array, batch: streams.Batch) -> Mixed:
+  def _mix_fn(self, draw: jax.Array, batch: streams.Batch) -> Mixed:
     """Makes the draws of a batch, which follow from the number of its step."""
-    key = jax.random.fold_in(draw_key, batch.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(draw), batch.step)
     mix_key, drop_key = jax.random.split(key)
     images, targets = recipe.mix(
       self._recipe, mix_key, batch.images, batch.labels
@@ -708,12 +710,21 @@ class Trainer:
         mask=_is_decayed,
       ),
     )
-    abstract = jax.eval_shape(lambda: tx.init(self._init_fn(jax.random.key(0))))
-    shardings = jax.tree.map(functools.partial(divided, self._mesh), abstract)
+    # The parameters are on all devices, what the optimizer keeps is divided
+    # among them, notably tables of gradients.
+    shardings = optax_svrg.state_shardings(
+      tx,
+      jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(
+          p.shape, p.dtype, sharding=divided(self._mesh, p)
+        ),
+        jax.eval_shape(self._init_fn, jax.random.key(0)),
+      ),
+    )
     both = TrainState(self._replicated, shardings)
 
     @functools.partial(
-      jax.jit, donate_argnums=(0, 1, 2), out_shardings=(both, self._replicated)
+      jax.jit, donate_argnums=(0, 1), out_shardings=(both, self._replicated)
     )
     def update(state, observed, loss_and_grads, index, snapshot):
       params, opt_state = state
@@ -748,12 +759,12 @@ class Trainer:
 def divided(mesh: Any, leaf: Any) -> NamedSharding:
   """Divides the last axis that can be divided among all devices.
 
-  What optimizers keep is large, notably tables of gradients, and no device
-  needs the whole of it.
-
   Args:
-    mesh: a mesh of one axis.
-    leaf: has a shape.
+    mesh: a mesh of one axis, ``"data"``.
+    leaf: an array, or what has a shape.
+
+  Returns:
+    The sharding; replicated where no axis can be divided.
   """
   spec: list[str | None] = [None] * len(leaf.shape)
   for axis in reversed(range(len(spec))):

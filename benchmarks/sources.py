@@ -348,7 +348,12 @@ def _visible(folder: Path, is_dir: bool) -> dict[str, int]:
 
 
 def _load_tfds(name: str, data_dir: Path) -> ImageData:
-  import tensorflow_datasets as tfds  # Only these data sets need it.
+  try:
+    import tensorflow_datasets as tfds  # Only these data sets need it.
+  except ImportError as e:
+    raise data.DataError(
+      f"{name} needs the packages of the extra tfds: {data.one_line(e)}."
+    ) from e
 
   full_name = _CONFIGS.get(name, name)
   arguments = ["--file_format=array_record", f"--data_dir={data_dir}"]
