@@ -282,7 +282,8 @@ def test_report():
   ) in text
   assert "| 50.000 ± 0.000 | 50.000 ± 0.000 | 82.3 / 65.1 / 84 |" in text
   assert "| convnext-femto, stl10 | win -23.3% (-34.6) | win +nan" in text
-  assert text.count("against plain: win 1, tie 0, loss 0") == 2
+  won = "win 1, tie 0, loss 0; lower in"
+  assert text.count(f"| alpha-svrg | {won} 1 of 1 | {won} 0 of 1 |") == 2
 
 
 def test_published_figures_are_whole():
@@ -318,7 +319,7 @@ def test_command(tmp_path):
     "logreg, mnist-5k: 2 of 300 epochs, 60 images of 16 instead of 224"
     in (result.output)
   )
-  assert "alpha-svrg's train loss (images as they are)" in result.output
+  assert "Train loss of alpha-svrg, images as they are" in result.output
   saved = json.loads((tmp_path / "mnist-5k-logreg.json").read_text())
   assert len(saved["runs"]) == 6
 
