@@ -59,6 +59,7 @@ from benchmarks import (
   architectures,
   checkpointing,
   grid,
+  models,
   recipe,
   reporting,
   sources,
@@ -1083,8 +1084,8 @@ _positive = click.IntRange(min=1)
 @click.option(
   "--batch-size",
   type=_positive,
-  show_default="the largest power of two with 39 steps of an epoch, 4096 at"
-  " most",
+  show_default="that of the scale, in full the largest power of two with 39"
+  " steps of an epoch, 4096 at most",
   help="Of all devices.",
 )
 @click.option(
@@ -1239,6 +1240,11 @@ def _settings(
     raise click.UsageError(
       "--batch-size must be a multiple of the number of devices,"
       f" {jax.device_count()}, got {batch_size}."
+    )
+  if others["drop_path"] and model in models.NUM_LAYERS:
+    raise click.UsageError(
+      f"--drop-path must be 0 for {model}, which has no paths to drop, got"
+      f" {others['drop_path']}."
     )
   return Settings(
     dataset=dataset,

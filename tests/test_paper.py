@@ -337,6 +337,10 @@ def test_command(tmp_path):
       "--batch-size must be at most the number of training examples of"
       " mnist-5k, 60, got 61.",
     ),
+    (
+      ("--dataset", "mnist-5k", "--model", "mlp2", "--drop-path", 0.1),
+      "--drop-path must be 0 for mlp2, which has no paths to drop, got 0.1.",
+    ),
     (("--methods", "plain,adam"), "'adam' is not one of"),
     (("--lr", "nan"), "nan is not a finite number"),
     (("--process-id", 1), "--process-id needs --distributed."),
