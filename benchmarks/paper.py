@@ -34,6 +34,7 @@ References:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -849,28 +850,29 @@ def run_cell(
   if not missing:
     return rows
   trainer = Trainer(settings, images, **arguments)
-  checkpoints = None
-  if checkpoint_dir is not None:
-    resume = checkpoint_dir.exists()
-    checkpoints = checkpointing.Checkpoints(
-      checkpoint_dir, None, identity, resume
-    )
-  for method, seed in missing:
-    run = reporting.Run(method, seed)
-    last = trainer.fit(run, functools.partial(on_epoch, run), checkpoints)
-    rows.append({"method": method, "seed": seed} | last)
-    if jax.process_index() == 0:
-      reporting.write_json(
-        path,
-        {
-          "settings": identity,
-          "num_params": trainer.num_params,
-          **train.environment(),
-          "runs": rows,
-        },
+  with contextlib.ExitStack() as stack:
+    checkpoints = None
+    if checkpoint_dir is not None:
+      resume = checkpoint_dir.exists()
+      checkpoints = stack.enter_context(
+        contextlib.closing(
+          checkpointing.Checkpoints(checkpoint_dir, None, identity, resume)
+        )
       )
-  if checkpoints is not None:
-    checkpoints.close()
+    for method, seed in missing:
+      run = reporting.Run(method, seed)
+      last = trainer.fit(run, functools.partial(on_epoch, run), checkpoints)
+      rows.append({"method": method, "seed": seed} | last)
+      if jax.process_index() == 0:
+        reporting.write_json(
+          path,
+          {
+            "settings": identity,
+            "num_params": trainer.num_params,
+            **train.environment(),
+            "runs": rows,
+          },
+        )
   return rows
 
 
