@@ -451,9 +451,9 @@ class Trainer:
       remat=remat,
       **settings.changes,
     )
-    self._graphdef, _ = nnx.split(
-      nnx.eval_shape(lambda: self._make_model(rngs=nnx.Rngs(0))), nnx.Param
-    )
+    model = nnx.eval_shape(lambda: self._make_model(rngs=nnx.Rngs(0)))
+    self._graphdef, shapes = nnx.split(model, nnx.Param)
+    self._shapes = nnx.as_pure(shapes)
     self.init = jax.jit(self._init_fn, out_shardings=self._replicated)
     # By itself, so that it is compiled once for all methods.
     self._mix = jax.jit(
@@ -490,8 +490,7 @@ class Trainer:
   @property
   def num_params(self) -> int:
     """Number of parameters of the model."""
-    params = jax.eval_shape(self._init_fn, jax.random.key(0))
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(self._shapes))
 
   def fit(
     self,
@@ -536,7 +535,9 @@ class Trainer:
       start = time.perf_counter()
       batches = self.batches(visits, draw_key, epoch)
       count = num_steps
-      has_snapshot = self._is_snapshot_useful(program.method, epoch)
+      has_snapshot = program.method.uses_snapshot(
+        batches.steps.start, batches.steps.stop
+      )
       if has_snapshot:
         if settings.is_table_kept:
           snapshot = None  # Frees the memory of the last one.
@@ -545,6 +546,8 @@ class Trainer:
           )
         else:
           mean = optax_svrg.mean_gradient(self.grad, state.params, batches)
+          # Whole on each device, unlike that of the state, for all steps.
+          point = jax.tree.map(jnp.copy, state.params)
           count += num_steps  # The second gradient of each step.
         count += num_steps
         state = state._replace(
@@ -554,8 +557,7 @@ class Trainer:
       # So that no process waits for another one for ever.
       for batch in optax_svrg.lockstep(batches):
         if has_snapshot and not settings.is_table_kept:
-          point = optax.tree.get(state.opt_state, "snapshot_params")
-          snapshot = self.grad(jax.device_put(point, self._replicated), batch)
+          snapshot = self.grad(point, batch)
         state, observed = program.update(
           state,
           observed,
@@ -592,12 +594,7 @@ class Trainer:
 
   def visits(self, method: str, seed: int) -> streams.Visits:
     """Which examples are in each step, for the name of a method and a seed."""
-    return streams.Visits(
-      self._settings.train_examples,
-      self._settings.batch_size,
-      seed,
-      has_fixed_batches=self._program(method).method.has_fixed_batches,
-    )
+    return self._visits(self._program(method).method, seed)
 
   def batches(
     self, visits: streams.Visits, draw_key: jax.Array, epoch: int
@@ -615,6 +612,14 @@ class Trainer:
       functools.partial(self._stream, visits),
       # Its data, as all processes have them.
       functools.partial(self._mix, np.asarray(jax.random.key_data(draw_key))),
+    )
+
+  def _visits(self, method: train.Method, seed: int) -> streams.Visits:
+    return streams.Visits(
+      self._settings.train_examples,
+      self._settings.batch_size,
+      seed,
+      has_fixed_batches=method.has_fixed_batches,
     )
 
   @property
@@ -673,15 +678,6 @@ class Trainer:
       *(sum(map(float, x)) / len(source) for x in zip(*sums, strict=True))
     )
 
-  def _is_snapshot_useful(self, method: train.Method, epoch: int) -> bool:
-    """Whether any step of an epoch uses the snapshot at its beginning."""
-    if method.has_fixed_batches:
-      return False
-    settings = self._settings
-    steps = settings.train_examples // settings.batch_size
-    counts = np.arange(epoch * steps, (epoch + 1) * steps)
-    return bool(np.any(method.coefficient(counts) != 0))
-
   def _program(self, name: str) -> Program:
     if name not in self._programs:
       self._programs[name] = self._make_program(name)
@@ -695,11 +691,7 @@ class Trainer:
       arguments["table_dtype"] = jnp.bfloat16
     # It reads the settings that are of the same name here.
     method = make(settings, size, **arguments)
-    num_steps = (
-      train.num_fixed_batches
-      if method.has_fixed_batches
-      else train.steps_per_epoch
-    )(settings, size)
+    num_steps = self._visits(method, seed=0).steps_per_epoch
     tx = optax.chain(
       optax.with_extra_args_support(method.transform),
       optax.adamw(
@@ -722,7 +714,7 @@ class Trainer:
         lambda p: jax.ShapeDtypeStruct(
           p.shape, p.dtype, sharding=divided(self._mesh, p)
         ),
-        jax.eval_shape(self._init_fn, jax.random.key(0)),
+        self._shapes,
       ),
     )
     both = TrainState(self._replicated, shardings)

@@ -97,6 +97,12 @@ class Method(NamedTuple):
   has_fixed_batches: bool = False
   has_fixed_order: bool = False
 
+  def uses_snapshot(self, start: int, stop: int) -> bool:
+    """Whether any step from ``start`` up to ``stop`` uses one taken before."""
+    return not self.has_fixed_batches and bool(
+      np.any(self.coefficient(np.arange(start, stop)) != 0)
+    )
+
 
 class Epoch(NamedTuple):
   """Sums over steps of an epoch.
@@ -629,8 +635,10 @@ class Trainer:
     snapshot_epochs = frozenset(
       start
       for start in range(0, options.epochs, options.snapshot_every)
-      if not method.has_fixed_batches
-      and self._is_useful(method.coefficient, start)
+      if method.uses_snapshot(
+        start * num_steps,
+        min(start + options.snapshot_every, options.epochs) * num_steps,
+      )
     )
     state = init(params)
     keys = self._keys(jax.random.key_data(jax.random.key(0)), 0)
@@ -658,13 +666,6 @@ class Trainer:
       if method.has_fixed_batches
       else num_steps * options.batch_size,
     )
-
-  def _is_useful(self, coefficient: optax.Schedule, start: int) -> bool:
-    """Whether a snapshot at the start of this epoch is used by any step."""
-    stop = min(start + self._options.snapshot_every, self._options.epochs)
-    steps = steps_per_epoch(self._options, self._num_examples)
-    counts = np.arange(start * steps, stop * steps)
-    return bool(np.any(coefficient(counts) != 0))
 
 
 _cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
