@@ -16,27 +16,28 @@
 import importlib
 import types
 
-from optax_svrg._alpha_saga import adaptive_saga as adaptive_saga
-from optax_svrg._alpha_saga import alpha_saga as alpha_saga
-from optax_svrg._alpha_saga import SAGAState as SAGAState
-from optax_svrg._alpha_svrg import adaptive_svrg as adaptive_svrg
-from optax_svrg._alpha_svrg import alpha_svrg as alpha_svrg
-from optax_svrg._alpha_svrg import SVRGState as SVRGState
-from optax_svrg._alpha_svrg import take_snapshot as take_snapshot
-from optax_svrg._diagnostics import gradient_variance as gradient_variance
-from optax_svrg._diagnostics import GradientVariance as GradientVariance
-from optax_svrg._diagnostics import optimal_alpha as optimal_alpha
-from optax_svrg._diagnostics import Payoff as Payoff
-from optax_svrg._diagnostics import per_example_grads as per_example_grads
-from optax_svrg._diagnostics import RunningMoments as RunningMoments
 from optax_svrg._lockstep import lockstep as lockstep
 from optax_svrg._mean_gradient import gradient_table as gradient_table
 from optax_svrg._mean_gradient import GradientTable as GradientTable
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
+from optax_svrg._moments import Payoff as Payoff
+from optax_svrg._moments import RunningMoments as RunningMoments
+from optax_svrg._saga import adaptive_saga as adaptive_saga
+from optax_svrg._saga import alpha_saga as alpha_saga
+from optax_svrg._saga import SAGAState as SAGAState
 from optax_svrg._schedules import linear_decay as linear_decay
 from optax_svrg._sharding import device_local as device_local
 from optax_svrg._sharding import state_shardings as state_shardings
 from optax_svrg._smoothness import smoothness as smoothness
+from optax_svrg._snapshot import SVRGState as SVRGState
+from optax_svrg._snapshot import take_snapshot as take_snapshot
+from optax_svrg._summary import summary as summary
+from optax_svrg._svrg import adaptive_svrg as adaptive_svrg
+from optax_svrg._svrg import alpha_svrg as alpha_svrg
+from optax_svrg._variance import gradient_variance as gradient_variance
+from optax_svrg._variance import GradientVariance as GradientVariance
+from optax_svrg._variance import optimal_alpha as optimal_alpha
+from optax_svrg._variance import per_example_grads as per_example_grads
 
 __version__ = "0.1.0"
 

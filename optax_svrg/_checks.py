@@ -20,12 +20,15 @@ costs nothing in a compiled step.
 from collections.abc import Sequence
 import math
 import os
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from optax_svrg import _compat
 
 _ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
@@ -42,6 +45,21 @@ def path_of(path: Any) -> str:
   return f"at {_keystr(path)}" if path else "at the root"
 
 
+def as_arrays(tree: Any) -> Any:
+  """The tree with JAX arrays in place of NumPy's and of numbers."""
+  return jax.tree.map(
+    lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree
+  )
+
+
+def as_axes(axis_name: Any) -> tuple[Any, ...] | None:
+  """Names of axes as a tuple; ``None`` for none."""
+  if axis_name is None:
+    return None
+  names = isinstance(axis_name, (tuple, list))
+  return tuple(axis_name) if names else (axis_name,)
+
+
 def dtype_kind(dtype: Any) -> str:
   """Whether a dtype is complex or real; integers are of their own kinds."""
   for kind in (jnp.complexfloating, jnp.floating):
@@ -51,8 +69,12 @@ def dtype_kind(dtype: Any) -> str:
 
 
 def dtype_of(leaf: Any) -> Any:
-  """The dtype of an array, ``jax.ShapeDtypeStruct`` or Python number."""
-  return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+  """The dtype that JAX gives to an array, struct or Python number."""
+  if not hasattr(leaf, "dtype"):
+    return jnp.result_type(leaf)
+  # float64 of NumPy is float32 to JAX, unless x64 is enabled.
+  is_number = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "fciu"
+  return jax.dtypes.canonicalize_dtype(leaf.dtype) if is_number else leaf.dtype
 
 
 def wide_dtype(dtype: Any) -> Any:
@@ -62,7 +84,7 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def device_memory(device: jax.Device) -> int | None:
-  """The free bytes of a device, all bytes of a host; None if not known."""
+  """Free bytes of a device; of a CPU, those of the host. None if unknown."""
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -70,7 +92,14 @@ def device_memory(device: jax.Device) -> int | None:
 
 
 def host_memory() -> int | None:
-  """The bytes of this machine; None if not known."""
+  """Available bytes of this machine, all of them where that is unknown."""
+  try:
+    with open("/proc/meminfo") as f:
+      lines = dict(line.split(":", 1) for line in f)
+    # What can be had without swapping: caches of files count as free.
+    return 1024 * int(lines["MemAvailable"].split()[0])
+  except (OSError, KeyError, ValueError):
+    pass
   if hasattr(os, "sysconf"):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return None
@@ -79,6 +108,13 @@ def host_memory() -> int | None:
 def check_inexact(tree: Any, name: str) -> None:
   """Raises TypeError at the first leaf that has no gradient."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex))):
+      raise TypeError(
+        f"{name} must have float or complex leaves, got a"
+        f" {type(leaf).__name__} {path_of(path)}. With Equinox, write params,"
+        " static = eqx.partition(model, eqx.is_inexact_array), give params, and"
+        " let the loss call eqx.combine(params, static)."
+      )
     dtype = dtype_of(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise TypeError(
@@ -97,6 +133,12 @@ def as_dtype(dtype: Any, name: str) -> Any:
   """
   if dtype is None:
     return None
+  if isinstance(dtype, jax.Array):
+    raise TypeError(
+      f"{name} must be a dtype, got a JAX array. With optax.inject_hyperparams,"
+      " which takes what can be called for a schedule, write"
+      f' static_args=("{name}",).'
+    )
   try:
     canonical = jax.dtypes.canonicalize_dtype(dtype)
   except TypeError as e:
@@ -149,17 +191,124 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
       detail = f"other containers: {got_def} instead of {want_def}"
     raise ValueError(
       f"{got_name} must have the tree structure of {want_name}: {detail}."
+      f"{_pair_hint(got, want_def)}"
     )
   for (path, g), (_, w) in zip(got_leaves, want_leaves, strict=True):
     if np.shape(g) != np.shape(w):
       raise ValueError(
         f"{got_name} must have the shapes of {want_name}, got"
         f" {np.shape(g)} instead of {np.shape(w)} {path_of(path)}."
+        f"{_per_example_hint(got_leaves, want_leaves)}"
       )
     if dtype_kind(dtype_of(g)) != dtype_kind(dtype_of(w)):
       raise ValueError(
         f"{got_name} must have the kinds of dtype of {want_name}, got"
         f" {dtype_of(g)} instead of {dtype_of(w)} {path_of(path)}."
+      )
+
+
+def _pair_hint(got: Any, want_def: Any) -> str:
+  """What to do about a gradient that comes in a pair with something else."""
+  if not isinstance(got, tuple) or len(got) != 2:
+    return ""
+  first, second = map(jax.tree.structure, got)
+  if second == want_def:
+    return (
+      " It is a pair (value, gradient), as jax.value_and_grad returns it: use"
+      " jax.grad, or take the second part."
+    )
+  if first == want_def:
+    return (
+      " It is a pair (gradient, auxiliary data), as has_aux=True makes it: take"
+      " the first part."
+    )
+  return ""
+
+
+def _per_example_hint(got_leaves: Any, want_leaves: Any) -> str:
+  """What to do about gradients of examples in place of their mean."""
+  if all(
+    np.ndim(g) == np.ndim(w) + 1 and np.shape(g)[1:] == np.shape(w)
+    for (_, g), (_, w) in zip(got_leaves, want_leaves, strict=True)
+  ):
+    return (
+      " These look like per-example gradients: average them over the leading"
+      " axis, jax.tree.map(lambda g: g.mean(axis=0), grads)."
+    )
+  return ""
+
+
+def check_state(state: Any, kind: Any, estimates: bool) -> None:
+  """Raises unless a state is of the type that a transformation makes.
+
+  Args:
+    state: the state given to update.
+    kind: the type of its own.
+    estimates: whether it estimates the coefficient.
+
+  Raises:
+    TypeError: for another type, also for what a checkpoint becomes if it is
+      restored without a target.
+    ValueError: if the state is stacked, or belongs to a transformation of the
+      other kind.
+  """
+  if not isinstance(state, kind):
+    raise TypeError(
+      f"state must be the {kind.__name__} that init returns, got a"
+      f" {type(state).__name__}.{RESTORE_HINT}"
+    )
+  if np.ndim(state.count):
+    raise ValueError(
+      f"state is stacked, its count has the shape {np.shape(state.count)}: call"
+      " update inside jax.vmap or jax.pmap over the leading axis."
+    )
+  if (state.estimate is not None) != estimates:
+    made_by, given_to = (
+      ("an alpha", "an adaptive") if estimates else ("an adaptive", "an alpha")
+    )
+    raise ValueError(
+      f"state has {'no ' if estimates else 'an '}estimate: it was made by"
+      f" {made_by} transformation and given to {given_to} one. Make the state"
+      " with the init of the same transformation."
+    )
+
+
+DROPPED_HINT = (
+  " A wrapper may have dropped the argument: apply_gradients of a linen"
+  " TrainState (use optax_svrg.flax.TrainState), jaxopt.OptaxSolver and"
+  " optimistix.OptaxMinimiser do (call update in a loop of your own)."
+)
+RESTORE_HINT = (
+  " A checkpoint restored without a target loses the types of its nodes: give"
+  " tx.init(params) as the target."
+)
+
+
+def check_leaf_dtypes(
+  tree: Any, params: Any, dtype: Any, name: str, argument: str
+) -> None:
+  """Raises ValueError unless stored leaves have the dtypes they were made with.
+
+  Args:
+    tree: what a state stores of the parameters.
+    params: a tree of the same structure with the parameters' dtypes.
+    dtype: dtype of all leaves, ``None`` for those of ``params``.
+    name: what to call the tree in the message.
+    argument: the argument that gives ``dtype``.
+  """
+  for (path, stored), p in zip(
+    jax.tree_util.tree_leaves_with_path(tree),
+    jax.tree.leaves(params),
+    strict=True,
+  ):
+    want = dtype_of(p) if dtype is None else dtype
+    if stored.dtype != want:
+      raise ValueError(
+        f"{name} has dtype {stored.dtype} {path_of(path)}, but"
+        f" {argument}={None if dtype is None else str(dtype)} makes it {want}."
+        " The state was made with other arguments: make it with the init of"
+        " this transformation. Where parameters and gradients differ in dtype,"
+        " give update the params, too."
       )
 
 
@@ -203,6 +352,12 @@ def check_positive(value: Any, name: str) -> None:
 
 def check_count(value: Any, name: str) -> int:
   """Returns ``value`` as an int; raises unless it is a positive integer."""
+  if isinstance(value, jax.Array):
+    raise TypeError(
+      f"{name} must be a Python integer, got a JAX array. With"
+      " optax.inject_hyperparams, which makes arrays of numbers, write"
+      f' static_args=("{name}",).'
+    )
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
     raise TypeError(f"{name} must be an integer, got {value!r}.")
   if value < 1:
@@ -232,13 +387,22 @@ def wide_index(index: Any) -> jax.Array:
   return index if index.dtype.itemsize >= 4 else index.astype(jnp.int32)
 
 
+def is_sparse(node: Any) -> bool:
+  """Whether a tree node is a sparse array, whose leaves are its non-zeros."""
+  # Whoever has one has imported the module, which is slow to import.
+  sparse = sys.modules.get("jax.experimental.sparse")
+  return sparse is not None and isinstance(node, sparse.JAXSparse)
+
+
 def leading_axes(tree: Any) -> list[tuple[Any, int]]:
-  """Path and length of the leading axis of each leaf that has one."""
-  return [
-    (path, np.shape(leaf)[0])
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if np.ndim(leaf)
+  """Path and length of the leading axis of each array that has axes."""
+  shapes = [
+    (path, getattr(leaf, "shape", ()))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=is_sparse
+    )
   ]
+  return [(path, shape[0]) for path, shape in shapes if shape]
 
 
 def check_same_size(
@@ -266,13 +430,30 @@ def check_batches(batches: Any) -> None:
     )
 
 
-def check_batch(batch: Any, name: str) -> int:
-  """Returns the number of examples of a batch; raises if it has none."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+def check_batch(batch: Any, name: str, *, is_first: bool = True) -> int:
+  """Returns the number of examples of a batch; raises if it has none.
+
+  Args:
+    batch: a tree of arrays, dense or sparse.
+    name: what to call it in the message.
+    is_first: whether it is the first batch, of which is known that its leaves
+      mean what those of the others do.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_sparse)
+  for path, leaf in leaves:
+    if is_sparse(leaf):
+      continue
     if not isinstance(leaf, _ARRAY_LIKE):
       raise TypeError(
         f"{name} must be a tree of arrays, got a {type(leaf).__name__}"
         f" {path_of(path)}."
+      )
+    if (
+      isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "USOMm"
+    ):
+      raise TypeError(
+        f"{name} must be a tree of numbers, got an array of dtype {leaf.dtype}"
+        f" {path_of(path)}. Encode it as integers, or leave it out."
       )
   sizes = leading_axes(batch)
   if not sizes:
@@ -280,10 +461,38 @@ def check_batch(batch: Any, name: str) -> int:
       f"{name} must have leaves whose leading axis is the examples, got none in"
       f" {jax.tree.structure(batch)}."
     )
+  if is_first or any(size != 2 for _, size in sizes):
+    _check_no_legacy_key(leaves, name)
   num_examples = check_same_size(sizes, name, "examples")
   if not num_examples:
     raise ValueError(f"{name} has no examples.")
   return num_examples
+
+
+def _check_no_legacy_key(leaves: Any, name: str) -> None:
+  for path, leaf in leaves:
+    if getattr(leaf, "shape", None) == (2,) and leaf.dtype == np.uint32:
+      raise ValueError(
+        f"{name} has a uint32 array of shape (2,) {path_of(path)}, which would"
+        " count as two examples. If it is a random key of jax.random.PRNGKey,"
+        " use jax.random.key, whose keys have no axes; if it is data, cast it"
+        " to int32."
+      )
+
+
+def check_same_axes(got: Any, want: Any, got_name: str, want_name: str) -> None:
+  """Raises ValueError unless arrays agree in structure and numbers of axes."""
+  got_def: Any = jax.tree.structure(got)
+  if got_def != jax.tree.structure(want):
+    check_same_tree(got, want, got_name, want_name)
+  for (path, g), w in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
+    if np.ndim(g) != np.ndim(w):
+      raise ValueError(
+        f"{got_name} must have the numbers of axes of {want_name}, got"
+        f" {np.ndim(g)} instead of {np.ndim(w)} {path_of(path)}."
+      )
 
 
 def check_varying(tree: Any, axis_name: Any, name: str) -> None:
@@ -302,7 +511,7 @@ def check_varying(tree: Any, axis_name: Any, name: str) -> None:
   """
   tracked = tracked_axes(axis_name)
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if not tracked <= jax.typeof(leaf).manual_axis_type.varying:
+    if not tracked <= _compat.varying_axes(leaf):
       raise ValueError(
         f"{name} must be device-local with axis_name={axis_name!r}, but"
         f" {path_of(path)} it does not vary over that axis: it has already"
@@ -330,4 +539,4 @@ def tracked_axes(axis_name: Any) -> frozenset[Any]:
       f"axis_name={axis_name!r} is not an axis of the enclosing"
       " jax.shard_map, jax.pmap or jax.vmap."
     ) from e
-  return jax.typeof(axis_index).manual_axis_type.varying
+  return _compat.varying_axes(axis_index)

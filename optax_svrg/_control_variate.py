@@ -11,16 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A control variate, and its coefficient of least variance, estimated online.
+"""A control variate, and its coefficient: given, or estimated online.
 
 For gradients g, the control variate s and its exact mean m, the variance of
 g - alpha (s - m) is least for alpha = Cov(g, s) / Var(s). As E[s - m] = 0,
 
     Cov(g, s) = E<g - c, s - m> for any constant c,    Var(s) = E||s - m||^2,
 
-so that two dot products per step are enough. Here c = m.
+so that two inner products per step are enough. Here c = m.
+
+A method is a source of control variates (a snapshot, a table) and a rule for
+the coefficient, :class:`Given` or :class:`Estimated`.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _compat
 
-# Differences of this many roundings of the mean are taken for none.
+# Deviations below this many roundings of the mean are treated as zero.
 _ROUNDINGS = 4
 
 
@@ -43,87 +48,142 @@ class CoefficientEstimate(NamedTuple):
   components of the gradient of one update.
 
   Attributes:
-    covariance: of the gradient with the control variate.
-    variance: of the control variate.
+    covariance: of the gradient with the control variate, in units of
+      ``unit ** 2``.
+    variance: of the control variate, in the same units.
     second_moment: of the corrected gradient about the mean gradient of the
-      snapshot, which is at least the variance of the corrected gradient.
+      snapshot, which is at least the variance of the corrected gradient, in the
+      same units.
     variance_ratio: estimate of the variance of the corrected gradient divided
       by that of the plain gradient, 1 before the first estimate, see
       :func:`optax_svrg.adaptive_svrg`.
+    unit: a power of two: 1 as long as squares of gradients are in the range of
+      the dtype.
   """
 
   covariance: jax.Array
   variance: jax.Array
   second_moment: jax.Array
   variance_ratio: jax.Array
+  unit: jax.Array
 
 
-def correct(
-  updates: optax.Updates,
-  control: optax.Updates,
-  mean_grads: optax.Updates,
-  coefficient: jax.Array,
-  active: Any,
-) -> optax.Updates:
-  """Subtracts a control variate from a gradient: g - alpha (s - m).
+class Observation(NamedTuple):
+  """Inner products of one step, scalars in units of ``unit ** 2``.
 
-  Args:
-    updates: the gradient g of a batch.
-    control: the control variate s of that batch, a tree of the same form.
-    mean_grads: its mean m.
-    coefficient: alpha, a real scalar.
-    active: whether to correct at all, a scalar, which may be traced.
-
-  Returns:
-    The corrected gradient, formed in at least float32, in the dtypes of g. If
-    not active, g bit for bit; likewise each component that would not be finite.
+  Attributes:
+    covariance: <g - m, s - m>.
+    variance: ||s - m||^2; 0 where s differs from m by rounding alone.
+    second_moment: squared distance of the corrected gradient from m.
+    unit: a power of two.
   """
 
-  def correct_leaf(g: jax.Array, s: jax.Array, mean: jax.Array) -> jax.Array:
-    dtype = _checks.wide_dtype(g.dtype)
-    a = coefficient.astype(dtype)
-    # In this order g = s and a = 1 give the mean to the last bit.
-    corrected = (
-      _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
-    ) + a * mean.astype(dtype)
-    corrected = corrected.astype(g.dtype)
-    return jnp.where(active & jnp.isfinite(corrected), corrected, g)
-
-  return jax.tree.map(correct_leaf, updates, control, mean_grads)
+  covariance: jax.Array
+  variance: jax.Array
+  second_moment: jax.Array
+  unit: jax.Array
 
 
-def all_finite(tree: Any) -> jax.Array:
-  """Whether all numbers of a tree of arrays are finite, a scalar."""
-  # Not isfinite(x).all(), for which XLA for CPU writes to memory whether each
-  # number is.
-  finite = [jnp.sum(jnp.subtract(x, x)) == 0 for x in jax.tree.leaves(tree)]
-  return jnp.stack(finite).all() if finite else jnp.ones([], bool)
+class Correction(NamedTuple):
+  """A corrected gradient.
 
-
-def eagerly(condition: jax.Array) -> Any:
-  """A Python bool where the value is known.
-
-  Eagerly a Python branch does what lax.cond would compile anew for each new
-  grad_fn.
+  Attributes:
+    updates: the gradient.
+    alpha: the coefficient that was applied: 0 if the gradient passed unchanged.
+    seen: the observation of this step, ``None`` for a given coefficient.
   """
-  traced = isinstance(condition, jax.core.Tracer)
-  return condition if traced else bool(condition)
+
+  updates: optax.Updates
+  alpha: jax.Array
+  seen: Observation | None
 
 
-def init(params: optax.Params) -> CoefficientEstimate:
-  """Averages of nothing, in the precision that fits the parameters."""
-  dtypes = [
-    np.finfo(_checks.wide_dtype(_checks.dtype_of(p))).dtype
-    for p in jax.tree.leaves(params)
-  ]
-  dtype = max(dtypes, key=lambda d: d.itemsize, default=np.dtype(np.float32))
-  # Arrays of their own, so that the state can be donated.
-  return CoefficientEstimate(
-    covariance=jnp.zeros([], dtype),
-    variance=jnp.zeros([], dtype),
-    second_moment=jnp.zeros([], dtype),
-    variance_ratio=jnp.ones([], dtype),
-  )
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """A coefficient that the user gives.
+
+  Attributes:
+    alpha: a number, an array, or a schedule.
+  """
+
+  alpha: optax.ScalarOrSchedule
+
+  estimates = False
+
+  def __post_init__(self) -> None:
+    if not callable(self.alpha):
+      _checks.check_coefficient(self.alpha, "alpha")
+
+  @property
+  def always_off(self) -> bool:
+    """Whether it is known to be 0; an array may hold a traced value."""
+    return isinstance(self.alpha, (int, float, np.number)) and self.alpha == 0
+
+  def init(self, params: optax.Params) -> None:
+    """Nothing is estimated."""
+
+  def coefficient(self, count: jax.Array, estimate: Any) -> Any:
+    """The coefficient after ``count`` updates."""
+    value = self.alpha(count) if callable(self.alpha) else self.alpha
+    _checks.check_coefficient(value, "alpha")
+    return value
+
+  def update(self, estimate: Any, correction: Correction) -> None:
+    """Nothing is learnt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimated:
+  """The coefficient of least variance, estimated from the steps before.
+
+  Attributes:
+    decay: of the averages, in [0, 1).
+    max_alpha: upper bound of the coefficient.
+    start: the coefficient while there are no averages.
+    guarded: whether to divide by the variance of the gradient where that is
+      greater, which takes the smaller one of the slopes of g over s and of s
+      over g. Where s comes from the recent past, as from a table, a gradient
+      that varies more is one that grows from visit to visit, as oscillations
+      do under steps that are too large, and to subtract their delayed echo
+      would feed them. Otherwise both vary about alike.
+  """
+
+  decay: Any
+  max_alpha: Any
+  start: float
+  guarded: bool
+
+  estimates = True
+  always_off = False
+
+  def __post_init__(self) -> None:
+    _checks.check_decay(self.decay, "decay")
+    _checks.check_positive(self.max_alpha, "max_alpha")
+
+  def init(self, params: optax.Params) -> CoefficientEstimate:
+    """Averages of nothing, in the precision that fits the parameters."""
+    dtype = _scalar_dtype(params)
+    # Arrays of their own, so that the state can be donated.
+    return CoefficientEstimate(
+      covariance=jnp.zeros([], dtype),
+      variance=jnp.zeros([], dtype),
+      second_moment=jnp.zeros([], dtype),
+      variance_ratio=jnp.ones([], dtype),
+      unit=jnp.ones([], dtype),
+    )
+
+  def coefficient(self, count: jax.Array, estimate: Any) -> jax.Array:
+    """The best coefficient by the averages, from 0 to ``max_alpha``."""
+    return _best(estimate, self.max_alpha, self.start, self.guarded)
+
+  def update(self, estimate: Any, correction: Correction) -> Any:
+    """Takes the observation of a step, if there is one, into the averages."""
+    if correction.seen is None:
+      return estimate
+    return _average(estimate, correction.seen, correction.alpha, self.decay)
+
+
+Rule = Given | Estimated
 
 
 def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
@@ -135,144 +195,370 @@ def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
   )
 
 
-def coefficient(
-  estimate: CoefficientEstimate,
-  max_alpha: Any,
-  start: float,
-  guarded: bool = False,
-) -> jax.Array:
-  """The best coefficient by the averages.
+def eagerly(condition: jax.Array) -> Any:
+  """A Python bool where the value is known.
+
+  Eagerly a Python branch does what lax.cond would compile for each new grad_fn.
+  """
+  traced = isinstance(condition, jax.core.Tracer)
+  return condition if traced else bool(condition)
+
+
+# Compiled for eager use, where dispatching its operations one by one would take
+# longer than an optimizer; inlined in a program.
+@functools.partial(jax.jit, inline=True, static_argnames="sum_axes")
+def correct(
+  updates: optax.Updates,
+  control: optax.Updates,
+  mean: optax.Updates,
+  coefficient: jax.Array,
+  active: Any,
+  estimate: CoefficientEstimate | None,
+  *,
+  sum_axes: Any = None,
+) -> Correction:
+  """Subtracts a control variate from a gradient: g - alpha (s - m).
 
   Args:
-    estimate: the averages.
-    max_alpha: upper bound of the result.
-    start: the coefficient while there are no averages.
-    guarded: whether to divide by the variance of the gradient where that is
-      greater, which takes the smaller one of the slopes of g over s and of s
-      over g. Where s comes from the recent past, as from a table, a gradient
-      that varies more is one that grows from visit to visit, as oscillations
-      do under steps that are too large, and to subtract their delayed echo
-      would feed them. Otherwise both vary about alike.
+    updates: the gradient g of a batch.
+    control: the control variate s of that batch, a tree of the same form.
+    mean: its mean m.
+    coefficient: alpha, a real scalar.
+    active: whether there is a control variate, a boolean scalar.
+    estimate: the averages so far, ``None`` for a given coefficient.
+    sum_axes: mapped axes over which the arrays are shards of larger ones.
 
   Returns:
-    A scalar between 0 and ``max_alpha``, of the dtype of the averages.
+    The correction, formed in at least float32, in the dtypes of g. The gradient
+    passes bit for bit if not active, if the coefficient is 0, or if a component
+    of the corrected gradient would not be finite; a coefficient that is not
+    finite is not hidden.
   """
-  variance = estimate.variance
-  known = variance > 0
-  if guarded:
-    left = estimate.variance_ratio
-    gradient = estimate.second_moment / jnp.where(left > 0, left, 1)
-    variance = jnp.maximum(variance, jnp.where(left > 0, gradient, 0))
-  ratio = estimate.covariance / jnp.where(known, variance, 1)
-  dtype = variance.dtype
-  return jnp.clip(
-    jnp.where(known, ratio, start), 0, jnp.asarray(max_alpha, dtype)
+
+  def subtract(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+    dtype = _checks.wide_dtype(g.dtype)
+    a = coefficient.astype(dtype)
+    # In this order g = s and a = 1 give the mean to the last bit.
+    corrected = (
+      _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
+    ) + a * m.astype(dtype)
+    return corrected.astype(g.dtype)
+
+  corrected = jax.tree.map(subtract, updates, control, mean)
+  usable = all_finite(corrected, sum_axes) | ~jnp.isfinite(coefficient)
+  used = active & (coefficient != 0) & usable
+  alpha = jnp.where(used, coefficient, 0)
+  seen = None
+  if estimate is not None:
+    seen = _observe(updates, control, mean, active, estimate, sum_axes)
+    a = alpha.astype(seen.variance.dtype)
+    # Of g - a (s - m) - m, by the inner products of its terms.
+    moment = seen.second_moment - a * (2 * seen.covariance - a * seen.variance)
+    seen = seen._replace(second_moment=jnp.maximum(moment, 0))
+  return Correction(
+    jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
+    alpha,
+    seen,
   )
 
 
-def products(
+def no_correction(
+  updates: optax.Updates,
+  alpha: jax.Array,
+  estimate: CoefficientEstimate | None,
+  sum_axes: Any,
+) -> Correction:
+  """The gradient unchanged, with the types that :func:`correct` gives."""
+  # A zero that varies over the mapped axes that the inner products vary over.
+  zeros = [jnp.zeros_like(g.real).sum() for g in jax.tree.leaves(updates)]
+  zero = _total(zeros, alpha.dtype, sum_axes) + jnp.zeros_like(alpha)
+  seen = None
+  if estimate is not None:
+    none = zero.astype(estimate.unit.dtype)
+    seen = Observation(none, none, none, unit=none + 1)
+  return Correction(updates, zero, seen)
+
+
+def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
+  """Whether all numbers of a tree of arrays are finite, a scalar."""
+  # Not isfinite(x).all(), for which XLA for CPU writes to memory whether each
+  # number is.
+  bad = [(jnp.sum(x - x) != 0).astype(jnp.int32) for x in jax.tree.leaves(tree)]
+  return _total(bad, jnp.int32, sum_axes) == 0
+
+
+def distance(
+  grads: optax.Updates, mean: optax.Updates, unit: jax.Array, sum_axes: Any
+) -> jax.Array:
+  """The squared distance of two trees, in units of ``unit ** 2``."""
+
+  def square(g: jax.Array, m: jax.Array) -> jax.Array:
+    difference = _scaled(g, unit) - _scaled(m, unit)
+    return _dot(difference, difference)
+
+  return _total(
+    map(square, jax.tree.leaves(grads), jax.tree.leaves(mean)),
+    unit.dtype,
+    sum_axes,
+  )
+
+
+@functools.partial(jax.jit, inline=True, static_argnames=("start", "guarded"))
+def _best(
+  estimate: CoefficientEstimate, max_alpha: Any, start: float, guarded: bool
+) -> jax.Array:
+  variance = estimate.variance
+  known = variance > 0
+  if guarded:
+    ratio = estimate.variance_ratio
+    # Where the correction has left nothing, the gradient varies as s does.
+    plain = estimate.second_moment / jnp.where(ratio > 0, ratio, 1)
+    variance = jnp.maximum(variance, plain)
+  slope = estimate.covariance / jnp.where(known, variance, 1)
+  return jnp.clip(
+    jnp.where(known, slope, start), 0, jnp.asarray(max_alpha, variance.dtype)
+  )
+
+
+@functools.partial(jax.jit, inline=True)
+def _average(
+  estimate: CoefficientEstimate,
+  seen: Observation,
+  alpha: jax.Array,
+  decay: Any,
+) -> CoefficientEstimate:
+  """The averages after one more observation.
+
+  An observation that is not finite, or without variance, is passed over, so
+  that one bad gradient does not spoil those that follow.
+  """
+  total = seen.covariance + seen.variance + seen.second_moment
+  usable = jnp.isfinite(total) & (seen.variance > 0)
+  # The larger unit, in which neither overflows.
+  is_known = estimate.variance > 0
+  unit = jnp.where(is_known, jnp.maximum(estimate.unit, seen.unit), seen.unit)
+  decay = jnp.asarray(decay, unit.dtype)
+  kept = jnp.where(is_known, decay * (estimate.unit / unit) ** 2, 0)
+  taken = (1 - decay) * (seen.unit / unit) ** 2
+
+  def average(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(usable, kept * old + taken * new, old)
+
+  covariance = average(estimate.covariance, seen.covariance)
+  variance = average(estimate.variance, seen.variance)
+  moment = average(estimate.second_moment, seen.second_moment)
+  alpha = alpha.astype(unit.dtype)
+  # What the correction takes away from the variance, whatever the mean is.
+  reduction = jnp.maximum(alpha * (2 * covariance - alpha * variance), 0)
+  plain = moment + reduction
+  ratio = jnp.where(
+    usable & (plain > 0),
+    moment / jnp.where(plain > 0, plain, 1),
+    estimate.variance_ratio,
+  )
+  return CoefficientEstimate(
+    covariance,
+    variance,
+    moment,
+    ratio,
+    jnp.where(usable, unit, estimate.unit),
+  )
+
+
+def _observe(
   grads: optax.Updates,
   control: optax.Updates,
   mean: optax.Updates,
   active: Any,
   estimate: CoefficientEstimate,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One observation of the covariance and of the variance.
+  sum_axes: Any,
+) -> Observation:
+  """The inner products of a step; ``second_moment`` is that of the plain g.
 
-  A control variate that differs from its mean by rounding alone has no
-  variance: both results are then 0.
-
-  Args:
-    grads: the gradient g of a batch.
-    control: the control variate s of that batch, a tree of the same form.
-    mean: its mean m.
-    active: whether there is a mean; if not, there is no variance.
-    estimate: the averages, whose dtype the results have.
-
-  Returns:
-    Two real scalars: the inner products of s - m with g - m and with itself;
-    and whether both are finite, which they are not where g or s is not.
+  They are formed in the unit of the averages. If they leave the range of the
+  dtype there, they are formed once more, in the magnitude of the gradients.
   """
-  dtype = estimate.variance.dtype
-  zero = jnp.zeros([], dtype)
-  covariance, variance, rounding = zero, zero, zero
+  trees = grads, control, mean
+  products = functools.partial(_products, *trees, sum_axes=sum_axes)
+  first = products(estimate.unit)
+  # Below this, squares of the small components have begun to vanish.
+  info = jnp.finfo(_narrowest(grads, estimate.unit.dtype))
+  least = float(info.tiny) / float(info.eps) ** 2
+  in_range = jnp.isfinite(first.covariance + first.variance + first.plain) & (
+    (first.variance > least) | (first.rounding > least)
+  )
+
+  def again() -> _Products:
+    return products(_fitting_unit(trees, estimate.unit.dtype, sum_axes))
+
+  first = _compat.vary_like(first, jax.eval_shape(again))
+  got = jax.lax.cond(in_range, lambda: first, again)
+  # Not where the variance is below the rounding, which would hide a NaN.
+  known = active & ~(got.variance <= got.rounding)
+  zero = jnp.zeros_like(got.variance)
+  return Observation(
+    jnp.where(known, got.covariance, zero),
+    jnp.where(known, got.variance, zero),
+    jnp.where(known, got.plain, zero),
+    got.unit,
+  )
+
+
+class _Products(NamedTuple):
+  """Inner products in units of ``unit ** 2``.
+
+  Attributes:
+    covariance: <g - m, s - m>.
+    variance: ||s - m||^2.
+    plain: ||g - m||^2.
+    rounding: what ``variance`` may be by rounding alone.
+    unit: a power of two.
+  """
+
+  covariance: jax.Array
+  variance: jax.Array
+  plain: jax.Array
+  rounding: jax.Array
+  unit: jax.Array
+
+
+def _products(
+  grads: Any, control: Any, mean: Any, unit: jax.Array, sum_axes: Any
+) -> _Products:
+  covariance, variance, plain, rounding = [], [], [], []
   for g, s, m in zip(
     *map(jax.tree.leaves, (grads, control, mean)), strict=True
   ):
     # As far as the gradient is rounded, not as widely as sums are formed.
-    eps = float(jnp.finfo(g.dtype).eps)
-    wide = _checks.wide_dtype(g.dtype)
-    g, s, m = (x.astype(wide) for x in (g, s, m))
-    covariance += _dot(g - m, s - m).astype(dtype)
+    eps = _ROUNDINGS * float(jnp.finfo(g.dtype).eps)
+    g, s, m = (_scaled(x, unit, _checks.wide_dtype(g.dtype)) for x in (g, s, m))
+    covariance.append(_dot(g - m, s - m))
     # The other way round: XLA for CPU would write s - m to memory if both had
     # it.
-    variance += _dot(m - s, m - s).astype(dtype)
-    rounding += ((_ROUNDINGS * eps) ** 2 * _dot(m, m)).astype(dtype)
-  known = (variance > rounding) & active
-  return (
-    jnp.where(known, covariance, 0),
-    jnp.where(known, variance, 0),
-    # Of both, so that what corrects waits for both, and can overwrite s.
-    jnp.isfinite(covariance + variance),
+    variance.append(_dot(m - s, m - s))
+    plain.append(_dot(m - g, m - g))
+    rounding.append(eps**2 * _dot(m, m))
+  total = functools.partial(_total, dtype=unit.dtype, sum_axes=sum_axes)
+  return _Products(
+    total(covariance), total(variance), total(plain), total(rounding), unit
   )
 
 
-def second_moment(
-  grads: optax.Updates, mean: optax.Updates, estimate: CoefficientEstimate
+def _fitting_unit(
+  trees: tuple[Any, Any, Any], dtype: Any, sum_axes: Any
 ) -> jax.Array:
-  """The squared distance of two trees, in the dtype of the averages."""
-  dtype = estimate.variance.dtype
-  total = jnp.zeros([], dtype)
-  for g, m in zip(jax.tree.leaves(grads), jax.tree.leaves(mean), strict=True):
+  """The unit that fits the components of g - m, s - m and m."""
+  largest = jnp.zeros([], dtype)
+  for g, s, m in zip(*map(jax.tree.leaves, trees), strict=True):
     wide = _checks.wide_dtype(g.dtype)
-    difference = g.astype(wide) - m.astype(wide)
-    total += _dot(difference, difference).astype(dtype)
-  return total
+    g, s, m = (x.astype(wide) for x in (g, s, m))
+    for x in (g - m, s - m, m):
+      largest = jnp.maximum(largest, largest_part(x).astype(dtype))
+  if sum_axes is not None:
+    tracked = _checks.tracked_axes(sum_axes)
+    varying = tuple(_compat.varying_axes(largest) & tracked)
+    axes = varying if tracked else sum_axes
+    largest = jax.lax.pmax(largest, axes) if axes else largest
+  return unit_of(largest)
 
 
-def update(
-  estimate: CoefficientEstimate,
-  covariance: jax.Array,
-  variance: jax.Array,
-  moment: jax.Array,
-  alpha: jax.Array,
-  decay: Any,
-) -> CoefficientEstimate:
-  """Takes an observation into the averages.
+def largest_part(x: jax.Array) -> jax.Array:
+  """The largest magnitude of any real or imaginary part."""
+  if jnp.iscomplexobj(x):
+    return jnp.maximum(largest_part(x.real), largest_part(x.imag))
+  return jnp.max(jnp.abs(x), initial=0)
 
-  An observation that is not finite, or without variance, is passed over, so
-  that one bad gradient does not spoil those that follow.
+
+def unit_of(largest: jax.Array) -> jax.Array:
+  """The unit in which squares of numbers up to this one are in the range.
 
   Args:
-    estimate: the averages.
-    covariance: first result of :func:`products`, of the gradient of the update.
-    variance: second result, likewise.
-    moment: squared distance of the corrected gradient from the mean.
-    alpha: the coefficient that was used.
-    decay: of the averages.
+    largest: their largest magnitude.
 
   Returns:
-    The new averages.
+    1, or a power of two far above or far below 1: one of :func:`units`.
   """
-  dtype = estimate.variance.dtype
-  usable = jnp.isfinite(covariance + variance + moment) & (variance > 0)
-  decay = jnp.asarray(decay, dtype)
+  low, one, high = units(largest.dtype)
+  # In float32: for more than 2^46, 2^85, in which 2^40 squares of the largest
+  # number do not overflow; for less than 2^-46, 2^-85.
+  exponent = jnp.finfo(largest.dtype).maxexp * 9 // 25
+  unit = jnp.where(largest > 2.0**exponent, high, one)
+  return jnp.where(largest < 2.0**-exponent, low, unit)
 
-  def average(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(usable, decay * old + (1 - decay) * new, old)
 
-  covariance = average(estimate.covariance, covariance)
-  variance = average(estimate.variance, variance)
-  moment = average(estimate.second_moment, moment)
-  alpha = alpha.astype(dtype)
-  # What the correction takes away from the variance, whatever the mean is.
-  reduction = jnp.maximum(alpha * (2 * covariance - alpha * variance), 0)
-  total = moment + reduction
-  known = usable & (total > 0)
-  ratio = jnp.where(
-    known, moment / jnp.where(known, total, 1), estimate.variance_ratio
+def in_bins(seen: Observation) -> tuple[jax.Array, jax.Array]:
+  """Covariance and variance by their unit, so that they can be summed up."""
+  is_unit = seen.unit == units(seen.unit.dtype)
+  return (
+    jnp.where(is_unit, seen.covariance, 0),
+    jnp.where(is_unit, seen.variance, 0),
   )
-  return CoefficientEstimate(covariance, variance, moment, ratio)
+
+
+def from_bins(
+  bins: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The sums, and their unit: the largest one, beside which others vanish."""
+  covariance, variance = bins
+  index = jnp.max(jnp.where(variance > 0, jnp.arange(3), -1))
+  index = jnp.where(index < 0, 1, index)
+  # A number that is not finite is not lost with its bin.
+  spoilt = 0 * (covariance + variance).sum()
+  chosen = jnp.arange(3) == index
+  pick = lambda x: jnp.where(chosen, x, 0).sum()
+  return (
+    pick(covariance) + spoilt,
+    pick(variance) + spoilt,
+    pick(units(variance.dtype)),
+  )
+
+
+def units(dtype: Any) -> jax.Array:
+  """The three powers of two that are units, from the smallest."""
+  most = 2.0 ** (jnp.finfo(dtype).maxexp * 2 // 3)
+  return jnp.array([1 / most, 1, most], dtype)
+
+
+def _scaled(x: jax.Array, unit: jax.Array, dtype: Any = None) -> jax.Array:
+  dtype = _checks.wide_dtype(x.dtype) if dtype is None else dtype
+  return x.astype(dtype) * (1 / unit).astype(dtype)
+
+
+def _total(parts: Any, dtype: Any, sum_axes: Any) -> jax.Array:
+  """The sum over leaves and, with ``sum_axes``, over their shards."""
+  parts = [x.astype(dtype) for x in parts]
+  if sum_axes is None:
+    return sum(parts, jnp.zeros([], dtype))
+  tracked = _checks.tracked_axes(sum_axes)
+  if not tracked:  # All leaves count as sharded.
+    return jax.lax.psum(sum(parts, jnp.zeros([], dtype)), sum_axes)
+  # A leaf that is the same on all devices counts once.
+  by_axes: dict[frozenset[Any], jax.Array] = {}
+  for x in parts:
+    axes = _compat.varying_axes(x) & tracked
+    by_axes[axes] = by_axes.get(axes, jnp.zeros([], dtype)) + x
+  return sum(
+    (
+      jax.lax.psum(x, tuple(axes)) if axes else x for axes, x in by_axes.items()
+    ),
+    jnp.zeros([], dtype),
+  )
+
+
+def _narrowest(grads: optax.Updates, default: Any) -> Any:
+  """The narrowest real dtype that inner products are formed in."""
+  dtypes = [
+    np.finfo(_checks.wide_dtype(g.dtype)).dtype for g in jax.tree.leaves(grads)
+  ]
+  return min(dtypes, key=lambda d: d.itemsize, default=default)
+
+
+def _scalar_dtype(params: optax.Params) -> Any:
+  dtypes = [
+    np.finfo(_checks.wide_dtype(_checks.dtype_of(p))).dtype
+    for p in jax.tree.leaves(params)
+  ]
+  return max(dtypes, key=lambda d: d.itemsize, default=np.dtype(np.float32))
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -15,22 +15,22 @@
 
 from collections.abc import Iterable, Iterator
 import itertools
+import time
 from typing import Any
 
 import jax
-
-# The client of jax.distributed has no public name; Orbax and Flax take it from
-# here, too.
-from jax._src import distributed
 import numpy as np
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _compat
 
 _END = "no further batch"
 _ALIKE = "alike"
 
 # Of this process. Programs of all processes are alike, so their calls are, too.
 _calls = itertools.count()
+# Keys of iterators that have ended, which process 0 deletes once all processes
+# have come to a later one.
+_ended: list[str] = []
 
 
 def lockstep(
@@ -80,10 +80,12 @@ def lockstep(
   """
   _checks.check_batches(batches)
   _checks.check_positive(timeout, "timeout")
-  client = distributed.global_state.client
-  if client is None or jax.process_count() == 1:
+  if isinstance(batches, _Lockstep):
+    return batches  # They are in step already.
+  client = _compat.coordination_client()
+  if client is None:
     return iter(batches)
-  return _lockstep(batches, timeout, client, next(_calls))
+  return _Lockstep(batches, timeout, client)
 
 
 def spans_processes(tree: Any) -> bool:
@@ -95,14 +97,29 @@ def spans_processes(tree: Any) -> bool:
   )
 
 
-def _lockstep(
-  batches: Iterable[Any], timeout: float, client: Any, call: int
-) -> Iterator[Any]:
-  iterator = iter(batches)
-  for index in itertools.count():
+class _Lockstep:
+  """Iterates over batches that all processes have found to be alike.
+
+  Attributes:
+    batches: the batches of this process.
+    timeout: how many seconds to wait for the others.
+    client: of the coordination service.
+  """
+
+  def __init__(self, batches: Iterable[Any], timeout: float, client: Any):
+    self._batches = iter(batches)
+    self._timeout = timeout
+    self._client = client
+    self._name = f"optax_svrg/{next(_calls)}"
+    self._index = itertools.count()
+
+  def __iter__(self) -> Iterator[Any]:
+    return self
+
+  def __next__(self) -> Any:
     batch = error = None
     try:
-      batch = next(iterator)
+      batch = next(self._batches)
       mine = _description(batch)
     except StopIteration:
       mine = _END
@@ -110,7 +127,11 @@ def _lockstep(
     except Exception as e:
       error = e
       mine = f"{type(e).__name__}: {e}"
-    verdict = _verdict(client, f"optax_svrg/{call}", index, mine, timeout)
+    index = next(self._index)
+    try:
+      verdict = self._compare(index, mine)
+    except TimeoutError as e:
+      raise e from (error or e.__cause__)
     if verdict != _ALIKE or error is not None:
       # All have come this far, so what they have begun will end. A process that
       # exits while its first reduction connects it to the others hangs.
@@ -122,54 +143,63 @@ def _lockstep(
         f"batches[{index}] must be alike in all processes, got {verdict}."
       )
     if mine == _END:
-      return
-    yield batch
+      _ended.extend(self._keys(index))
+      raise StopIteration
+    return batch
 
+  def _keys(self, index: int) -> tuple[str, str]:
+    """The folder of what the processes have, and the key of the verdict."""
+    return f"{self._name}/{index}", f"{self._name}/verdict/{index}"
 
-def _verdict(
-  client: Any, name: str, index: int, mine: str, timeout: float
-) -> str:
-  """Whether all processes have the same, and if not, which have what."""
-  num_processes = jax.process_count()
-  milliseconds = int(1000 * timeout)
-  prefix = f"{name}/{index}"
-  client.key_value_set(f"{prefix}/{jax.process_index()}", mine)
-  try:
-    client.wait_at_barrier(f"{prefix}/barrier", milliseconds)
-    # One reads and tells the others, which is less than if each read all.
-    if jax.process_index() == 0:
-      got = _entries(client, prefix)
-      differing = next((p for p in got if got[p] != got[0]), None)
-      client.key_value_set(
-        f"{name}/verdict/{index}",
-        _ALIKE
-        if differing is None
-        else f"{got[0]} in process 0 and {got[differing]} in process"
-        f" {differing}",
-      )
-      # The barrier was passed, so that the verdict before has been read.
-      client.key_value_delete(f"{name}/{index - 1}")
-      client.key_value_delete(f"{name}/verdict/{index - 1}")
-    return client.blocking_key_value_get(
-      f"{name}/verdict/{index}", milliseconds
-    )
-  except jax.errors.JaxRuntimeError as e:
-    reason = str(e).partition("\n")[0]
-    missing = sorted(set(range(num_processes)) - set(_entries(client, prefix)))
-    if missing:
-      which = ", ".join(map(str, missing))
-      reason = f"process {which} of {num_processes} did not come to it"
-    raise TimeoutError(
-      f"batches[{index}]: {reason} within {timeout:g} seconds, or is lost."
-    ) from e
+  def _compare(self, index: int, mine: str) -> str:
+    """Whether all processes have the same, and if not, which have what."""
+    is_first = jax.process_index() == 0
+    deadline = time.monotonic() + self._timeout
+    folder, verdict = self._keys(index)
+    self._client.key_value_set(f"{folder}/{jax.process_index()}", mine)
+    try:
+      if is_first:
+        # One reads and tells the others, which is less than if each read all.
+        self._client.key_value_set(verdict, self._judge(folder, deadline))
+      result = self._get(verdict, deadline)
+    except jax.errors.JaxRuntimeError as e:
+      raise TimeoutError(
+        f"batches[{index}]: {self._reason(folder, e)} within"
+        f" {self._timeout:g} seconds, or is lost."
+      ) from e
+    if is_first:
+      # All have come here, so that the verdict before has been read.
+      for key in (*_ended, *(self._keys(index - 1) if index else ())):
+        self._client.key_value_delete(key)
+      _ended.clear()
+    return result
 
+  def _judge(self, folder: str, deadline: float) -> str:
+    """Waits for all processes, and compares what they have."""
+    got = [
+      self._get(f"{folder}/{process}", deadline)
+      for process in range(jax.process_count())
+    ]
+    for process, other in enumerate(got):
+      if other != got[0]:
+        return f"{got[0]} in process 0 and {other} in process {process}"
+    return _ALIKE
 
-def _entries(client: Any, prefix: str) -> dict[int, str]:
-  """What is known of each process."""
-  return {
-    int(key.rpartition("/")[2]): value
-    for key, value in client.key_value_dir_get(prefix)
-  }
+  def _get(self, key: str, deadline: float) -> str:
+    milliseconds = int(1000 * (deadline - time.monotonic()))
+    return self._client.blocking_key_value_get(key, max(milliseconds, 1))
+
+  def _reason(self, folder: str, error: Exception) -> str:
+    """Names the processes that did not come."""
+    known = {
+      int(key.rpartition("/")[2])
+      for key, _ in self._client.key_value_dir_get(folder)
+    }
+    missing = sorted(set(range(jax.process_count())) - known)
+    if not missing:
+      return str(error).partition("\n")[0]
+    which = ", ".join(map(str, missing))
+    return f"process {which} of {jax.process_count()} did not come to it"
 
 
 def _description(batch: Any) -> str:

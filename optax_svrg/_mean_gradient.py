@@ -13,17 +13,24 @@
 # limitations under the License.
 """The mean gradient over a data set, and a table of those of its batches."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _lockstep, _sharding
+from optax_svrg import (
+  _checks,
+  _compat,
+  _compensated,
+  _lockstep,
+  _programs,
+  _sharding,
+)
 
 
 def mean_gradient(
@@ -31,6 +38,7 @@ def mean_gradient(
   params: optax.Params,
   batches: Iterable[Any],
   *,
+  weights: Callable[[Any], Any] | None = None,
   axis_name: Any = None,
 ) -> optax.Updates:
   r"""Mean gradient over a data set that is streamed in batches.
@@ -40,29 +48,33 @@ def mean_gradient(
     \nabla f(\theta) = \frac{1}{n} \sum_B |B| \, \nabla f_B(\theta),
     \qquad n = \sum_B |B|
 
-  Each batch counts by its number of examples, so a short last batch is weighted
-  rightly. One accumulator of the size of the parameters is kept, in float32 for
-  narrower dtypes; it is donated from batch to batch. The accumulation is
-  compiled once per shape of a batch, and the host does not wait for the device
-  between batches. Wrap ``batches`` to see progress, e.g. in ``tqdm``.
+  Each batch is weighted by its number of examples, so that a short last batch
+  counts by its size. The mean is kept in float32 for narrower dtypes, and
+  compensated for rounding, so that its error does not grow with the number of
+  batches: two arrays of the size of the parameters, donated from batch to
+  batch. The accumulation is compiled once per shape of a batch, and the host
+  does not wait for the device between batches. Wrap ``batches`` to see
+  progress, e.g. in ``tqdm``.
 
   Args:
     grad_fn: a pure function ``grad_fn(params, batch)`` to the mean gradient
-      over that batch, a tree like ``params``; usually ``jax.grad(loss)``. As
-      with :func:`jax.jit`, what it closes over is compiled in, and a new
-      function object is compiled anew: make it once, outside of the training
-      loop. To have values of a changing closure passed as arguments, give a
-      :class:`jax.tree_util.Partial`.
+      over that batch, a tree like ``params``; usually ``jax.grad(loss)``. Make
+      it once, outside of the training loop: as with :func:`jax.jit`, a new
+      function object is compiled again, with what it closes over. To pass
+      values that change as arguments, give a :class:`jax.tree_util.Partial`.
     params: parameters with float or complex leaves, at which gradients are
       taken.
     batches: any iterable of batches: a generator, a data loader, an array whose
-      first axis is the batches, a tuple of traced batches inside
-      :func:`jax.jit`. A batch is a tree of arrays whose
-      leading axis is the examples, of the same length in all leaves; leaves
-      without axes (a number, a PRNG key) count for nothing. All batches have
-      the same structure and numbers of axes.
+      first axis is the batches; inside :func:`jax.jit` also of traced batches.
+      A batch is a tree of arrays, dense or sparse, whose leading axis is the
+      examples, of the same length in all leaves; scalar leaves (a number, a
+      random key) are ignored. All batches have the same structure and numbers
+      of axes. NumPy arrays are copied, so that a loader may reuse its buffers.
       Where ``params`` are spread over several processes, each has its own
       iterable, and they are kept in step by :func:`optax_svrg.lockstep`.
+    weights: a function from a batch to its weight, a real scalar, in place of
+      its number of examples; e.g. ``lambda batch: batch["mask"].sum()`` where
+      batches are padded. A batch of weight 0 is ignored, whatever its gradient.
     axis_name: name of the axis (or tuple of names) of an enclosing
       :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`, each member
       of which has ``batches`` of its own and a device-local ``grad_fn``. The
@@ -70,19 +82,21 @@ def mean_gradient(
 
   Returns:
     The mean gradient: a tree with the structure and shapes of ``params``, and
-    their dtypes promoted with float32.
+    their dtypes promoted with float32. Inside :func:`jax.jit`, NaN if all
+    batches have the weight 0.
 
   Raises:
-    TypeError: if ``grad_fn`` cannot be called, ``batches`` is a mapping or not
-      iterable, or leaves of ``params`` or of a batch have no
+    TypeError: if ``grad_fn`` or ``weights`` cannot be called, ``batches`` is a
+      mapping or not iterable, or leaves of ``params`` or of a batch have no
       dtype that is fit for it.
     ValueError: if ``batches`` is empty, a batch is empty or its leaves disagree
       in their number of examples, a batch differs from the first one in
-      structure or number of axes, a gradient differs from ``params`` in
-      structure, shape or kind of dtype, ``axis_name`` is no enclosing axis, or
-      gradients have already been summed over it; if another process has
-      other batches than this one.
-    TimeoutError: if another process has not come to a batch in 300 s.
+      structure or number of axes, a weight is not a scalar, all weights are 0,
+      a gradient differs from ``params`` in structure, shape or kind of dtype,
+      ``axis_name`` is no enclosing axis, or gradients have already been summed
+      over it; if another process has other batches than this one.
+    TimeoutError: if another process has not come to a batch in 300 s. To wait
+      longer, give ``optax_svrg.lockstep(batches, timeout=...)``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_svrg
@@ -92,35 +106,25 @@ def mean_gradient(
     >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x[:4], x[4:]]))
     [4. 0.]
 
-    Data that lie on the device as one array need no loop in Python: give them
-    as a single batch to a ``grad_fn`` that scans over micro-batches, which all
-    have the same size. A remainder makes a second batch.
+    Data that lie on the device as one array need no loop in Python: inside
+    :func:`jax.jit`, batches of equal shape are scanned.
 
-    >>> def scanned_grad(w, x):
-    ...   micro_batches = x.reshape(-1, 2, *x.shape[1:])
-    ...   def body(total, micro_batch):
-    ...     return total + jax.grad(loss)(w, micro_batch), None
-    ...   total, _ = jax.lax.scan(body, jnp.zeros_like(w), micro_batches)
-    ...   return total / len(micro_batches)
-    >>> x = jnp.arange(20.0).reshape(10, 2)
-    >>> print(optax_svrg.mean_gradient(scanned_grad, w, [x]))
+    >>> grad = jax.grad(loss)
+    >>> mean = jax.jit(lambda w, batches: optax_svrg.mean_gradient(
+    ...     grad, w, batches))
+    >>> print(mean(w, jnp.arange(20.0).reshape(5, 2, 2)))
     [-18. -20.]
-    >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x]))
-    [-18. -20.]
-
-    ``optax.microbatching.microbatch`` makes such a function of any gradient.
 
   References:
     Yin et al., `A Coefficient Makes SVRG Effective
     <https://arxiv.org/abs/2311.05589>`_, 2025
   """
-  _check_arguments(grad_fn, params, batches)
-  total, _, num_examples = _pass(grad_fn, params, batches, None)
+  _check_arguments(grad_fn, params, batches, weights)
+  total, _ = _pass(grad_fn, params, batches, weights, None)
   if axis_name is not None:
-    _checks.check_varying(total, axis_name, "the gradients of grad_fn")
-    # Every member has as many examples: shapes are the same on all devices.
-    total = jax.lax.pmean(total, axis_name)
-  return jax.tree.map(lambda t: t / num_examples, total)
+    _checks.check_varying(total.mean, axis_name, "the gradients of grad_fn")
+    total = _reduced(total, axis_name, has_weights=weights is not None)
+  return _result(total, params, has_weights=weights is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -167,6 +171,8 @@ def gradient_table(
   params: optax.Params,
   batches: Iterable[Any],
   *,
+  num_batches: int | None = None,
+  weights: Callable[[Any], Any] | None = None,
   dtype: Any = None,
   memory_kind: str | None = None,
 ) -> tuple[optax.Updates, GradientTable]:
@@ -180,8 +186,11 @@ def gradient_table(
 
   Args:
     grad_fn: as for :func:`optax_svrg.mean_gradient`.
-    params: likewise.
-    batches: likewise. An iterable without a length is read into a list first.
+    params: as for :func:`optax_svrg.mean_gradient`.
+    batches: as for :func:`optax_svrg.mean_gradient`.
+    num_batches: number of batches, where ``batches`` has no usable length. With
+      neither, all batches are read into memory first.
+    weights: as for :func:`optax_svrg.mean_gradient`.
     dtype: dtype of the table, ``None`` for the parameters'. The mean is that of
       the rounded gradients, so that the estimator stays unbiased.
     memory_kind: kind of memory of the table, ``None`` for that of the
@@ -195,11 +204,12 @@ def gradient_table(
 
   Raises:
     TypeError: as :func:`optax_svrg.mean_gradient`, or if ``dtype`` is not a
-      float or complex dtype.
-    ValueError: as :func:`optax_svrg.mean_gradient`; if ``dtype`` would drop
-      imaginary parts; if the devices of ``params`` have no ``memory_kind``; or,
-      before any gradient is computed, if the table does not fit into the memory
-      of the device, or of the host, with the bytes that it needs.
+      float or complex dtype, or ``num_batches`` not an integer.
+    ValueError: as :func:`optax_svrg.mean_gradient`; if there are more or fewer
+      batches than ``num_batches``, or their length, says; if ``dtype`` would
+      drop imaginary parts; if the devices of ``params`` have no
+      ``memory_kind``; or, before any gradient is computed, if the table does
+      not fit into the memory that the device, or the host, has left.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
@@ -232,149 +242,302 @@ def gradient_table(
 
   .. seealso:: :func:`optax_svrg.adaptive_saga`, which needs no pass.
   """
-  _check_arguments(grad_fn, params, batches)
+  _check_arguments(grad_fn, params, batches, weights)
   dtype = _checks.as_dtype(dtype, "dtype")
   _checks.check_dtype_fits(params, dtype, "dtype")
-  if not isinstance(batches, Sized):
-    batches = list(batches)
-  total, table, num_examples = _pass(
-    grad_fn,
-    params,
-    batches,
-    _sharding.table(params, len(batches), dtype, memory_kind),
-  )
-  mean = jax.tree.map(lambda t: t / num_examples, total)
-  return mean, GradientTable(table, len(batches))
+  if num_batches is not None:
+    num_batches = _checks.check_count(num_batches, "num_batches")
+  else:
+    num_batches = _length(batches)
+  if num_batches is None:
+    # Of a loader that may reuse its buffers.
+    batches = [_sharding.owned(batch) for batch in batches]
+    num_batches = len(batches)
+  table = _sharding.table(params, num_batches, dtype, memory_kind)
+  total, table = _pass(grad_fn, params, batches, weights, table, num_batches)
+  mean = _result(total, params, has_weights=weights is not None)
+  return mean, GradientTable(table, num_batches)
 
 
-def flatten_grad_fn(grad_fn: Callable[..., Any]) -> tuple[list[Any], Any]:
-  """A gradient function as arguments of a program, and what it is compiled for.
-
-  A :class:`jax.tree_util.Partial` is a tree: its arrays are arguments, its
-  function is static. Other functions are static as a whole.
-  """
-  if not isinstance(grad_fn, jax.tree_util.Partial):
-    grad_fn = jax.tree_util.Partial(grad_fn)
-  return jax.tree.flatten(grad_fn)
+def _length(batches: Any) -> int | None:
+  """The length of an iterable; None if it has none, or cannot tell it."""
+  try:
+    return len(batches)
+  except Exception:  # Whatever a loader raises for a stream.
+    return None
 
 
-def _check_arguments(grad_fn: Any, params: Any, batches: Any) -> None:
+def split_partial(grad_fn: Callable[..., Any]) -> tuple[Callable, tuple, dict]:
+  """A function, and arguments bound to it that programs take as arguments."""
+  if isinstance(grad_fn, jax.tree_util.Partial):
+    return grad_fn.func, grad_fn.args, dict(grad_fn.keywords)
+  return grad_fn, (), {}
+
+
+def _check_arguments(
+  grad_fn: Any, params: Any, batches: Any, weights: Any
+) -> None:
   if not callable(grad_fn):
     raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
+  if weights is not None and not callable(weights):
+    raise TypeError(
+      f"weights must be a function from a batch to its weight, got {weights!r}."
+    )
   _checks.check_inexact(params, "params")
   _checks.check_batches(batches)
 
 
+class _Total(NamedTuple):
+  """A weighted mean over the batches so far.
+
+  Attributes:
+    mean: the mean, leaf by leaf.
+    error: rounding error of each leaf.
+    weight: sum of the weights.
+    weight_error: its rounding error.
+  """
+
+  mean: list[jax.Array]
+  error: list[jax.Array]
+  weight: jax.Array
+  weight_error: jax.Array
+
+
+def _nothing(params: optax.Params) -> _Total:
+  def zeros() -> list[jax.Array]:
+    return [
+      jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p)))
+      for p in jax.tree.leaves(params)
+    ]
+
+  return _Total(zeros(), zeros(), jnp.zeros([]), jnp.zeros([]))
+
+
+def _include(
+  total: _Total, grads: list[jax.Array], weight: jax.Array
+) -> _Total:
+  """The mean with one more batch."""
+  sum_, rest = _compensated.two_sum(total.weight, weight)
+  sum_, rest = _compensated.two_sum(sum_, total.weight_error + rest)
+  is_zero = weight == 0
+  share = weight / jnp.where(is_zero, 1, sum_)
+  # A weight below 0 makes the mean NaN.
+  share = jnp.where(weight < 0, jnp.nan, share)
+  means, errors = [], []
+  for m, e, g in zip(total.mean, total.error, grads, strict=True):
+    mean, error = _compensated.include(
+      m, e, share.astype(m.dtype), g.astype(m.dtype)
+    )
+    means.append(jnp.where(is_zero, m, mean))
+    errors.append(jnp.where(is_zero, e, error))
+  return _Total(means, errors, sum_, rest)
+
+
+def _reduced(total: _Total, axis_name: Any, *, has_weights: bool) -> _Total:
+  """The mean over the members of a mapped axis."""
+  if not has_weights:
+    # Every member has as many examples: shapes are the same on all devices.
+    return total._replace(mean=jax.lax.pmean(total.mean, axis_name))
+  weighted = [
+    jnp.where(total.weight == 0, 0, m * total.weight.astype(m.dtype))
+    for m in total.mean
+  ]
+  weighted, weight = jax.lax.psum((weighted, total.weight), axis_name)
+  safe = jnp.where(weight == 0, 1, weight)
+  mean = [m / safe.astype(m.dtype) for m in weighted]
+  return total._replace(mean=mean, weight=weight)
+
+
+def _result(
+  total: _Total, params: optax.Params, *, has_weights: bool
+) -> optax.Updates:
+  """The mean as a tree like the parameters; NaN if nothing has a weight."""
+  mean = total.mean
+  if has_weights:
+    is_zero = total.weight == 0
+    if not isinstance(is_zero, jax.core.Tracer) and np.any(is_zero):
+      raise ValueError("weights must not be 0 for all batches.")
+    mean = [jnp.where(is_zero, jnp.nan, m) for m in mean]
+  return jax.tree.unflatten(jax.tree.structure(params), mean)
+
+
 def _pass(
-  grad_fn: Callable[[optax.Params, Any], optax.Updates],
+  grad_fn: Callable[..., Any],
   params: optax.Params,
   batches: Iterable[Any],
-  table: Any,
-) -> tuple[optax.Updates, Any, int]:
-  """Sums the gradients of batches, and stores them if there is a table."""
-  leaves, treedef = flatten_grad_fn(grad_fn)
-
-  total = jax.tree.map(
-    lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
-    params,
-  )
-  # Flat, as only tuples of shardings can be hashed.
-  carry = tuple(tuple(jax.tree.leaves(x)) for x in (total, table))
-  shardings = None
-  if any(map(_sharding.on_host, jax.tree.leaves(table))):
-    # Else JAX pairs donated buffers of one kind of memory with the other.
-    shardings = jax.tree.map(lambda x: x.sharding, carry)
-  accumulate = _accumulation(treedef, shardings)
+  weights: Callable[[Any], Any] | None,
+  table: optax.Updates | None,
+  num_batches: int | None = None,
+) -> tuple[_Total, Any]:
+  """Averages the gradients of batches, and stores them if there is a table."""
   if _lockstep.spans_processes(params):
     batches = _lockstep.lockstep(batches)
-  num_examples = 0
-  first_ndims = None
-  for index, batch in enumerate(batches):
-    num_examples += _checks.check_batch(batch, f"batches[{index}]")
-    ndims = jax.tree.map(np.ndim, batch)
-    first_ndims = ndims if first_ndims is None else first_ndims
-    _check_ndims(ndims, first_ndims, index)
-    carry = accumulate(carry, index, leaves, params, batch)
-  if not num_examples:
+  rows = jax.tree.leaves(table)
+  # Within jax.jit every new array is traced.
+  if isinstance(jnp.zeros([]), jax.core.Tracer):
+    runs = _runs(batches, num_batches)
+    total, rows = _scan(grad_fn, params, runs, weights, rows)
+  else:
+    checked = _checked(batches, num_batches)
+    total, rows = _loop(grad_fn, params, checked, weights, rows)
+  if table is None:
+    return total, None
+  return total, jax.tree.unflatten(jax.tree.structure(table), rows)
+
+
+def _checked(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
+  """The batches, as they are found to be alike and as many as promised."""
+  count = 0
+  first = None
+  promise = f"batches must hold {num_batches} batches, as num_batches or their"
+  for batch in batches:
+    if count == num_batches:
+      raise ValueError(f"{promise} length says, but there are more.")
+    name = f"batches[{count}]"
+    _checks.check_batch(batch, name, is_first=first is None)
+    first = batch if first is None else first
+    if count:
+      _checks.check_same_axes(batch, first, name, "batches[0]")
+    count += 1
+    yield batch
+  if not count:
     raise ValueError("batches must hold at least one batch, got none.")
-  total, table = (
-    jax.tree.unflatten(jax.tree.structure(tree), leaves)
-    for tree, leaves in zip((total, table), carry, strict=True)
+  if num_batches is not None and count < num_batches:
+    raise ValueError(f"{promise} length says, but there are only {count}.")
+
+
+def _weight(
+  weights: Callable[[Any], Any] | None, batch: Any
+) -> float | jax.Array:
+  """The weight of a batch."""
+  if weights is None:
+    return float(_checks.leading_axes(batch)[0][1])
+  weight = jnp.asarray(weights(batch))
+  if weight.ndim or jnp.iscomplexobj(weight):
+    raise ValueError(
+      "weights must return a real scalar, got an array of shape"
+      f" {weight.shape} and dtype {weight.dtype}."
+    )
+  return weight.astype(float)
+
+
+def _gradient(
+  grad_fn: Callable[..., Any], params: optax.Params, batch: Any, rows: Any
+) -> list[jax.Array]:
+  """The gradient of a batch, rounded as rows of the table, if there is one."""
+  grads = grad_fn(params, batch)
+  _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
+  grads = jax.tree.leaves(grads)
+  if not rows:
+    return grads
+  return [jnp.asarray(g, t.dtype) for g, t in zip(grads, rows, strict=True)]
+
+
+def _loop(
+  grad_fn: Callable[..., Any],
+  params: optax.Params,
+  batches: Iterator[Any],
+  weights: Callable[[Any], Any] | None,
+  rows: list[jax.Array],
+) -> tuple[_Total, list[jax.Array]]:
+  """A program per batch, with the accumulators donated from one to the next."""
+  carry = (_nothing(params), rows)
+  shardings = None
+  if any(map(_compat.on_host, rows)):
+    # Else JAX pairs donated buffers of one kind of memory with the other.
+    shardings = jax.tree.map(lambda x: x.sharding, carry)
+  fn, args, kwargs = split_partial(grad_fn)
+  accumulate = _programs.program(
+    fn,
+    ("mean_gradient", *jax.tree.leaves(shardings)),
+    lambda call: _accumulation(call, shardings),
   )
-  return total, table, num_examples
+  for index, batch in enumerate(batches):
+    batch = _sharding.owned(batch)
+    weight = _weight(weights, batch)
+    carry = accumulate(carry, index, weight, args, kwargs, params, batch)
+  return carry
 
 
-# Compiled functions are kept for as many gradients as a program may use in
-# turn, not for ever: jax.jit would keep each closure and what it refers to.
-@functools.lru_cache(maxsize=16)
-def _accumulation(treedef: Any, shardings: Any) -> Callable[..., Any]:
-  """The jitted accumulation for one ``grad_fn``, given as a tree structure.
-
-  Args:
-    treedef: of ``grad_fn``.
-    shardings: of what is accumulated, ``None`` to leave them to the compiler.
-
-  Returns:
-    A function that adds to the sum of the gradients, and stores the gradient in
-    the table, both tuples of leaves; the latter is empty without a table.
-  """
+def _accumulation(grad_fn: Callable[..., Any], shardings: Any) -> Any:
+  """The jitted accumulation of one batch."""
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def accumulate(
-    carry: Any, index: Any, leaves: Any, params: optax.Params, batch: Any
+    carry: Any,
+    index: Any,
+    weight: Any,
+    args: Any,
+    kwargs: Any,
+    params: optax.Params,
+    batch: Any,
   ) -> Any:
-    total, table = carry
-    total, batch = _in_sequence(total, batch)
-    grads = jax.tree.unflatten(treedef, leaves)(params, batch)
-    _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
-    grads = jax.tree.leaves(grads)
-    weight = _checks.leading_axes(batch)[0][1]
-    if table:
-      grads = [
-        jnp.asarray(g, t.dtype) for g, t in zip(grads, table, strict=True)
-      ]
-      table = tuple(
-        jax.lax.dynamic_update_index_in_dim(t, g, index, 0)
-        for t, g in zip(
-          table, _sharding.to_memory_of(list(table), grads), strict=True
-        )
-      )
-    total = tuple(
-      t + weight * jnp.asarray(g, t.dtype)
-      for t, g in zip(total, grads, strict=True)
-    )
-    return total, table
+    total, rows = carry
+    bound = functools.partial(grad_fn, *args, **kwargs)
+    grads = _gradient(bound, params, batch, rows)
+    new = _sharding.to_memory_of(rows, grads) if rows else []
+    rows = [
+      jax.lax.dynamic_update_index_in_dim(t, g, index, 0)
+      for t, g in zip(rows, new, strict=True)
+    ]
+    return _include(total, grads, jnp.asarray(weight, float)), rows
 
   return accumulate
 
 
-def _in_sequence(total: Any, batch: Any) -> tuple[Any, Any]:
-  """Makes a batch wait for the total before it.
+def _runs(
+  batches: Iterable[Any], num_batches: int | None
+) -> list[tuple[Any, list[jax.Array]]]:
+  """Batches of equal shapes, stacked: tree structures and their leaves."""
+  if isinstance(batches, (jax.Array, np.ndarray)) and batches.ndim:
+    for _ in _checked(batches[:1], None):
+      pass
+    return [(jax.tree.structure(0), [jnp.asarray(batches)])]
+  runs: list[tuple[Any, Any, list[Any]]] = []
+  for batch in _checked(batches, num_batches):
+    leaves, treedef = jax.tree.flatten(batch)
+    leaves = list(map(jnp.asarray, _sharding.owned(leaves)))
+    shapes = [(x.shape, x.dtype) for x in leaves]
+    if not runs or runs[-1][:2] != (treedef, shapes):
+      runs.append((treedef, shapes, []))
+    runs[-1][2].append(leaves)
+  return [
+    (treedef, [jnp.stack(column) for column in zip(*members, strict=True)])
+    for treedef, _, members in runs
+  ]
 
-  Inside a jit with several batches XLA would compute all gradients first, and
-  hold them in memory until it adds them up.
+
+def _scan(
+  grad_fn: Callable[..., Any],
+  params: optax.Params,
+  runs: list[tuple[Any, list[jax.Array]]],
+  weights: Callable[[Any], Any] | None,
+  rows: list[jax.Array],
+) -> tuple[_Total, list[jax.Array]]:
+  """Inside a program: a scan over each run of batches.
+
+  It holds one gradient at a time, where XLA for CPU would compute those of all
+  batches before it adds them up.
   """
-  varying = {
-    jax.typeof(x).manual_axis_type.varying
-    for x in jax.tree.leaves((total, batch))
-  }
-  # A barrier may make what it holds vary over all axes that any of it does.
-  if len(varying) > 1:
-    return total, batch
-  return jax.lax.optimization_barrier((total, batch))
+  params = _checks.as_arrays(params)
 
+  def scan_run(total: _Total, treedef: Any, stacked: Any) -> Any:
+    def step(total: _Total, leaves: Any) -> Any:
+      batch = jax.tree.unflatten(treedef, leaves)
+      grads = _gradient(grad_fn, params, batch, rows)
+      weight = jnp.asarray(_weight(weights, batch), float)
+      return _include(total, grads, weight), grads if rows else None
 
-def _check_ndims(ndims: Any, first_ndims: Any, index: int) -> None:
-  """Raises unless a batch has the form of the first, given by axes per leaf."""
-  name = f"batches[{index}]"
-  _checks.check_same_tree(ndims, first_ndims, name, "batches[0]")
-  for (path, ndim), first_ndim in zip(
-    jax.tree_util.tree_leaves_with_path(ndims),
-    jax.tree.leaves(first_ndims),
-    strict=True,
-  ):
-    if ndim != first_ndim:
-      raise ValueError(
-        f"{name} must have the numbers of axes of batches[0], got {ndim}"
-        f" instead of {first_ndim} {_checks.path_of(path)}."
-      )
+    first = [x[0] for x in stacked]
+    total = _compat.vary_like(total, jax.eval_shape(step, total, first)[0])
+    return jax.lax.scan(step, total, stacked)
+
+  total = _nothing(params)
+  stored = []
+  for run in runs:
+    total, grads = scan_run(total, *run)
+    stored.append(grads)
+  if rows:
+    new = [jnp.concatenate(parts) for parts in zip(*stored, strict=True)]
+    rows = _sharding.to_memory_of(rows, new)
+  return total, rows

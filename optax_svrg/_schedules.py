@@ -74,11 +74,18 @@ def linear_decay(
   if steps_per_snapshot is None:
     steps_per_snapshot = steps_per_epoch
   interval = _checks.check_count(steps_per_snapshot, "steps_per_snapshot")
+  if interval > steps_per_epoch:
+    raise ValueError(
+      "steps_per_snapshot must be at most steps_per_epoch, as intervals start"
+      f" again with each epoch, got {interval} and {steps_per_epoch}."
+    )
   intervals_per_epoch = math.ceil(steps_per_epoch / interval)
   last = epochs * intervals_per_epoch - 1
 
   def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-    epoch, step = jnp.divmod(jnp.asarray(count), steps_per_epoch)
+    # Like Optax's schedules before their start, which negative counts are.
+    count = jnp.maximum(_checks.wide_index(count), 0)
+    epoch, step = jnp.divmod(count, steps_per_epoch)
     index = jnp.minimum(epoch * intervals_per_epoch + step // interval, last)
     # The share that remains, rather than a sum of decrements: exact at both
     # ends and to the last bit of the dtype in between.

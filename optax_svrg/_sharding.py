@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _compat
 
 
 def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
     axes = _checks.tracked_axes(axis_name)
 
     def vary(p: Any) -> Any:
-      fixed = axes - jax.typeof(p).manual_axis_type.varying
+      fixed = axes - _compat.varying_axes(p)
       return jax.lax.pcast(p, tuple(fixed), to="varying") if fixed else p
 
     return fn(jax.tree.map(vary, params), *args, **kwargs)
@@ -182,7 +182,9 @@ def state_shardings(
 def to_device(tree: Any) -> Any:
   """Moves to the memory of the device what is in that of the host."""
   return jax.tree.map(
-    lambda x: jax.device_put(x, jax.memory.Space.Device) if on_host(x) else x,
+    lambda x: (
+      jax.device_put(x, jax.memory.Space.Device) if _compat.on_host(x) else x
+    ),
     tree,
   )
 
@@ -190,15 +192,23 @@ def to_device(tree: Any) -> Any:
 def to_memory_of(old: Any, new: Any) -> Any:
   """Moves the second tree, in device memory, to where the first one is."""
   return jax.tree.map(
-    lambda o, n: jax.device_put(n, jax.memory.Space.Host) if on_host(o) else n,
+    lambda o, n: (
+      jax.device_put(n, jax.memory.Space.Host) if _compat.on_host(o) else n
+    ),
     old,
     new,
   )
 
 
-def on_host(x: Any) -> bool:
-  """Whether an array is in the memory of the host."""
-  return jax.typeof(x).memory_space == jax.memory.Space.Host
+def owned(tree: Any) -> Any:
+  """Copies NumPy arrays, which their owner may overwrite.
+
+  JAX reads a NumPy array when the device comes to it, or uses its memory as its
+  own: even ``jnp.array`` on CPU does not copy before it returns.
+  """
+  return jax.tree.map(
+    lambda x: np.array(x) if isinstance(x, np.ndarray) else x, tree
+  )
 
 
 def table(

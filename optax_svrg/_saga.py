@@ -13,14 +13,19 @@
 # limitations under the License.
 """SAGA over mini-batches, also with a coefficient estimated online."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optax_svrg import _checks, _control_variate, _sharding
+from optax_svrg import (
+  _checks,
+  _compensated,
+  _control_variate,
+  _sharding,
+)
 
 
 class SAGAState(NamedTuple):
@@ -28,17 +33,16 @@ class SAGAState(NamedTuple):
 
   Attributes:
     count: number of updates made, which the schedule of the coefficient sees.
-    alpha: the coefficient used by the last update, for logging; 0 if the entry
-      of its batch was empty.
+    alpha: coefficient applied by the last update, for logging: 0 where the
+      gradient passed unchanged, as while the entry of its batch was empty.
     is_filled: for each batch, whether its gradient has been stored.
-    table: the last gradient of each batch: the tree of the parameters with a
-      leading axis of length ``num_batches``, of the parameters' dtypes or of
+    table: last gradient of each batch: the tree of the parameters with a
+      leading axis of length ``num_batches``, in the parameters' dtypes or in
       ``table_dtype``; zeros where it is empty.
-    mean_grads: mean of the table, of the parameters' dtypes promoted with
+    mean_grads: mean of the table, in the parameters' dtypes promoted with
       float32.
-    mean_error: what rounding has taken from ``mean_grads``.
-    estimate: the averages of :func:`optax_svrg.adaptive_saga`, otherwise
-      ``None``.
+    mean_error: rounding error of ``mean_grads``.
+    estimate: averages of :func:`optax_svrg.adaptive_saga`, otherwise ``None``.
   """
 
   count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -56,6 +60,7 @@ def alpha_saga(
   *,
   table_dtype: Any = None,
   axis_name: Any = None,
+  shard_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""SAGA over mini-batches: variance reduction without a second gradient.
 
@@ -103,6 +108,7 @@ def alpha_saga(
       gradients are to be averaged. The updates are then device-local; they are
       averaged in one reduction, and the table holds averaged gradients. With
       ``None`` they must have been averaged before.
+    shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``init`` takes
@@ -111,8 +117,9 @@ def alpha_saga(
     extra argument ``batch_index``, an integer or scalar integer array in
     [0, ``num_batches``): which of the fixed batches the updates are the
     gradient of. Where a traced index is out of this range, the gradient passes
-    unchanged, ``alpha`` is 0, and the table stays as it is. Components of a
-    gradient that are not finite, in ``table_dtype``, are not stored.
+    unchanged, ``alpha`` is 0, and the table stays as it is; so the gradient
+    does where a corrected one would not be finite. Components of a gradient
+    that are not finite, in ``table_dtype``, are not stored.
 
     Updates keep their structure, shapes and dtypes. Sums are formed in float32
     for narrower dtypes. The mean of the table is compensated for rounding, so
@@ -127,7 +134,8 @@ def alpha_saga(
       is less than 1, by ``init``: if ``table_dtype`` would drop imaginary parts
       or the table does not fit into the memory of the device; and by
       ``update``: if ``batch_index`` is not given (also when a wrapper has
-      dropped it), known to be out of range, or not a scalar, if updates or
+      dropped it), known to be out of range, or not a scalar, if the state was
+      made with other arguments than this transformation, if updates or
       parameters do not match the state in structure, shape or kind of dtype, if
       ``axis_name`` is no enclosing axis or the gradients have already been
       summed over it.
@@ -165,44 +173,8 @@ def alpha_saga(
 
   .. seealso:: :func:`optax_svrg.adaptive_saga`, :func:`optax_svrg.alpha_svrg`
   """
-  if not callable(alpha):
-    _checks.check_coefficient(alpha, "alpha")
-  num_batches = _checks.check_count(num_batches, "num_batches")
-  table_dtype = _checks.as_dtype(table_dtype, "table_dtype")
-  # A number is known now; an array may hold a traced value.
-  always_off = isinstance(alpha, (int, float, np.number)) and alpha == 0
-
-  def init_fn(params: optax.Params) -> SAGAState:
-    return _init(params, num_batches, table_dtype)
-
-  def update_fn(
-    updates: optax.Updates,
-    state: SAGAState,
-    params: optax.Params | None = None,
-    *,
-    batch_index: Any = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, SAGAState]:
-    del extra_args  # Meant for other transformations of the chain.
-    _check_update(updates, state, params, axis_name)
-    batch_index = _check_index(batch_index, num_batches)
-    value = alpha(state.count) if callable(alpha) else alpha
-    _checks.check_coefficient(value, "alpha")
-    if axis_name is not None:
-      updates = jax.lax.pmean(updates, axis_name)
-    if not always_off:
-      entry = _read(state, batch_index)
-      coefficient = jnp.where(
-        entry.is_filled, jnp.asarray(value, state.alpha.dtype), 0
-      )
-      corrected = _control_variate.correct(
-        updates, entry.grads, entry.mean, coefficient, coefficient != 0
-      )
-      state = _write(state, entry, updates)._replace(alpha=coefficient)
-      updates = corrected
-    return updates, state._replace(count=optax.safe_increment(state.count))
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  rule = _control_variate.Given(alpha)
+  return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
 
 
 def adaptive_saga(
@@ -212,6 +184,7 @@ def adaptive_saga(
   max_alpha: float = 1.0,
   table_dtype: Any = None,
   axis_name: Any = None,
+  shard_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""SAGA over mini-batches whose coefficient is estimated from step to step.
 
@@ -249,6 +222,7 @@ def adaptive_saga(
     table_dtype: see :func:`optax_svrg.alpha_saga`.
     axis_name: see :func:`optax_svrg.alpha_saga`. The estimate is made of the
       averaged gradients, and needs no further reduction.
+    shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs` as that of
@@ -298,15 +272,24 @@ def adaptive_saga(
   .. seealso:: :func:`optax_svrg.alpha_saga`,
     :func:`optax_svrg.adaptive_svrg`
   """
+  rule = _control_variate.Estimated(decay, max_alpha, start=0, guarded=True)
+  return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
+
+
+def _saga(
+  rule: _control_variate.Rule,
+  num_batches: int,
+  table_dtype: Any,
+  axis_name: Any,
+  shard_axis_name: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """SAGA with any rule for the coefficient."""
   num_batches = _checks.check_count(num_batches, "num_batches")
-  _checks.check_decay(decay, "decay")
-  _checks.check_positive(max_alpha, "max_alpha")
   table_dtype = _checks.as_dtype(table_dtype, "table_dtype")
+  shard_axes = _checks.as_axes(shard_axis_name)
 
   def init_fn(params: optax.Params) -> SAGAState:
-    return _init(params, num_batches, table_dtype)._replace(
-      estimate=_control_variate.init(params)
-    )
+    return _init(params, num_batches, table_dtype, rule)
 
   def update_fn(
     updates: optax.Updates,
@@ -317,47 +300,58 @@ def adaptive_saga(
     **extra_args: Any,
   ) -> tuple[optax.Updates, SAGAState]:
     del extra_args  # Meant for other transformations of the chain.
-    _check_update(updates, state, params, axis_name)
+    _checks.check_state(state, SAGAState, rule.estimates)
+    _check_trees(updates, state, params, axis_name)
+    _check_table(updates, state, params, num_batches, table_dtype)
     batch_index = _check_index(batch_index, num_batches)
+    updates, state = _checks.as_arrays((updates, state))
+    value = rule.coefficient(state.count, state.estimate)
     if axis_name is not None:
       updates = jax.lax.pmean(updates, axis_name)
-    entry = _read(state, batch_index)
-    assert state.estimate is not None
-    coefficient = jnp.where(
-      entry.is_filled,
-      _control_variate.coefficient(
-        state.estimate, max_alpha, start=0, guarded=True
-      ),
-      0,
-    ).astype(state.alpha.dtype)
-    corrected = _control_variate.correct(
-      updates, entry.grads, entry.mean, coefficient, coefficient != 0
-    )
-    covariance, variance, _ = _control_variate.products(
-      updates, entry.grads, entry.mean, entry.is_filled, state.estimate
-    )
-    estimate = _control_variate.update(
-      state.estimate,
-      covariance,
-      variance,
-      _control_variate.second_moment(corrected, entry.mean, state.estimate),
-      coefficient,
-      decay,
-    )
-    return corrected, _write(state, entry, updates)._replace(
-      count=optax.safe_increment(state.count),
-      alpha=coefficient,
-      estimate=estimate,
-    )
+    if not rule.always_off:
+      value = jnp.asarray(value, state.alpha.dtype)
+      correction, state = _visit(
+        updates, state, batch_index, value, sum_axes=shard_axes
+      )
+      updates = correction.updates
+      state = state._replace(
+        alpha=correction.alpha,
+        estimate=rule.update(state.estimate, correction),
+      )
+    return updates, state._replace(count=optax.safe_increment(state.count))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Compiled for eager use, as _control_variate.correct.
+@functools.partial(jax.jit, inline=True, static_argnames="sum_axes")
+def _visit(
+  updates: optax.Updates,
+  state: SAGAState,
+  batch_index: Any,
+  coefficient: jax.Array,
+  *,
+  sum_axes: Any,
+) -> tuple[_control_variate.Correction, SAGAState]:
+  """Corrects a gradient by the entry of its batch, whose place it takes."""
+  entry = _read(state, batch_index)
+  correction = _control_variate.correct(
+    updates,
+    entry.grads,
+    entry.mean,
+    jnp.where(entry.is_filled, coefficient, 0),
+    entry.is_filled,
+    state.estimate,
+    sum_axes=sum_axes,
+  )
+  return correction, _write(state, entry, updates)
 
 
 class _Entry(NamedTuple):
   """What the table holds for a batch.
 
   Attributes:
-    position: where in the table.
+    position: index in the table.
     is_known: whether the index is within the table.
     is_filled: whether there is a gradient.
     grads: the stored gradient.
@@ -365,7 +359,7 @@ class _Entry(NamedTuple):
   """
 
   position: jax.Array
-  is_known: Any
+  is_known: jax.Array
   is_filled: jax.Array
   grads: optax.Updates
   mean: optax.Updates
@@ -377,36 +371,28 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
   # A traced index out of range stands for no entry.
   is_known = (index >= 0) & (index < num_batches)
   position = jnp.where(is_known, index, 0)
-  is_filled = _control_variate.eagerly(
-    jnp.take(state.is_filled, position, mode="clip")
-  )
+
+  def at_position(x: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, position, 0, keepdims=False)
 
   def read() -> optax.Updates:
     # Of a table in the memory of the host, the entry alone is moved.
-    return _sharding.to_device(
-      jax.tree.map(
-        lambda t: jax.lax.dynamic_index_in_dim(t, position, 0, keepdims=False),
-        state.table,
-      )
-    )
+    return _sharding.to_device(jax.tree.map(at_position, state.table))
 
   def empty() -> optax.Updates:
     return jax.tree.map(
       lambda t: jnp.zeros_like(_sharding.to_device(t[0])), state.table
     )
 
-  if isinstance(is_filled, bool):
-    grads = read() if is_filled else empty()
-  else:
-    # In a branch of its own: XLA would fuse the reading with what uses the
-    # entry, do that after the entry is overwritten, and copy the table for it.
-    grads = jax.lax.cond(is_filled, read, empty)
+  is_filled = at_position(state.is_filled)
   num_filled = jnp.maximum(state.is_filled.sum(), 1)
   return _Entry(
     position,
     is_known,
     is_known & is_filled,
-    grads,
+    # In a branch of its own: XLA would fuse the reading with what uses the
+    # entry, do that after the entry is overwritten, and copy the table for it.
+    jax.lax.cond(is_filled, read, empty),
     # Exactly the mean of the table once this is full.
     jax.tree.map(
       lambda m: m * (num_batches / num_filled).astype(m.dtype),
@@ -419,62 +405,48 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
   """Stores a gradient, and moves the mean by what that changes."""
   num_batches = state.is_filled.shape[0]
 
+  def put(x: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, value, entry.position, 0)
+
   def stored(old: jax.Array, g: jax.Array) -> jax.Array:
     new = g.astype(old.dtype)
     # Whatever is stored leaves the estimator unbiased, but it must be a number.
     return jnp.where(entry.is_known & jnp.isfinite(new), new, old)
 
   new = jax.tree.map(stored, entry.grads, grads)
-
-  def share(x: jax.Array, dtype: Any) -> jax.Array:
-    x = x.astype(dtype) / num_batches
-    # Always true; keeps the compiler from fusing the division with a sum, which
-    # would round what goes out unlike what came in.
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-  def moved(m: Any, error: Any, old: Any, new: Any) -> tuple[Any, Any]:
-    # The same share comes in as goes out later, so that its rounding does not
-    # accumulate; that of the sums is kept. What goes out goes first, so that
-    # large numbers do not overflow.
-    total, first = _two_sum(m, -share(old, m.dtype))
-    total, second = _two_sum(total, share(new, m.dtype))
-    total, rest = _two_sum(total, error + (first + second))
-    return (
-      jnp.where(entry.is_known, total, m),
-      jnp.where(entry.is_known, rest, error),
-    )
-
-  pairs = jax.tree.map(
-    moved,
-    *_sharding.to_device((state.mean_grads, state.mean_error)),
-    entry.grads,
-    new,
-  )
-  mean, error = (
-    jax.tree.map(lambda _, pair, i=i: pair[i], state.mean_grads, pairs)
-    for i in (0, 1)
+  means, errors = [], []
+  for mean, error, before, after in zip(
+    *map(
+      jax.tree.leaves,
+      (
+        *_sharding.to_device((state.mean_grads, state.mean_error)),
+        entry.grads,
+        new,
+      ),
+    ),
+    strict=True,
+  ):
+    moved = _compensated.replace(mean, error, before, after, num_batches)
+    means.append(jnp.where(entry.is_known, moved[0], mean))
+    errors.append(jnp.where(entry.is_known, moved[1], error))
+  like_mean = functools.partial(
+    jax.tree.unflatten, jax.tree.structure(state.mean_grads)
   )
   return state._replace(
-    is_filled=state.is_filled.at[entry.position].max(entry.is_known),
+    is_filled=put(state.is_filled, entry.is_filled | entry.is_known),
     table=jax.tree.map(
-      lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, entry.position, 0),
-      state.table,
-      _sharding.to_memory_of(state.table, new),
+      put, state.table, _sharding.to_memory_of(state.table, new)
     ),
-    mean_grads=_sharding.to_memory_of(state.mean_grads, mean),
-    mean_error=_sharding.to_memory_of(state.mean_error, error),
+    mean_grads=_sharding.to_memory_of(state.mean_grads, like_mean(means)),
+    mean_error=_sharding.to_memory_of(state.mean_error, like_mean(errors)),
   )
-
-
-def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The rounded sum, and its error, which is exact (Knuth)."""
-  total = a + b
-  part = total - a
-  return total, (a - (total - part)) + (b - part)
 
 
 def _init(
-  params: optax.Params, num_batches: int, table_dtype: Any
+  params: optax.Params,
+  num_batches: int,
+  table_dtype: Any,
+  rule: _control_variate.Rule,
 ) -> SAGAState:
   _checks.check_inexact(params, "params")
   _checks.check_dtype_fits(params, table_dtype, "table_dtype")
@@ -491,16 +463,17 @@ def _init(
     table=table,
     mean_grads=jax.tree.map(zeros, params),
     mean_error=jax.tree.map(zeros, params),
+    estimate=rule.init(params),
   )
 
 
-def _check_update(
+def _check_trees(
   updates: optax.Updates,
   state: SAGAState,
   params: optax.Params | None,
   axis_name: Any,
 ) -> None:
-  """Checks the arguments of update before anything is computed."""
+  """Checks what update is given against the state."""
   mean = state.mean_grads
   _checks.check_same_tree(updates, mean, "updates", "the table's entries")
   if params is not None:
@@ -509,13 +482,41 @@ def _check_update(
     _checks.check_varying(updates, axis_name, "updates")
 
 
+def _check_table(
+  updates: optax.Updates,
+  state: SAGAState,
+  params: optax.Params | None,
+  num_batches: int,
+  table_dtype: Any,
+) -> None:
+  """Checks the table of a state, which may come from a checkpoint."""
+  sizes = [
+    state.is_filled.shape,
+    *(t.shape[:1] for t in jax.tree.leaves(state.table)),
+  ]
+  for size in sizes:
+    if size != (num_batches,):
+      raise ValueError(
+        f"state holds a table of {size[0]} batches, but num_batches is"
+        f" {num_batches}. Entries that are never visited would stay in the mean:"
+        " make the state with the init of this transformation."
+      )
+  _checks.check_leaf_dtypes(
+    state.table,
+    updates if params is None else params,
+    table_dtype,
+    "the table of state",
+    "table_dtype",
+  )
+
+
 def _check_index(batch_index: Any, num_batches: int) -> Any:
   """Returns ``batch_index``; raises unless it can be one, if that is known."""
   if batch_index is None:
     raise ValueError(
       "SAGA needs the extra argument batch_index, which says which of the"
       f" {num_batches} fixed batches this gradient is of. Call update(grads,"
-      " state, params, batch_index=i); a wrapper may have dropped the argument."
+      f" state, params, batch_index=i).{_checks.DROPPED_HINT}"
     )
   _checks.check_index(batch_index, "batch_index")
   if not isinstance(batch_index, jax.core.Tracer):

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_svrg import _checks
+from optax_svrg import _checks, _compat
 
-_Per = Literal["component", "leaf", "tree"]
+Per = Literal["component", "leaf", "tree"]
 
 
 def per_example_grads(
@@ -119,11 +119,11 @@ def _varying_as(losses: Any, params: optax.Params) -> optax.Params:
   over them, and mix their examples.
   """
   varying = frozenset[Any]().union(
-    *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(losses))
+    *(_compat.varying_axes(x) for x in jax.tree.leaves(losses))
   )
 
   def cast(p: Any) -> Any:
-    missing = varying - jax.typeof(p).manual_axis_type.varying
+    missing = varying - _compat.varying_axes(p)
     return jax.lax.pcast(p, tuple(missing), to="varying") if missing else p
 
   return jax.tree.map(cast, params)
@@ -194,7 +194,7 @@ def gradient_variance(grads: optax.Updates) -> GradientVariance:
     <https://arxiv.org/abs/2311.05589>`_, 2025, Table 1
   """
   num_grads = _check_stack(grads, "grads")
-  leaves, _ = _wide_leaves(grads, grads)
+  leaves, _ = wide_leaves(grads, grads)
   centred, (scale, *_) = _centred(leaves, "tree")
   gram = functools.reduce(jnp.add, map(_gram, _same_dtype(centred)))
   total = jnp.trace(gram).real / num_grads
@@ -211,7 +211,7 @@ def optimal_alpha(
   grads: optax.Updates,
   snapshot_grads: optax.Updates,
   *,
-  per: _Per = "component",
+  per: Per = "component",
 ) -> Any:
   r"""The coefficients that minimize the variance of corrected gradients.
 
@@ -231,10 +231,11 @@ def optimal_alpha(
   are real: for complex gradients the real part of the covariance is taken.
 
   A component that never varies at the snapshot, such as a weight of a ReLU that
-  is off for all examples, has no coefficient. It is NaN ``per="component"``, so
-  that it cannot pass for a coefficient of 0: average with :func:`jax.numpy
-  .nanmean`. The other two are averages weighted by variance, in which such
-  components have no part; they are NaN only if nothing varies at all.
+  is off for all examples, has no coefficient. It is NaN with
+  ``per="component"``, so that it does not pass for a coefficient of 0: average
+  with :func:`jax.numpy.nanmean`. The other two are averages weighted by
+  variance, which ignore such components. If nothing varies at all, that of a
+  leaf is NaN, and that of the tree 0: there is nothing to correct.
 
   Use :class:`optax_svrg.RunningMoments` if the gradients do not fit in memory
   together.
@@ -273,364 +274,32 @@ def optimal_alpha(
     Yin et al., `A Coefficient Makes SVRG Effective
     <https://arxiv.org/abs/2311.05589>`_, 2025
   """
-  _check_per(per)
+  check_per(per)
   num_grads = _check_stack(grads, "grads")
   _checks.check_inexact(snapshot_grads, "snapshot_grads")
   _checks.check_same_tree(snapshot_grads, grads, "snapshot_grads", "grads")
-  g, s = _wide_leaves(grads, snapshot_grads)
+  g, s = wide_leaves(grads, snapshot_grads)
   g, g_scales = _centred(g, per)
   s, s_scales = _centred(s, per)
   mean = lambda x: jnp.sum(x, axis=0) / num_grads
-  ratios = _ratios(
-    [mean(_real_product(a, b)) for a, b in zip(s, g, strict=True)],
-    [mean(_real_product(a, a)) for a in s],
+  slopes = ratios(
+    [mean(real_product(a, b)) for a, b in zip(s, g, strict=True)],
+    [mean(real_product(a, a)) for a in s],
     per,
   )
   alphas = [
     ratio * (g_scale / s_scale).reshape(ratio.shape)
-    for ratio, g_scale, s_scale in zip(ratios, g_scales, s_scales, strict=True)
+    for ratio, g_scale, s_scale in zip(slopes, g_scales, s_scales, strict=True)
   ]
-  return _unflatten(jax.tree.structure(grads), alphas, per)
+  return unflatten(jax.tree.structure(grads), alphas, per)
 
 
-class Payoff(NamedTuple):
-  """What noise has cost in an interval of training; real scalars.
-
-  Attributes:
-    progress: by how much the loss has fallen, in its units.
-    gain: by how much more, at most, it would have fallen with a control
-      variate, likewise.
-    variance_ratio: the variance that the control variate leaves, as part of
-      that without it.
-  """
-
-  progress: jax.Array
-  gain: jax.Array
-  variance_ratio: jax.Array
-
-  def pays(self, cost: Any) -> jax.Array:
-    r"""Whether variance reduction is worth its gradients.
-
-    Less noise pays under two conditions. It must lower the loss by more than
-    as many gradients would with plain steps, ``gain > (cost - 1) * progress``:
-    otherwise steps are what is missing, or they are so small already that noise
-    does not matter. And, as smaller steps lessen noise too, for nothing but
-    slower progress, the variance must fall by more than the cost,
-    ``variance_ratio < 1 / cost``.
-
-    Args:
-      cost: gradients per step with variance reduction in those of a plain step:
-        3 with a full pass, 2 with :func:`optax_svrg.gradient_table`.
-
-    Returns:
-      A boolean scalar; false where the numbers are NaN.
-    """
-    return (self.gain > (cost - 1) * self.progress) & (
-      self.variance_ratio * cost < 1
-    )
-
-
-class RunningMoments(NamedTuple):
-  r"""Moments of pairs of gradients that are seen one after the other.
-
-  For :func:`optax_svrg.optimal_alpha` and the variance that a coefficient
-  leaves, over a whole pass of batches of which no two gradients need to be held
-  at a time. The moments are population moments (divided by the number of
-  pairs), in which each pair counts the same; leave out a short last batch,
-  whose gradient is noisier. They are updated in a numerically stable way
-  (Welford), from differences to the running mean. Memory is five times the
-  parameters'. Squares of differences must lie in the range of the dtype, so in
-  float32 differences from 1e-19 to 1e19; a variance below that counts as none.
-
-  It is a tree of arrays, whose shapes and dtypes do not change: a carry of
-  :func:`jax.lax.scan`, and an argument that can be donated to :func:`jax.jit`.
-
-  Attributes:
-    count: number of pairs seen.
-    mean_grads: mean of the gradients at the current parameters.
-    mean_snapshot_grads: mean of the gradients at the snapshot.
-    var_grads: variance of each component of the gradients.
-    var_snapshot_grads: variance of each component of those at the snapshot.
-    cov: covariance of each component of the two, its real part.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, optax_svrg
-    >>> batches = jnp.arange(12.0).reshape(3, 2, 2) % 5
-    >>> grad = jax.grad(lambda w, x: jnp.mean((x @ w) ** 2))
-    >>> w, snapshot = jnp.array([1.0, -1.0]), jnp.array([1.5, -1.0])
-    >>> def body(moments, batch):
-    ...   return moments.update(grad(w, batch), grad(snapshot, batch)), None
-    >>> moments = optax_svrg.RunningMoments.create(w)
-    >>> moments, _ = jax.lax.scan(body, moments, batches)
-    >>> alpha = moments.optimal_alpha(per="tree")
-    >>> print(f"{alpha:.3f} leaves {moments.variance_ratio(alpha):.3f}")
-    0.751 leaves 0.060
-  """
-
-  count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
-  mean_grads: optax.Updates
-  mean_snapshot_grads: optax.Updates
-  var_grads: Any
-  var_snapshot_grads: Any
-  cov: Any
-
-  @classmethod
-  def create(cls, params: optax.Params) -> "RunningMoments":
-    """The moments of no gradients yet.
-
-    Args:
-      params: parameters with float or complex leaves, or gradients like those
-        to come.
-
-    Returns:
-      Zeros, in the dtypes of ``params`` promoted with float32 for the means,
-      and real ones of that width for the second moments.
-
-    Raises:
-      TypeError: if a leaf of ``params`` is not of a float or complex dtype.
-      ValueError: if ``params`` has no leaves.
-    """
-    _checks.check_inexact(params, "params")
-    _check_leaves(params, "params")
-    wide = lambda p: _checks.wide_dtype(_checks.dtype_of(p))
-    mean = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
-    square = lambda: jax.tree.map(
-      lambda p: jnp.zeros_like(p, _real_dtype(wide(p))), params
-    )
-    return cls(
-      count=jnp.zeros([], jnp.int32),
-      mean_grads=mean(),
-      mean_snapshot_grads=mean(),
-      var_grads=square(),
-      var_snapshot_grads=square(),
-      cov=square(),
-    )
-
-  def update(
-    self, grads: optax.Updates, snapshot_grads: optax.Updates
-  ) -> "RunningMoments":
-    """The moments with one more pair of gradients.
-
-    Args:
-      grads: the gradient of a batch at the current parameters.
-      snapshot_grads: the gradient of the same batch at the snapshot.
-
-    Returns:
-      The new moments, of the same shapes and dtypes.
-
-    Raises:
-      ValueError: if one of the two differs from the parameters in structure,
-        shape or kind of dtype.
-    """
-    for tree, name in ((grads, "grads"), (snapshot_grads, "snapshot_grads")):
-      _checks.check_same_tree(
-        tree, self.mean_grads, name, "the params given to create"
-      )
-    count = optax.safe_increment(self.count)
-    difference = lambda mean, new: jax.tree.map(
-      lambda m, x: jnp.asarray(x, m.dtype) - m, mean, new
-    )
-    g = difference(self.mean_grads, grads)
-    s = difference(self.mean_snapshot_grads, snapshot_grads)
-
-    def mean(old: Any, step: Any) -> Any:
-      return jax.tree.map(lambda m, d: m + d / count.astype(m.dtype), old, step)
-
-    def moment(old: Any, left: Any, right: Any) -> Any:
-      def leaf(m: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        n = count.astype(m.dtype)
-        kept = (n - 1) / n
-        # The first difference is weighted by 0 before it may overflow.
-        weighted = (kept / n).astype(b.dtype) * b
-        return kept * m + _real_product(a, weighted)
-
-      return jax.tree.map(leaf, old, left, right)
-
-    return RunningMoments(
-      count=count,
-      mean_grads=mean(self.mean_grads, g),
-      mean_snapshot_grads=mean(self.mean_snapshot_grads, s),
-      var_grads=moment(self.var_grads, g, g),
-      var_snapshot_grads=moment(self.var_snapshot_grads, s, s),
-      cov=moment(self.cov, s, g),
-    )
-
-  def optimal_alpha(self, *, per: _Per = "component") -> Any:
-    """The coefficients that minimize the variance of corrected gradients.
-
-    Args:
-      per: ``"component"``, ``"leaf"`` or ``"tree"``.
-
-    Returns:
-      As :func:`optax_svrg.optimal_alpha`: NaN where nothing varies at the
-      snapshot, so also before the second pair of gradients.
-
-    Raises:
-      ValueError: if ``per`` is none of the three.
-    """
-    _check_per(per)
-    cov, treedef = jax.tree.flatten(self.cov)
-    ratios = _ratios(cov, jax.tree.leaves(self.var_snapshot_grads), per)
-    return _unflatten(treedef, ratios, per)
-
-  def variance_ratio(self, alpha: Any) -> jax.Array:
-    r"""The variance that a coefficient leaves, as part of that without it.
-
-    .. math::
-
-      \frac{\sum_k \operatorname{Var}(g_k - \alpha_k s_k)}
-      {\sum_k \operatorname{Var}(g_k)}
-
-    A reduction of the variance pays, roughly, if it is larger than what it
-    costs: with one snapshot per epoch the correction takes three gradients per
-    example in place of one (its own, that at the snapshot, and that of the pass
-    for the mean gradient), as much as batches three times as large, which would
-    leave 1/3.
-
-    Args:
-      alpha: the coefficient, a real scalar; or a tree of them as
-        :meth:`optimal_alpha` gives, whose leaves are scalars or arrays of the
-        shapes of the parameters. It is of no account, and may be NaN, where
-        nothing varies at the snapshot.
-
-    Returns:
-      A scalar, correct to rounding of 1, not of itself; NaN or infinite if the
-      gradients do not vary.
-
-    Raises:
-      TypeError: if ``alpha`` is not real.
-      ValueError: if ``alpha`` does not have the structure or shapes of the
-        parameters.
-    """
-    var = jax.tree.leaves(self.var_grads)
-    dtype = np.result_type(*(v.dtype for v in var))
-    left = [
-      # Not where it is above 0, which would hide a NaN.
-      v + jnp.where(v_s == 0, 0, a * (a * v_s - 2 * cov))
-      for v, v_s, cov, a in zip(
-        var,
-        jax.tree.leaves(self.var_snapshot_grads),
-        jax.tree.leaves(self.cov),
-        self._coefficients(alpha),
-        strict=True,
-      )
-    ]
-    total = lambda xs: sum(jnp.sum(x.astype(dtype)) for x in xs)
-    # Rounding must not make a variance negative.
-    return jnp.maximum(total(left), 0) / total(var)
-
-  def payoff(self, displacement: optax.Updates) -> Payoff:
-    r"""What noise has cost since the snapshot, seen from plain steps.
-
-    For an interval of plain steps, e.g. an epoch, that have moved the
-    parameters by :math:`d` from those of the snapshot, the loss has changed, up
-    to third order, by
-
-    .. math::
-
-      \langle \bar s, d \rangle
-      + \tfrac{1}{2} \langle \bar g - \bar s, d \rangle
-
-    The second term, the curvature along the path, holds all that noise has
-    cost: its effect of first order averages out. A control variate that leaves
-    the share :math:`r` of the variance saves at most :math:`(1 - r)` of it.
-    Unlike the variance, this knows the size of the steps and the optimizer that
-    made them.
-
-    A few pairs, of batches drawn at random, are enough for a rough answer. Here
-    :math:`r` is that of the end of the interval, the worst of it. What it
-    cannot see is that noise of today is averaged out tomorrow, when the
-    learning rate has decayed.
-
-    Args:
-      displacement: the current parameters less those of the snapshot, a tree
-        like the parameters. If they are complex, gradients are expected as
-        Optax's optimizers take them, i.e. conjugates of those of
-        :func:`jax.grad`.
-
-    Returns:
-      A :class:`Payoff`. Its gain and variance ratio are NaN if the gradients do
-      not vary, so before the second pair.
-
-    Raises:
-      ValueError: if ``displacement`` differs from the parameters in structure,
-        shape or kind of dtype.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax_svrg
-      >>> x = jnp.array([3.0, -3.0, 1.0, -1.0])
-      >>> grad = jax.grad(lambda w, x: 0.5 * (w - x) ** 2)
-      >>> w, snapshot = jnp.array(0.5), jnp.array(-0.5)
-      >>> moments = optax_svrg.RunningMoments.create(w)
-      >>> for i in range(4):
-      ...   moments = moments.update(grad(w, x[i]), grad(snapshot, x[i]))
-      >>> payoff = moments.payoff(w - snapshot)
-      >>> print(*(f"{x:.1f}" for x in payoff), payoff.pays(cost=3))
-      0.0 0.5 0.0 True
-
-    References:
-      The trade between noise, curvature and batch size is that of McCandlish et
-      al., `An Empirical Model of Large-Batch Training
-      <https://arxiv.org/abs/1812.06162>`_, 2018, taken along the path of the
-      optimizer instead of along the gradient.
-    """
-    _checks.check_same_tree(
-      displacement,
-      self.mean_grads,
-      "displacement",
-      "the params given to create",
-    )
-
-    def along(grads: optax.Updates) -> jax.Array:
-      g, d = _wide_leaves(grads, displacement)
-      products = map(_real_product, g, d)
-      return sum(map(jnp.sum, products), jnp.zeros([], g[0].real.dtype))
-
-    change = optax.tree.sub(self.mean_grads, self.mean_snapshot_grads)
-    curvature = along(change) / 2
-    ratio = self.variance_ratio(self.optimal_alpha(per="tree"))
-    return Payoff(
-      progress=-along(self.mean_snapshot_grads) - curvature,
-      gain=(1 - ratio).astype(curvature.dtype) * curvature,
-      variance_ratio=ratio,
-    )
-
-  def _coefficients(self, alpha: Any) -> list[jax.Array]:
-    """A coefficient per leaf, of its shape and dtype."""
-    try:
-      alphas = jax.tree.leaves(jax.tree.broadcast(alpha, self.cov))
-    except ValueError as e:
-      raise ValueError(
-        "alpha must be a scalar or have the tree structure of the parameters,"
-        f" got {jax.tree.structure(alpha)}."
-      ) from e
-    result = []
-    for (path, cov), a in zip(
-      jax.tree_util.tree_leaves_with_path(self.cov), alphas, strict=True
-    ):
-      dtype = _checks.dtype_of(a)
-      if not (
-        jnp.issubdtype(dtype, jnp.floating)
-        or jnp.issubdtype(dtype, jnp.integer)
-      ):
-        raise TypeError(
-          f"alpha must be real, got dtype {dtype} {_checks.path_of(path)}."
-        )
-      if np.shape(a) not in ((), cov.shape):
-        raise ValueError(
-          "alpha must have scalars or arrays of the shapes of the parameters,"
-          f" got {np.shape(a)} instead of {cov.shape} {_checks.path_of(path)}."
-        )
-      result.append(jnp.broadcast_to(jnp.asarray(a, cov.dtype), cov.shape))
-    return result
-
-
-def _check_per(per: Any) -> None:
-  if per not in get_args(_Per):
+def check_per(per: Any) -> None:
+  if per not in get_args(Per):
     raise ValueError(f"per must be 'component', 'leaf' or 'tree', got {per!r}.")
 
 
-def _check_leaves(tree: Any, name: str) -> None:
+def check_leaves(tree: Any, name: str) -> None:
   if not jax.tree.leaves(tree):
     raise ValueError(
       f"{name} must have at least one leaf, got {jax.tree.structure(tree)}."
@@ -640,7 +309,7 @@ def _check_leaves(tree: Any, name: str) -> None:
 def _check_stack(grads: Any, name: str) -> int:
   """Returns the number of gradients in a tree with a leading axis of them."""
   _checks.check_inexact(grads, name)
-  _check_leaves(grads, name)
+  check_leaves(grads, name)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     if not np.ndim(leaf):
       raise ValueError(
@@ -656,16 +325,16 @@ def _check_stack(grads: Any, name: str) -> int:
   return num_grads
 
 
-def _real_dtype(dtype: Any) -> Any:
+def real_dtype(dtype: Any) -> Any:
   return np.zeros([], dtype).real.dtype
 
 
-def _wide_leaves(*trees: Any) -> list[list[jax.Array]]:
+def wide_leaves(*trees: Any) -> list[list[jax.Array]]:
   """Leaves of each tree, all in the width of the widest or float32."""
   leaves = [list(map(jnp.asarray, jax.tree.leaves(tree))) for tree in trees]
   dtype = functools.reduce(
     np.promote_types,
-    [_real_dtype(_checks.wide_dtype(x.dtype)) for xs in leaves for x in xs],
+    [real_dtype(_checks.wide_dtype(x.dtype)) for xs in leaves for x in xs],
   )
   return [
     [x.astype(np.promote_types(x.dtype, dtype)) for x in xs] for xs in leaves
@@ -677,7 +346,7 @@ def _same_dtype(leaves: Sequence[jax.Array]) -> list[jax.Array]:
   return [x.astype(dtype) for x in leaves]
 
 
-def _real_product(a: jax.Array, b: jax.Array) -> jax.Array:
+def real_product(a: jax.Array, b: jax.Array) -> jax.Array:
   """Real part of the product with a conjugate."""
   if jnp.iscomplexobj(a):
     return a.real * b.real + a.imag * b.imag
@@ -706,7 +375,7 @@ def _or_one(scale: jax.Array) -> jax.Array:
 
 
 def _centred(
-  leaves: Sequence[jax.Array], per: _Per
+  leaves: Sequence[jax.Array], per: Per
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Gradients less their mean, divided by their scale, and the scales.
 
@@ -762,7 +431,7 @@ def _cosine_distance(leaves: Sequence[jax.Array]) -> jax.Array:
   )
   scale = _or_one(largest)
   scaled = [x / rows(scale, x) for x in leaves]
-  squares = sum(jnp.sum(_real_product(x, x), axis=axes(x)) for x in scaled)
+  squares = sum(jnp.sum(real_product(x, x), axis=axes(x)) for x in scaled)
   is_zero = largest < jnp.finfo(largest.dtype).tiny
   norm = jnp.where(is_zero, 1, jnp.sqrt(squares))
   live = jnp.where(is_zero, jnp.zeros_like(norm), jnp.ones_like(norm))
@@ -774,14 +443,17 @@ def _cosine_distance(leaves: Sequence[jax.Array]) -> jax.Array:
       num_live, 1
     ).astype(x.dtype)
     rest = rows(live, x) * (units - mean)
-    distance += jnp.sum(_real_product(rest, rest))
+    distance += jnp.sum(real_product(rest, rest))
   return distance / (2 * jnp.maximum(num_live - 1, 1))
 
 
-def _ratios(
-  covs: Sequence[jax.Array], variances: Sequence[jax.Array], per: _Per
+def ratios(
+  covs: Sequence[jax.Array], variances: Sequence[jax.Array], per: Per
 ) -> list[jax.Array]:
-  """Cov / Var for each leaf, of its shape or a scalar; NaN without variance."""
+  """Cov / Var for each leaf, in its shape or as a scalar.
+
+  Without variance it is NaN, but 0 for ``"tree"``.
+  """
 
   def pooled(xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
     if per == "component":
@@ -792,9 +464,15 @@ def _ratios(
     return [functools.reduce(jnp.add, _same_dtype(sums))] * len(sums)
 
   pairs = zip(pooled(covs), pooled(variances), strict=True)
+  if per == "tree":
+    # Not where it is above 0, which would hide a NaN.
+    return [
+      jnp.where(var == 0, 0, cov / jnp.where(var == 0, 1, var))
+      for cov, var in pairs
+    ]
   return [cov / var for cov, var in pairs]
 
 
-def _unflatten(treedef: Any, ratios: Sequence[jax.Array], per: _Per) -> Any:
+def unflatten(treedef: Any, alphas: Sequence[jax.Array], per: Per) -> Any:
   """The coefficients as a tree, or the only one."""
-  return ratios[0] if per == "tree" else jax.tree.unflatten(treedef, ratios)
+  return alphas[0] if per == "tree" else jax.tree.unflatten(treedef, alphas)

@@ -1,0 +1,87 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The parts of JAX that have no public name, each behind one function.
+
+What another version of JAX lacks falls back or fails here, with a message, and
+not in the middle of a training.
+"""
+
+from typing import Any
+
+import jax
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+  """Manual mesh axes over which the type of an array says that it varies.
+
+  Empty where types do not track this: outside of :func:`jax.shard_map`, with
+  ``check_vma=False``, under :func:`jax.pmap` and :func:`jax.vmap`.
+  """
+  aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+  # JAX 0.9 and older have ``vma`` instead.
+  manual = getattr(aval, "manual_axis_type", None)
+  if manual is not None:
+    return manual.varying
+  return getattr(aval, "vma", None) or frozenset()
+
+
+def vary_like(tree: Any, like: Any) -> Any:
+  """Makes arrays vary, by their types, over all axes that others vary over.
+
+  Args:
+    tree: the arrays.
+    like: a tree of the same structure, of arrays or
+      :class:`jax.ShapeDtypeStruct`.
+  """
+
+  def cast(x: Any, y: Any) -> Any:
+    missing = varying_axes(y) - varying_axes(x)
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+  return jax.tree.map(cast, tree, like)
+
+
+def on_host(x: Any) -> bool:
+  """Whether an array is in the memory of the host."""
+  space = getattr(jax.typeof(x), "memory_space", None)
+  return space is not None and space == jax.memory.Space.Host
+
+
+def is_committed(x: jax.Array) -> bool:
+  """Whether an array is tied to its devices instead of following others."""
+  return getattr(x, "committed", True)
+
+
+def coordination_client() -> Any:
+  """The client of the service that ``jax.distributed.initialize`` starts.
+
+  Returns:
+    The client, ``None`` in a single process.
+
+  Raises:
+    ImportError: if this version of JAX keeps it elsewhere.
+  """
+  if jax.process_count() == 1:
+    return None
+  try:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+  except (ImportError, AttributeError) as e:
+    raise ImportError(
+      f"JAX {jax.__version__} does not have jax._src.distributed.global_state"
+      ".client, through which optax_svrg.lockstep compares the batches of the"
+      " processes. Use another version of JAX, or do without lockstep: give"
+      " every process equally many batches of the same shapes."
+    ) from e

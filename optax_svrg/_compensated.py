@@ -1,0 +1,72 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Means that many small changes leave exact to a few roundings.
+
+A mean is a pair of arrays: its rounded value, and the error that rounding has
+made so far, which is carried along (compensated summation).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the rounded sum and its error, which is exact (Knuth)."""
+  total = a + b
+  part = total - a
+  return total, (a - (total - part)) + (b - part)
+
+
+def include(
+  mean: jax.Array, error: jax.Array, share: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns a running mean after one more value, and its error.
+
+  Args:
+    mean: the mean of the values before.
+    error: its error.
+    share: weight of the value, divided by that of all values so far.
+    value: the value.
+  """
+  return two_sum(mean, error + share * ((value - mean) - error))
+
+
+def replace(
+  mean: jax.Array,
+  error: jax.Array,
+  old: jax.Array,
+  new: jax.Array,
+  count: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the mean of ``count`` values after one has changed, and its error.
+
+  Args:
+    mean: the mean before.
+    error: its error.
+    old: the value that goes.
+    new: the value that comes in its place.
+    count: the number of values.
+  """
+
+  def share(x: jax.Array) -> jax.Array:
+    x = x.astype(mean.dtype) / count
+    # Always true: keeps XLA for CPU from fusing the division into the sum,
+    # which would round what goes out unlike what came in (TestRunningMean).
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+  # The same share comes in as goes out later, so that its rounding does not
+  # accumulate. What goes out goes first, so that large numbers do not overflow.
+  total, first = two_sum(mean, -share(old))
+  total, second = two_sum(total, share(new))
+  return two_sum(total, error + (first + second))

@@ -1,0 +1,382 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Moments of pairs of gradients that are seen one after the other."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks, _control_variate, _variance
+
+
+class Payoff(NamedTuple):
+  """What noise has cost in an interval of training; real scalars.
+
+  Attributes:
+    progress: by how much the loss has fallen, in its units.
+    gain: by how much more, at most, it would have fallen with a control
+      variate, likewise.
+    variance_ratio: the variance that the control variate leaves, as part of
+      that without it.
+  """
+
+  progress: jax.Array
+  gain: jax.Array
+  variance_ratio: jax.Array
+
+  def pays(self, cost: Any) -> jax.Array:
+    r"""Whether variance reduction is worth its gradients.
+
+    Less noise pays under two conditions. It must lower the loss by more than
+    as many gradients would with plain steps, ``gain > (cost - 1) * progress``:
+    otherwise steps are what is missing, or they are so small already that noise
+    does not matter. And, as smaller steps lessen noise too, for nothing but
+    slower progress, the variance must fall by more than the cost,
+    ``variance_ratio < 1 / cost``.
+
+    Args:
+      cost: gradients per step with variance reduction in those of a plain step:
+        3 with a full pass, 2 with :func:`optax_svrg.gradient_table`.
+
+    Returns:
+      A boolean scalar; false where the numbers are NaN.
+    """
+    return (self.gain > (cost - 1) * self.progress) & (
+      self.variance_ratio * cost < 1
+    )
+
+
+class RunningMoments(NamedTuple):
+  r"""Moments of pairs of gradients that are seen one after the other.
+
+  For :func:`optax_svrg.optimal_alpha` and the variance that a coefficient
+  leaves, over a whole pass of batches of which no two gradients need to be held
+  at a time. The moments are population moments (divided by the number of
+  pairs), in which each pair counts the same; leave out a short last batch,
+  whose gradient is noisier. They are updated in a numerically stable way
+  (Welford), from differences to the running mean, and may be as large or small
+  as the dtype allows. Memory is five times the parameters'.
+
+  It is a tree of arrays, whose shapes and dtypes do not change: a carry of
+  :func:`jax.lax.scan`, and an argument that can be donated to :func:`jax.jit`.
+
+  Attributes:
+    count: number of pairs seen.
+    mean_grads: mean of the gradients at the current parameters.
+    mean_snapshot_grads: mean of the gradients at the snapshot.
+    var_grads: variance of each component of the gradients, in units of
+      ``unit ** 2``.
+    var_snapshot_grads: variance of each component of those at the snapshot, in
+      the same units.
+    cov: covariance of each component of the two, its real part, in the same
+      units.
+    unit: a power of two: 1 if squares of the gradients are in the range of the
+      dtype.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax_svrg
+    >>> batches = jnp.arange(12.0).reshape(3, 2, 2) % 5
+    >>> grad = jax.grad(lambda w, x: jnp.mean((x @ w) ** 2))
+    >>> w, snapshot = jnp.array([1.0, -1.0]), jnp.array([1.5, -1.0])
+    >>> def body(moments, batch):
+    ...   return moments.update(grad(w, batch), grad(snapshot, batch)), None
+    >>> moments = optax_svrg.RunningMoments.create(w)
+    >>> moments, _ = jax.lax.scan(body, moments, batches)
+    >>> alpha = moments.optimal_alpha(per="tree")
+    >>> print(f"{alpha:.3f} leaves {moments.variance_ratio(alpha):.3f}")
+    0.751 leaves 0.060
+  """
+
+  count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+  mean_grads: optax.Updates
+  mean_snapshot_grads: optax.Updates
+  var_grads: Any
+  var_snapshot_grads: Any
+  cov: Any
+  unit: jax.Array
+
+  @classmethod
+  def create(cls, params: optax.Params) -> "RunningMoments":
+    """The moments of no gradients yet.
+
+    Args:
+      params: parameters with float or complex leaves, or gradients like those
+        to come.
+
+    Returns:
+      Zeros, in the dtypes of ``params`` promoted with float32 for the means,
+      and real ones of that width for the second moments.
+
+    Raises:
+      TypeError: if a leaf of ``params`` is not of a float or complex dtype.
+      ValueError: if ``params`` has no leaves.
+    """
+    _checks.check_inexact(params, "params")
+    _variance.check_leaves(params, "params")
+    wide = lambda p: _checks.wide_dtype(_checks.dtype_of(p))
+    mean = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, wide(p)), params)
+    square = lambda: jax.tree.map(
+      lambda p: jnp.zeros_like(p, _variance.real_dtype(wide(p))), params
+    )
+    return cls(
+      count=jnp.zeros([], jnp.int32),
+      mean_grads=mean(),
+      mean_snapshot_grads=mean(),
+      var_grads=square(),
+      var_snapshot_grads=square(),
+      cov=square(),
+      # The least one: it grows with the gradients.
+      unit=_control_variate.units(
+        min(
+          (x.dtype for x in jax.tree.leaves(square())),
+          key=lambda dtype: dtype.itemsize,
+        )
+      )[0],
+    )
+
+  def update(
+    self, grads: optax.Updates, snapshot_grads: optax.Updates
+  ) -> "RunningMoments":
+    """The moments with one more pair of gradients.
+
+    Args:
+      grads: the gradient of a batch at the current parameters.
+      snapshot_grads: the gradient of the same batch at the snapshot.
+
+    Returns:
+      The new moments, of the same shapes and dtypes.
+
+    Raises:
+      ValueError: if one of the two differs from the parameters in structure,
+        shape or kind of dtype.
+    """
+    for tree, name in ((grads, "grads"), (snapshot_grads, "snapshot_grads")):
+      _checks.check_same_tree(
+        tree, self.mean_grads, name, "the params given to create"
+      )
+    count = optax.safe_increment(self.count)
+    difference = lambda mean, new: jax.tree.map(
+      lambda m, x: jnp.asarray(x, m.dtype) - m, mean, new
+    )
+    g = difference(self.mean_grads, grads)
+    s = difference(self.mean_snapshot_grads, snapshot_grads)
+
+    def mean(old: Any, step: Any) -> Any:
+      return jax.tree.map(lambda m, d: m + d / count.astype(m.dtype), old, step)
+
+    tops = [
+      _control_variate.largest_part(x).astype(self.unit.dtype)
+      for x in jax.tree.leaves((g, s))
+    ]
+    unit = _control_variate.unit_of(functools.reduce(jnp.maximum, tops))
+    unit = jnp.maximum(self.unit, unit)
+
+    def moment(old: Any, left: Any, right: Any) -> Any:
+      def leaf(m: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        n = count.astype(m.dtype)
+        kept = (n - 1) / n
+        a, b = (x * (1 / unit).astype(x.dtype) for x in (a, b))
+        rescaled = m * ((self.unit / unit) ** 2).astype(m.dtype)
+        # The first difference is weighted by 0 before it may overflow.
+        weighted = (kept / n).astype(b.dtype) * b
+        return kept * rescaled + _variance.real_product(a, weighted)
+
+      return jax.tree.map(leaf, old, left, right)
+
+    return RunningMoments(
+      count=count,
+      mean_grads=mean(self.mean_grads, g),
+      mean_snapshot_grads=mean(self.mean_snapshot_grads, s),
+      var_grads=moment(self.var_grads, g, g),
+      var_snapshot_grads=moment(self.var_snapshot_grads, s, s),
+      cov=moment(self.cov, s, g),
+      unit=unit,
+    )
+
+  def optimal_alpha(self, *, per: _variance.Per = "component") -> Any:
+    """The coefficients that minimize the variance of corrected gradients.
+
+    Args:
+      per: ``"component"``, ``"leaf"`` or ``"tree"``.
+
+    Returns:
+      As :func:`optax_svrg.optimal_alpha`: where nothing varies at the snapshot,
+      so also before the second pair of gradients, NaN, but 0 for ``"tree"``.
+
+    Raises:
+      ValueError: if ``per`` is none of the three.
+    """
+    _variance.check_per(per)
+    cov, treedef = jax.tree.flatten(self.cov)
+    ratios = _variance.ratios(
+      cov, jax.tree.leaves(self.var_snapshot_grads), per
+    )
+    return _variance.unflatten(treedef, ratios, per)
+
+  def variance_ratio(self, alpha: Any) -> jax.Array:
+    r"""The variance that a coefficient leaves, as part of that without it.
+
+    .. math::
+
+      \frac{\sum_k \operatorname{Var}(g_k - \alpha_k s_k)}
+      {\sum_k \operatorname{Var}(g_k)}
+
+    A reduction of the variance pays, roughly, if it is larger than what it
+    costs: with one snapshot per epoch the correction takes three gradients per
+    example in place of one (its own, that at the snapshot, and that of the pass
+    for the mean gradient), as much as batches three times as large, which would
+    leave 1/3.
+
+    Args:
+      alpha: the coefficient, a real scalar; or a tree of them as
+        :meth:`optimal_alpha` gives, whose leaves are scalars or arrays of the
+        shapes of the parameters. Ignored, and may be NaN, where nothing varies
+        at the snapshot.
+
+    Returns:
+      A scalar with a rounding error of about that of 1; 1 if nothing varies.
+
+    Raises:
+      TypeError: if ``alpha`` is not real.
+      ValueError: if ``alpha`` does not have the structure or shapes of the
+        parameters.
+    """
+    var = jax.tree.leaves(self.var_grads)
+    dtype = np.result_type(*(v.dtype for v in var))
+    left = [
+      # Not where it is above 0, which would hide a NaN.
+      v + jnp.where(v_s == 0, 0, a * (a * v_s - 2 * cov))
+      for v, v_s, cov, a in zip(
+        var,
+        jax.tree.leaves(self.var_snapshot_grads),
+        jax.tree.leaves(self.cov),
+        self._coefficients(alpha),
+        strict=True,
+      )
+    ]
+    total = lambda xs: sum(jnp.sum(x.astype(dtype)) for x in xs)
+    plain, rest = total(var), total(left)
+    is_constant = (plain == 0) & (rest == 0)
+    # Rounding must not make a variance negative.
+    ratio = jnp.maximum(rest, 0) / jnp.where(is_constant, 1, plain)
+    return jnp.where(is_constant, 1, ratio)
+
+  def payoff(self, displacement: optax.Updates) -> Payoff:
+    r"""What noise has cost since the snapshot, seen from plain steps.
+
+    For an interval of plain steps, e.g. an epoch, that have moved the
+    parameters by :math:`d` from those of the snapshot, the loss has changed, up
+    to third order, by
+
+    .. math::
+
+      \langle \bar s, d \rangle
+      + \tfrac{1}{2} \langle \bar g - \bar s, d \rangle
+
+    The second term, the curvature along the path, holds all that noise has
+    cost: its effect of first order averages out. A control variate that leaves
+    the share :math:`r` of the variance saves at most :math:`(1 - r)` of it.
+    Unlike the variance, this knows the size of the steps and the optimizer that
+    made them.
+
+    A few pairs, of batches drawn at random, are enough for a rough answer. Here
+    :math:`r` is that of the end of the interval, the worst of it. What it
+    cannot see is that noise of today is averaged out tomorrow, when the
+    learning rate has decayed.
+
+    Args:
+      displacement: the current parameters less those of the snapshot, a tree
+        like the parameters. If they are complex, gradients are expected as
+        Optax's optimizers take them, i.e. conjugates of those of
+        :func:`jax.grad`.
+
+    Returns:
+      A :class:`Payoff`. Its gain is 0 and its variance ratio 1 if the gradients
+      do not vary, so before the second pair.
+
+    Raises:
+      ValueError: if ``displacement`` differs from the parameters in structure,
+        shape or kind of dtype.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_svrg
+      >>> x = jnp.array([3.0, -3.0, 1.0, -1.0])
+      >>> grad = jax.grad(lambda w, x: 0.5 * (w - x) ** 2)
+      >>> w, snapshot = jnp.array(0.5), jnp.array(-0.5)
+      >>> moments = optax_svrg.RunningMoments.create(w)
+      >>> for i in range(4):
+      ...   moments = moments.update(grad(w, x[i]), grad(snapshot, x[i]))
+      >>> payoff = moments.payoff(w - snapshot)
+      >>> print(*(f"{x:.1f}" for x in payoff), payoff.pays(cost=3))
+      0.0 0.5 0.0 True
+
+    References:
+      The trade between noise, curvature and batch size is that of McCandlish et
+      al., `An Empirical Model of Large-Batch Training
+      <https://arxiv.org/abs/1812.06162>`_, 2018, taken along the path of the
+      optimizer instead of along the gradient.
+    """
+    _checks.check_same_tree(
+      displacement,
+      self.mean_grads,
+      "displacement",
+      "the params given to create",
+    )
+
+    def along(grads: optax.Updates) -> jax.Array:
+      g, d = _variance.wide_leaves(grads, displacement)
+      products = map(_variance.real_product, g, d)
+      return sum(map(jnp.sum, products), jnp.zeros([], g[0].real.dtype))
+
+    change = optax.tree.sub(self.mean_grads, self.mean_snapshot_grads)
+    curvature = along(change) / 2
+    ratio = self.variance_ratio(self.optimal_alpha(per="tree"))
+    return Payoff(
+      progress=-along(self.mean_snapshot_grads) - curvature,
+      gain=(1 - ratio).astype(curvature.dtype) * curvature,
+      variance_ratio=ratio,
+    )
+
+  def _coefficients(self, alpha: Any) -> list[jax.Array]:
+    """A coefficient per leaf, of its shape and dtype."""
+    try:
+      alphas = jax.tree.leaves(jax.tree.broadcast(alpha, self.cov))
+    except ValueError as e:
+      raise ValueError(
+        "alpha must be a scalar or have the tree structure of the parameters,"
+        f" got {jax.tree.structure(alpha)}."
+      ) from e
+    result = []
+    for (path, cov), a in zip(
+      jax.tree_util.tree_leaves_with_path(self.cov), alphas, strict=True
+    ):
+      dtype = _checks.dtype_of(a)
+      if not (
+        jnp.issubdtype(dtype, jnp.floating)
+        or jnp.issubdtype(dtype, jnp.integer)
+      ):
+        raise TypeError(
+          f"alpha must be real, got dtype {dtype} {_checks.path_of(path)}."
+        )
+      if np.shape(a) not in ((), cov.shape):
+        raise ValueError(
+          "alpha must have scalars or arrays of the shapes of the parameters,"
+          f" got {np.shape(a)} instead of {cov.shape} {_checks.path_of(path)}."
+        )
+      result.append(jnp.broadcast_to(jnp.asarray(a, cov.dtype), cov.shape))
+    return result

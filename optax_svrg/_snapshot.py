@@ -1,0 +1,293 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The snapshot of SVRG: its state, and the function that moves it."""
+
+from collections.abc import Callable
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks, _compat, _control_variate, _sharding
+
+FLAT_HINT = (
+  " The stored snapshot is a single vector. If optax.flatten made it so,"
+  " write optax.chain(alpha_svrg(...), optax.flatten(...)) instead of"
+  " optax.flatten(alpha_svrg(...))."
+)
+
+
+class SVRGState(NamedTuple):
+  """State of :func:`optax_svrg.alpha_svrg` and of :func:`adaptive_svrg`.
+
+  Attributes:
+    count: number of updates made, which the schedule of the coefficient sees.
+    num_snapshots: number of snapshots taken; the transformation is inert while
+      it is 0.
+    alpha: coefficient applied by the last update, for logging: 0 where the
+      gradient passed unchanged. With ``axis_name``, the mean over the devices.
+    snapshot_params: copy of the parameters at the last snapshot, in their
+      dtypes or in ``snapshot_dtype``.
+    mean_grads: mean gradient over the data set at ``snapshot_params``, in the
+      parameters' dtypes promoted with float32.
+    is_finite: whether ``mean_grads`` are finite; the transformation is inert
+      while they are not.
+    estimate: averages of :func:`optax_svrg.adaptive_svrg` since the last
+      snapshot, otherwise ``None``.
+  """
+
+  count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+  num_snapshots: jax.Array  # shape=(), dtype=jnp.int32
+  alpha: jax.Array  # shape=(), JAX's default float dtype
+  snapshot_params: optax.Params
+  mean_grads: optax.Updates
+  is_finite: jax.Array  # shape=(), dtype=jnp.bool_
+  estimate: _control_variate.CoefficientEstimate | None = None
+
+
+def init(
+  params: optax.Params, snapshot_dtype: Any, rule: _control_variate.Rule
+) -> SVRGState:
+  """The state before the first snapshot."""
+  _checks.check_inexact(params, "params")
+  _checks.check_dtype_fits(params, snapshot_dtype, "snapshot_dtype")
+  return SVRGState(
+    count=jnp.zeros([], jnp.int32),
+    num_snapshots=jnp.zeros([], jnp.int32),
+    alpha=jnp.zeros([], float),
+    snapshot_params=jax.tree.map(
+      lambda p: _copy(p, snapshot_dtype or _checks.dtype_of(p)), params
+    ),
+    mean_grads=jax.tree.map(
+      lambda p: jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p))),
+      params,
+    ),
+    is_finite=jnp.ones([], bool),
+    estimate=rule.init(params),
+  )
+
+
+def take_snapshot(
+  opt_state: optax.OptState,
+  params: optax.Params,
+  mean_grad_fn: Callable[[optax.Params], optax.Updates],
+) -> optax.OptState:
+  """Moves the snapshot of every SVRG state inside ``opt_state`` to ``params``.
+
+  When to call it is up to the user: every epoch (the paper), every so many
+  steps, at growing intervals, or by the flip of a coin (loopless SVRG).
+
+  It is a pure function, works eagerly and inside :func:`jax.jit`,
+  :func:`jax.lax.cond`, :func:`jax.lax.scan`, :func:`jax.vmap`,
+  :func:`jax.pmap` and :func:`jax.shard_map`, and keeps the structure, shapes,
+  dtypes and shardings of ``opt_state``. The snapshot is a copy, so that
+  parameters and optimizer state can be donated together.
+
+  Args:
+    opt_state: any nesting of Optax states with one or more
+      :class:`optax_svrg.SVRGState` inside; also a
+      :class:`optax_svrg.flax.TrainState`. It may be stacked: made by
+      ``jax.vmap(tx.init)``, or replicated for :func:`jax.pmap`.
+    params: the parameters, the tree given to ``init``, stacked as
+      ``opt_state`` is.
+    mean_grad_fn: a function from parameters to the mean gradient over the data
+      set, a tree of the same structure and shapes; usually
+      :func:`optax_svrg.mean_gradient`, inside :func:`jax.vmap` or
+      :func:`jax.pmap` for stacked parameters. It is called at the snapshot as
+      stored, i.e. rounded to ``snapshot_dtype`` but in the parameters' dtypes.
+      It is called once per distinct rounding: once, as a rule.
+
+  Returns:
+    ``opt_state`` with new ``snapshot_params`` and ``mean_grads``, and
+    ``num_snapshots`` increased by one. ``is_finite`` tells whether the mean
+    gradient is usable: if not, updates pass unchanged until the next snapshot.
+    The averages of :func:`optax_svrg.adaptive_svrg` are emptied.
+
+  Raises:
+    TypeError: if ``mean_grad_fn`` cannot be called.
+    ValueError: if there is no :class:`optax_svrg.SVRGState` in ``opt_state``,
+      or if ``params`` or the mean gradient do not match it in structure, shape
+      or kind of dtype.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax, optax_svrg
+    >>> params = jnp.array([1.0, 2.0])
+    >>> tx = optax.chain(optax_svrg.alpha_svrg(0.5), optax.adam(1e-3))
+    >>> state = optax_svrg.take_snapshot(tx.init(params), params, jnp.square)
+    >>> print(optax.tree.get(state, "mean_grads"))
+    [1. 4.]
+    >>> print(optax.tree.get(state, "num_snapshots"))
+    1
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025 (the snapshot); Kovalev et al.,
+    `Don't Jump Through Hoops and Remove Those Loops
+    <https://arxiv.org/abs/1901.08689>`_, 2019 (loopless SVRG)
+  """
+  if not callable(mean_grad_fn):
+    raise TypeError(f"mean_grad_fn must be a function, got {mean_grad_fn!r}.")
+  # An nnx.Optimizer's state has a Variable around each leaf.
+  pure_state, pure_params = as_pure(opt_state), as_pure(params)
+  nodes = jax.tree.leaves(pure_state, is_leaf=_is_state)
+  states = [node for node in nodes if _is_state(node)]
+  if not states:
+    hint = ""
+    if "snapshot_params" in repr(jax.tree.structure(pure_state)):
+      hint = _checks.RESTORE_HINT
+    raise ValueError(
+      "opt_state holds no SVRGState: there is neither alpha_svrg nor"
+      f" adaptive_svrg in this optimizer.{hint} Got"
+      f" {jax.tree.structure(opt_state)}."
+    )
+  for state in states:
+    _check_params(pure_params, state.snapshot_params)
+
+  leaves, treedef = jax.tree.flatten(params)
+  dtypes = [_checks.dtype_of(leaf) for leaf in leaves]
+
+  def like_params(snapshot: list[Any]) -> optax.Params:
+    return jax.tree.unflatten(
+      treedef, map(jnp.asarray, _sharding.to_device(snapshot), dtypes)
+    )
+
+  means: dict[Any, optax.Updates] = {}
+
+  def refresh(node: Any) -> Any:
+    if not _is_state(node):
+      return node
+    stored = _map_unmasked(_copy_into, node.snapshot_params, pure_params)
+    # Leaves that a wrapper has masked are not stored: they enter as they are.
+    snapshot = jax.tree.leaves(_unmask(stored, pure_params))
+    rounding = tuple(map(_checks.dtype_of, snapshot))
+    if rounding not in means:
+      mean = as_pure(mean_grad_fn(like_params(snapshot)))
+      _checks.check_same_tree(
+        mean, pure_params, "the result of mean_grad_fn", "params"
+      )
+      means[rounding] = mean
+    mean_grads = _map_unmasked(_copy_into, node.mean_grads, means[rounding])
+    return node._replace(
+      num_snapshots=optax.safe_increment(jnp.asarray(node.num_snapshots)),
+      snapshot_params=stored,
+      mean_grads=mean_grads,
+      is_finite=_copy_into(
+        node.is_finite, _is_finite(mean_grads, np.ndim(node.is_finite))
+      ),
+      estimate=node.estimate and _control_variate.reset(node.estimate),
+    )
+
+  new_state = jax.tree.map(refresh, pure_state, is_leaf=_is_state)
+  return jax.tree.unflatten(
+    jax.tree.structure(opt_state), jax.tree.leaves(new_state)
+  )
+
+
+def has_mean(state: SVRGState) -> jax.Array:
+  """Whether ``mean_grads`` are more than a placeholder, and usable."""
+  return (jnp.asarray(state.num_snapshots) > 0) & state.is_finite
+
+
+def has_masked(tree: Any) -> bool:
+  """Whether a wrapper has masked part of a tree."""
+  return any(
+    map(_checks.is_masked, jax.tree.leaves(tree, is_leaf=_checks.is_masked))
+  )
+
+
+def is_flat(tree: Any) -> bool:
+  """Whether a tree is a single vector, as ``optax.flatten`` makes it."""
+  return jax.tree_util.all_leaves([tree]) and np.ndim(tree) == 1
+
+
+def _is_state(node: Any) -> bool:
+  return isinstance(node, SVRGState)
+
+
+def _is_finite(mean_grads: optax.Updates, stacked_axes: int) -> jax.Array:
+  """Whether a mean gradient is finite, for each member of a stack."""
+  check = _control_variate.all_finite
+  for _ in range(stacked_axes):
+    check = jax.vmap(check)
+  return check(_sharding.to_device(mean_grads))
+
+
+def as_pure(tree: Any) -> Any:
+  """The tree without nnx.Variable; there is none before Flax is imported."""
+  as_pure = getattr(sys.modules.get("flax.nnx"), "as_pure", None)
+  return tree if as_pure is None else as_pure(tree)
+
+
+def _copy(x: Any, dtype: Any) -> Any:
+  """A copy in a buffer of its own, so that params and state can be donated."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+  return jnp.array(_sharding.owned(x), dtype)
+
+
+def _copy_into(old: Any, new: Any) -> jax.Array:
+  """A copy of ``new`` with the dtype and the placement of ``old``."""
+  copy = _copy(new, old.dtype)
+  concrete = isinstance(old, jax.Array) and not any(
+    isinstance(x, jax.core.Tracer) for x in (old, copy)
+  )
+  # An array that is not committed to its devices follows the others.
+  if (
+    concrete
+    and _compat.is_committed(old)
+    and not old.sharding.is_equivalent_to(copy.sharding, copy.ndim)
+  ):
+    copy = jax.device_put(copy, old.sharding)
+  return _sharding.to_memory_of(old, copy)
+
+
+def _map_unmasked(fn: Callable, masked: Any, full: Any) -> Any:
+  """Maps over two trees; what is masked in the first one stays masked."""
+  return jax.tree.map(
+    lambda m, x: m if _checks.is_masked(m) else fn(m, x),
+    masked,
+    full,
+    is_leaf=_checks.is_masked,
+  )
+
+
+def _unmask(masked: Any, full: Any) -> Any:
+  """Fills the masked places of the first tree from the second."""
+  return jax.tree.map(
+    lambda m, x: x if _checks.is_masked(m) else m,
+    masked,
+    full,
+    is_leaf=_checks.is_masked,
+  )
+
+
+def _check_params(params: optax.Params, snapshot: optax.Params) -> None:
+  """Raises unless ``params`` have the form of a (perhaps masked) snapshot."""
+  hint = ""
+  if has_masked(snapshot):
+    try:
+      snapshot = _unmask(snapshot, params)
+    except (ValueError, TypeError) as e:
+      raise ValueError(
+        f"params must have the tree structure given to init: {e}"
+      ) from e
+  elif is_flat(snapshot):
+    hint = FLAT_HINT
+  try:
+    _checks.check_same_tree(params, snapshot, "params", "the stored snapshot")
+  except ValueError as e:
+    raise ValueError(f"{e}{hint}") from e

@@ -1,0 +1,561 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""alpha-SVRG (Yin et al., 2025), also with a coefficient estimated online."""
+
+from collections.abc import Callable
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_svrg import _checks, _control_variate, _sharding, _snapshot
+
+_MASKED_HINT = (
+  "the snapshot holds optax.MaskedNode placeholders: alpha_svrg is wrapped in"
+  " optax.masked or optax.partition and sees only part of the parameters,"
+  " while grad_fn needs all of them. Write optax.chain(alpha_svrg(...),"
+  " optax.masked(...)) or optax.chain(alpha_svrg(...), optax.partition(...))"
+  " instead."
+)
+# What an error of a function says that is given an array of another shape.
+_WORDS_OF_SHAPE = ("shape", "dimension", "rank", "axis", "axes", "index")
+
+
+def alpha_svrg(
+  alpha: optax.ScalarOrSchedule,
+  *,
+  axis_name: Any = None,
+  shard_axis_name: Any = None,
+  snapshot_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Stochastic variance reduced gradient with a coefficient (alpha-SVRG).
+
+  Replaces the gradient :math:`\nabla f_B(\theta)` of a mini-batch :math:`B` by
+
+  .. math::
+
+    \nabla f_B(\theta) - \alpha \left(\nabla f_B(\theta_{\text{snapshot}})
+    - \nabla f(\theta_{\text{snapshot}})\right)
+
+  where :math:`\theta_{\text{snapshot}}` is a copy of the parameters taken now
+  and then by :func:`optax_svrg.take_snapshot`, and
+  :math:`\nabla f(\theta_{\text{snapshot}})` the mean gradient over the data set
+  there. The correction has mean zero, so the result is unbiased for every
+  :math:`\alpha`. :math:`\alpha = 1` is SVRG, and the paper decays it linearly
+  from 0.5 or 0.75 to 0, see :func:`optax_svrg.linear_decay`.
+
+  Put it first in :func:`optax.chain`, before clipping, noise, gradient
+  accumulation and everything else that is not linear, followed by any
+  optimizer. Until the first snapshot the gradient passes unchanged, of which
+  eager updates warn once. So it does after a snapshot whose mean gradient is
+  not finite, until the next one, and, as a whole, in a step whose corrected
+  gradient would not be finite (with ``axis_name``: on the device that this
+  happens on). ``alpha`` of the state is then 0.
+
+  Under :func:`jax.jit`, the gradient at the snapshot is computed only in steps
+  that use it; under :func:`jax.vmap`, which turns branches into selections, in
+  all of them.
+
+  Args:
+    alpha: the coefficient: a finite real number, a scalar array, or a schedule,
+      which is given the number of updates made so far. While it is 0, the
+      gradient passes unchanged, bit for bit, and ``grad_fn`` is not evaluated;
+      for the Python number 0 ``grad_fn`` is not even traced.
+    axis_name: name of the axis (or tuple of names) of an enclosing
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which
+      gradients are to be averaged. The updates and ``grad_fn`` are then
+      device-local, and the corrected gradient is averaged in one reduction.
+      With ``None`` they must have been averaged before, both alike.
+    shard_axis_name: name of the axis (or tuple of names) of an enclosing
+      :func:`jax.shard_map` over which the arrays of parameters are shards of
+      larger ones (FSDP by hand): inner products are summed over it, so that all
+      shards share one coefficient, and a step that falls back does so in all of
+      them. With ``check_vma=False``, all arrays count as shards. Sharded arrays
+      under :func:`jax.jit` do not need it.
+    snapshot_dtype: dtype of the stored snapshot, ``None`` for the parameters'.
+      With :obj:`jax.numpy.bfloat16` it takes half the memory of float32
+      parameters. Both gradients of the correction are taken at the rounded
+      snapshot, in the parameters' dtypes (those of the updates, if ``update``
+      is given no ``params``), so the result is still unbiased.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs`. Its ``init`` takes
+    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`
+    in their place) and returns an :class:`SVRGState`. Its ``update`` needs
+    exactly one of two extra arguments:
+
+    * ``grad_fn``: a function from parameters to the gradient of the same
+      mini-batch, with the same augmentation and dropout mask, as in
+      :func:`optax.contrib.sam`; or
+    * ``snapshot_grads``: that gradient at the stored snapshot, already
+      computed.
+
+    Updates keep their structure, shapes and dtypes. Sums are formed, and the
+    mean gradient is kept, in float32 for narrower dtypes.
+
+  Raises:
+    TypeError: if ``alpha`` is not a real number, array or schedule, if
+      ``snapshot_dtype`` is not a float or complex dtype, if parameters are not
+      of such a dtype (by ``init``), or if ``grad_fn`` cannot be called (by
+      ``update``).
+    ValueError: if ``alpha`` is not finite or not a scalar, if
+      ``snapshot_dtype`` would drop imaginary parts (by ``init``), and by
+      ``update``: if neither or both of ``grad_fn`` and ``snapshot_grads`` are
+      given (also when a wrapper has dropped them), if the state was made with
+      other arguments than this transformation, if updates, parameters or
+      gradients do not match the state in structure, shape or kind of dtype, if
+      a wrapper has masked or flattened the snapshot that ``grad_fn`` needs, if
+      ``axis_name`` is no enclosing axis or the gradients have already been
+      summed over it.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
+    >>> grad = jax.grad(loss)
+    >>> batches = [jnp.array([0, 1]), jnp.array([2, 3])]
+    >>> tx = optax.chain(optax_svrg.alpha_svrg(1.0), optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, batch):
+    ...   grad_fn = lambda p: grad(p, batch)
+    ...   updates, state = tx.update(
+    ...       grad_fn(params), state, params, grad_fn=grad_fn)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for epoch in range(50):
+    ...   state = optax_svrg.take_snapshot(
+    ...       state, params,
+    ...       lambda p: optax_svrg.mean_gradient(grad, p, batches))
+    ...   for batch in batches:
+    ...     params, state = step(params, state, batch)
+    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    0.0486
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025
+
+    Johnson and Zhang, `Accelerating Stochastic Gradient Descent using
+    Predictive Variance Reduction
+    <https://proceedings.neurips.cc/paper/2013/hash/ac1dd209cbcc5e5d1c6e28598e8cbbe8-Abstract.html>`_,
+    2013
+
+  .. warning::
+    ``optax.MultiSteps(optax.chain(alpha_svrg(...), ...))`` corrects with the
+    last micro-batch only. Write ``optax.chain(alpha_svrg(...),
+    optax.MultiSteps(...).gradient_transformation())``.
+
+  .. seealso:: :func:`optax_svrg.adaptive_svrg`,
+    :func:`optax_svrg.take_snapshot`, :func:`optax_svrg.mean_gradient`,
+    :func:`optax_svrg.linear_decay`
+  """
+  return _svrg(
+    _control_variate.Given(alpha), axis_name, shard_axis_name, snapshot_dtype
+  )
+
+
+def adaptive_svrg(
+  *,
+  decay: float = 0.97,
+  max_alpha: float = 1.0,
+  axis_name: Any = None,
+  shard_axis_name: Any = None,
+  snapshot_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""SVRG whose coefficient is estimated from step to step.
+
+  The same estimator as :func:`optax_svrg.alpha_svrg`, with the same arguments
+  of ``update`` and the same :func:`optax_svrg.take_snapshot`. The coefficient
+  is the one of least variance,
+
+  .. math::
+
+    \alpha^* = \frac{\operatorname{Cov}(g, s)}{\operatorname{Var}(s)}
+    \qquad \text{for } g = \nabla f_B(\theta),
+    \; s = \nabla f_B(\theta_{\text{snapshot}}),
+
+  which falls from 1 at the snapshot to 0 as far as the two gradients of a batch
+  cease to resemble each other. As the mean
+  :math:`\mu = \nabla f(\theta_{\text{snapshot}})` of :math:`s` is known, it
+  takes two inner products per step, and neither a schedule nor the length of
+  the training:
+
+  .. math::
+
+    \hat\alpha = \operatorname{clip}\left(
+    \frac{\operatorname{EMA}\langle g - \mu, s - \mu\rangle}
+    {\operatorname{EMA}\lVert s - \mu\rVert^2},
+    0, \alpha_{\max}\right)
+
+  The averages run over the steps before this one, so that the coefficient does
+  not depend on the batch that it is used for and the corrected gradient stays
+  unbiased. A snapshot empties them: the next coefficient is 1, or ``max_alpha``
+  if that is less.
+
+  How far the mean gradient has moved since the snapshot is noise in the first
+  average. Where it has moved farther than the gradients of batches differ, i.e.
+  with large batches and large steps, the estimate is rough and tends to be too
+  small, which gives away some of the reduction but does no other harm.
+
+  **A mean over a sample.** If :func:`optax_svrg.take_snapshot` is given the
+  mean gradient over only :math:`n` of the :math:`N` batches, its error has the
+  variance :math:`(1/n - 1/N) \operatorname{Var}(s)` and is the same in all
+  steps until the next snapshot, so that it does not average out. The estimate
+  does not see it. The variance of the sum of :math:`N` corrected gradients is
+
+  .. math::
+
+    N \left(\operatorname{Var}(g) - 2 \alpha \operatorname{Cov}(g, s)
+    + \frac{\alpha^2}{q} \operatorname{Var}(s)\right), \qquad q = \frac{n}{N},
+
+  least for :math:`q \alpha^*`: a mean over a share :math:`q` is worth that
+  share of the reduction. Give ``max_alpha=q``. With more, training can end
+  worse than without any correction.
+
+  Where the variance of the control variate is 0 (full batches) the averages,
+  and with them the coefficient, stay as they are; so they do after a gradient
+  that is not finite.
+
+  **Does it pay?** ``variance_ratio`` of :func:`optax_svrg.summary` estimates
+  the variance of the corrected gradient, divided by that of the plain gradient:
+
+  .. math::
+
+    \frac{M}{M + 2\alpha C - \alpha^2 V}, \qquad
+    M = \operatorname{EMA}\lVert \tilde g - \mu\rVert^2,
+
+  where :math:`\tilde g` is the corrected gradient, and :math:`C` and :math:`V`
+  are the two averages above. The reduction :math:`2\alpha C - \alpha^2 V` is
+  unbiased; :math:`M` exceeds the variance of :math:`\tilde g` by
+  :math:`\lVert\nabla f(\theta) - \mu\rVert^2`, hence the ratio is
+  overestimated as long as it is below 1, the more so the farther the mean
+  gradient has moved since the snapshot. Like the averages it lags behind by
+  about ``1 / (1 - decay)`` steps. As far as variance goes, a control variate is
+  worth its gradients if the ratio is below one over their number: below 1/3
+  with a full pass for each epoch.
+
+  Args:
+    decay: of the two averages, in [0, 1). The default is chosen by measurement,
+      see ``benchmarks/README.md``.
+    max_alpha: positive upper bound of the coefficient.
+    axis_name: see :func:`optax_svrg.alpha_svrg`. The inner products of the
+      device-local gradients are averaged in the same reduction: six numbers,
+      as each of the two has one for each range of magnitudes.
+    shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
+    snapshot_dtype: see :func:`optax_svrg.alpha_svrg`.
+
+  Returns:
+    An :class:`optax.GradientTransformationExtraArgs` as that of
+    :func:`optax_svrg.alpha_svrg`. In its :class:`SVRGState` ``alpha`` is the
+    coefficient used last, 0 before the first snapshot, and ``estimate`` holds
+    the averages, in float32 or, for parameters of double precision, in float64.
+    The coefficient is real for complex parameters too.
+
+  Raises:
+    TypeError: if ``decay`` or ``max_alpha`` is not a real number; otherwise as
+      :func:`optax_svrg.alpha_svrg`.
+    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive or
+      not finite; otherwise as :func:`optax_svrg.alpha_svrg`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
+    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
+    >>> grad = jax.grad(loss)
+    >>> batches = [jnp.array([0, 1]), jnp.array([2, 3])]
+    >>> tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.1))
+    >>> params = jnp.zeros(2)
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state, batch):
+    ...   grad_fn = lambda p: grad(p, batch)
+    ...   updates, state = tx.update(
+    ...       grad_fn(params), state, params, grad_fn=grad_fn)
+    ...   return optax.apply_updates(params, updates), state
+    >>> for epoch in range(50):
+    ...   state = optax_svrg.take_snapshot(
+    ...       state, params,
+    ...       lambda p: optax_svrg.mean_gradient(grad, p, batches))
+    ...   for batch in batches:
+    ...     params, state = step(params, state, batch)
+    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    0.0486
+    >>> print(f"{optax.tree.get(state, 'alpha'):.2f}")
+    1.00
+
+  References:
+    Yin et al., `A Coefficient Makes SVRG Effective
+    <https://arxiv.org/abs/2311.05589>`_, 2025, whose optimal coefficient this
+    estimates. The estimate is the regression coefficient of control variates,
+    e.g. Owen, `Monte Carlo theory, methods and examples
+    <https://artowen.su.domains/mc/>`_, 2013, chapter 8.9.
+
+  .. seealso:: :func:`optax_svrg.alpha_svrg`,
+    :func:`optax_svrg.take_snapshot`
+  """
+  rule = _control_variate.Estimated(decay, max_alpha, start=1, guarded=False)
+  return _svrg(rule, axis_name, shard_axis_name, snapshot_dtype)
+
+
+def _svrg(
+  rule: _control_variate.Rule,
+  axis_name: Any,
+  shard_axis_name: Any,
+  snapshot_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """SVRG with any rule for the coefficient."""
+  snapshot_dtype = _checks.as_dtype(snapshot_dtype, "snapshot_dtype")
+  shard_axes = _checks.as_axes(shard_axis_name)
+  once = _Once()
+
+  def init_fn(params: optax.Params) -> _snapshot.SVRGState:
+    return _snapshot.init(params, snapshot_dtype, rule)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: _snapshot.SVRGState,
+    params: optax.Params | None = None,
+    *,
+    grad_fn: Callable[[optax.Params], optax.Updates] | None = None,
+    snapshot_grads: optax.Updates | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, _snapshot.SVRGState]:
+    del extra_args  # Meant for other transformations of the chain.
+    _checks.check_state(state, _snapshot.SVRGState, rule.estimates)
+    _check_trees(updates, state, params, snapshot_dtype, axis_name)
+    _check_second(updates, state, grad_fn, snapshot_grads, axis_name)
+    updates, state = _checks.as_arrays((updates, state))
+
+    available = _snapshot.has_mean(state)
+    value = rule.coefficient(state.count, state.estimate)
+    coefficient = jnp.where(available, jnp.asarray(value, state.alpha.dtype), 0)
+    # An estimate needs the second gradient even where the coefficient is 0.
+    needed: Any = available if rule.estimates else coefficient != 0
+    needed = False if rule.always_off else _control_variate.eagerly(needed)
+
+    def correct(grads: optax.Updates) -> _control_variate.Correction:
+      return _control_variate.correct(
+        updates,
+        jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype), grads, updates),
+        _sharding.to_device(state.mean_grads),
+        coefficient,
+        available,
+        state.estimate,
+        sum_axes=shard_axes,
+      )
+
+    def evaluate() -> _control_variate.Correction:
+      snapshot = _for_grad_fn(state, params, updates, snapshot_dtype)
+      return correct(_second_gradient(grad_fn, snapshot, updates, axis_name))
+
+    def skip() -> _control_variate.Correction:
+      return _control_variate.no_correction(
+        updates, coefficient, state.estimate, shard_axes
+      )
+
+    if needed is False:
+      alpha = jnp.zeros_like(coefficient)
+      correction = _control_variate.Correction(updates, alpha, None)
+      if not rule.always_off and not state.num_snapshots:
+        once.before_the_first_snapshot(value, grad_fn and evaluate)
+    elif grad_fn is None:
+      correction = correct(snapshot_grads)
+    elif needed is True:
+      correction = evaluate()
+    else:
+      # As a whole, so that nothing is read while it is not needed.
+      correction = jax.lax.cond(needed, evaluate, skip)
+    if axis_name is not None:
+      correction = _average(correction, state, axis_name, shard_axes)
+    return correction.updates, state._replace(
+      count=optax.safe_increment(state.count),
+      alpha=correction.alpha,
+      estimate=rule.update(state.estimate, correction),
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Once:
+  """What a transformation does once, in its first eager updates."""
+
+  def __init__(self) -> None:
+    self._checked = False
+    self._warned = False
+
+  def before_the_first_snapshot(
+    self, coefficient: Any, evaluate: Callable[[], Any] | None
+  ) -> None:
+    """Warns that nothing is corrected, and refuses a wrong ``grad_fn``.
+
+    Args:
+      coefficient: the coefficient that there would be.
+      evaluate: corrects by ``grad_fn``; ``None`` without one.
+    """
+    if evaluate is not None and not self._checked:
+      self._checked = True
+      try:
+        jax.eval_shape(evaluate)
+      except jax.errors.JAXTypeError:
+        pass  # It needs values, e.g. for NumPy, and is checked by its results.
+    if not self._warned and coefficient != 0:
+      self._warned = True
+      warnings.warn(
+        "no snapshot has been taken yet, so gradients pass uncorrected. Before"
+        " the steps, write opt_state = optax_svrg.take_snapshot(opt_state,"
+        " params, mean_grad_fn).",
+        stacklevel=4,
+      )
+
+
+def _average(
+  correction: _control_variate.Correction,
+  state: _snapshot.SVRGState,
+  axis_name: Any,
+  shard_axes: Any,
+) -> _control_variate.Correction:
+  """The mean of the corrections of all devices, in one reduction."""
+  updates, alpha, seen = correction
+  if seen is None:
+    updates, alpha = jax.lax.pmean((updates, alpha), axis_name)
+    return _control_variate.Correction(updates, alpha, None)
+  bins = _control_variate.in_bins(seen)
+  updates, alpha, bins = jax.lax.pmean((updates, alpha, bins), axis_name)
+  # The mean over independent batches varies less.
+  num_devices = jax.lax.axis_size(axis_name)
+  covariance, variance, unit = _control_variate.from_bins(bins)
+  mean = _sharding.to_device(state.mean_grads)
+  seen = _control_variate.Observation(
+    covariance / num_devices,
+    variance / num_devices,
+    _control_variate.distance(updates, mean, unit, shard_axes),
+    unit,
+  )
+  return _control_variate.Correction(updates, alpha, seen)
+
+
+def _for_grad_fn(
+  state: _snapshot.SVRGState,
+  params: optax.Params | None,
+  updates: optax.Updates,
+  snapshot_dtype: Any,
+) -> optax.Params:
+  """The snapshot on the device, in the dtypes of the parameters."""
+  snapshot = _sharding.to_device(state.snapshot_params)
+  if snapshot_dtype is None:
+    return snapshot
+  like = updates if params is None else params
+  return jax.tree.map(
+    lambda s, p: s.astype(_checks.dtype_of(p)), snapshot, like
+  )
+
+
+def _second_gradient(
+  grad_fn: Any,
+  snapshot: optax.Params,
+  updates: optax.Updates,
+  axis_name: Any,
+) -> optax.Updates:
+  """The gradient at the snapshot."""
+  try:
+    grads = grad_fn(snapshot)
+    _check_gradient(grads, updates, axis_name, "the result of grad_fn")
+  except Exception as e:
+    if hint := _hint(e, snapshot):
+      raise ValueError(f"grad_fn failed at the snapshot: {e!r}.{hint}") from e
+    raise
+  return grads
+
+
+def _hint(error: Exception, snapshot: optax.Params) -> str:
+  """What the form of the snapshot may have to do with an error of grad_fn."""
+  about_shapes = isinstance(error, (TypeError, ValueError, IndexError)) and any(
+    word in str(error).lower() for word in _WORDS_OF_SHAPE
+  )
+  if _snapshot.is_flat(snapshot) and about_shapes:
+    return _snapshot.FLAT_HINT
+  nodes = jax.tree.leaves(snapshot, is_leaf=lambda x: x is None)
+  if any(x is None for x in nodes):
+    return (
+      " The snapshot holds None where the parameters do. With Equinox, write"
+      " params, static = eqx.partition(model, eqx.is_inexact_array) and grad_fn"
+      " = lambda p: eqx.filter_grad(lambda q: loss(eqx.combine(q, static),"
+      " batch))(p)."
+    )
+  return ""
+
+
+def _check_trees(
+  updates: optax.Updates,
+  state: _snapshot.SVRGState,
+  params: optax.Params | None,
+  snapshot_dtype: Any,
+  axis_name: Any,
+) -> None:
+  """Checks what update is given against the state."""
+  snapshot = state.snapshot_params
+  _checks.check_same_tree(updates, snapshot, "updates", "the stored snapshot")
+  if params is not None:
+    _checks.check_same_tree(params, snapshot, "params", "the stored snapshot")
+  _checks.check_leaf_dtypes(
+    snapshot,
+    updates if params is None else params,
+    snapshot_dtype,
+    "the stored snapshot",
+    "snapshot_dtype",
+  )
+  if axis_name is not None:
+    _checks.check_varying(updates, axis_name, "updates")
+
+
+def _check_second(
+  updates: optax.Updates,
+  state: _snapshot.SVRGState,
+  grad_fn: Any,
+  snapshot_grads: Any,
+  axis_name: Any,
+) -> None:
+  """Checks the extra argument, before anything is computed."""
+  if (grad_fn is None) == (snapshot_grads is None):
+    given = "neither" if grad_fn is None else "both"
+    raise ValueError(
+      "SVRG needs exactly one of the extra arguments grad_fn and"
+      f" snapshot_grads, got {given}. Call update(grads, state, params,"
+      f" grad_fn=lambda p: jax.grad(loss)(p, batch)).{_checks.DROPPED_HINT}"
+    )
+  is_masked = _snapshot.has_masked(state.snapshot_params)
+  if grad_fn is None:
+    try:
+      _check_gradient(snapshot_grads, updates, axis_name, "snapshot_grads")
+    except ValueError as e:
+      if is_masked:
+        raise ValueError(f"{e} Note that {_MASKED_HINT}") from e
+      raise
+  elif not callable(grad_fn):
+    raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
+  elif is_masked:
+    raise ValueError(f"grad_fn cannot be evaluated: {_MASKED_HINT}")
+
+
+def _check_gradient(
+  grads: Any, updates: optax.Updates, axis_name: Any, name: str
+) -> None:
+  _checks.check_same_tree(grads, updates, name, "updates")
+  if axis_name is not None:
+    _checks.check_varying(grads, axis_name, name)
