@@ -176,19 +176,10 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
   got_def: Any = jax.tree.structure(got)
   want_def: Any = jax.tree.structure(want)
   if got_def != want_def:
-    got_paths = [_keystr(path) for path, _ in got_leaves]
-    want_paths = [_keystr(path) for path, _ in want_leaves]
-    missing = [p for p in want_paths if p not in set(got_paths)]
-    extra = [p for p in got_paths if p not in set(want_paths)]
-    if missing or extra:
-      detail = "; ".join(
-        f"{what} {', '.join(p or 'a bare leaf' for p in paths[:3])}"
-        + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        for what, paths in (("missing", missing), ("unexpected", extra))
-        if paths
-      )
-    else:
-      detail = f"other containers: {got_def} instead of {want_def}"
+    detail = _difference(
+      [path for path, _ in got_leaves], [path for path, _ in want_leaves]
+    )
+    detail = detail or f"other containers: {got_def} instead of {want_def}"
     raise ValueError(
       f"{got_name} must have the tree structure of {want_name}: {detail}."
       f"{_pair_hint(got, want_def)}"
@@ -205,6 +196,19 @@ def check_same_tree(got: Any, want: Any, got_name: str, want_name: str) -> None:
         f"{got_name} must have the kinds of dtype of {want_name}, got"
         f" {dtype_of(g)} instead of {dtype_of(w)} {path_of(path)}."
       )
+
+
+def _difference(got: Sequence[Any], want: Sequence[Any]) -> str:
+  """The paths that are missing in one list, and unexpected in it."""
+  got, want = (list(map(_keystr, paths)) for paths in (got, want))
+  missing = [p for p in want if p not in set(got)]
+  extra = [p for p in got if p not in set(want)]
+  return "; ".join(
+    f"{what} {', '.join(p or 'a bare leaf' for p in paths[:3])}"
+    + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    for what, paths in (("missing", missing), ("unexpected", extra))
+    if paths
+  )
 
 
 def _pair_hint(got: Any, want_def: Any) -> str:
@@ -354,7 +358,7 @@ def check_count(value: Any, name: str) -> int:
   """Returns ``value`` as an int; raises unless it is a positive integer."""
   if isinstance(value, jax.Array):
     raise TypeError(
-      f"{name} must be a Python integer, got a JAX array. With"
+      f"{name} must be an integer, got a JAX array. With"
       " optax.inject_hyperparams, which makes arrays of numbers, write"
       f' static_args=("{name}",).'
     )
@@ -480,18 +484,26 @@ def _check_no_legacy_key(leaves: Any, name: str) -> None:
       )
 
 
+def axes_of(tree: Any) -> tuple[Any, list[tuple[Any, int]]]:
+  """The structure of a tree of arrays, and paths and numbers of axes."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return jax.tree.structure(tree), [(path, np.ndim(x)) for path, x in leaves]
+
+
 def check_same_axes(got: Any, want: Any, got_name: str, want_name: str) -> None:
-  """Raises ValueError unless arrays agree in structure and numbers of axes."""
-  got_def: Any = jax.tree.structure(got)
-  if got_def != jax.tree.structure(want):
-    check_same_tree(got, want, got_name, want_name)
-  for (path, g), w in zip(
-    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-  ):
-    if np.ndim(g) != np.ndim(w):
+  """Raises ValueError unless two results of :func:`axes_of` agree."""
+  (got_def, got_axes), (want_def, want_axes) = got, want
+  if got_def != want_def:
+    detail = _difference([p for p, _ in got_axes], [p for p, _ in want_axes])
+    detail = detail or f"other containers: {got_def} instead of {want_def}"
+    raise ValueError(
+      f"{got_name} must have the tree structure of {want_name}: {detail}."
+    )
+  for (path, ndim), (_, want_ndim) in zip(got_axes, want_axes, strict=True):
+    if ndim != want_ndim:
       raise ValueError(
-        f"{got_name} must have the numbers of axes of {want_name}, got"
-        f" {np.ndim(g)} instead of {np.ndim(w)} {path_of(path)}."
+        f"{got_name} must have the numbers of axes of {want_name}, got {ndim}"
+        f" instead of {want_ndim} {path_of(path)}."
       )
 
 

@@ -206,7 +206,9 @@ def eagerly(condition: jax.Array) -> Any:
 
 # Compiled for eager use, where dispatching its operations one by one would take
 # longer than an optimizer; inlined in a program.
-@functools.partial(jax.jit, inline=True, static_argnames="sum_axes")
+@functools.partial(
+  jax.jit, inline=True, static_argnames=("sum_axes", "fixed_unit")
+)
 def correct(
   updates: optax.Updates,
   control: optax.Updates,
@@ -216,6 +218,7 @@ def correct(
   estimate: CoefficientEstimate | None,
   *,
   sum_axes: Any = None,
+  fixed_unit: bool = False,
 ) -> Correction:
   """Subtracts a control variate from a gradient: g - alpha (s - m).
 
@@ -227,6 +230,8 @@ def correct(
     active: whether there is a control variate, a boolean scalar.
     estimate: the averages so far, ``None`` for a given coefficient.
     sum_axes: mapped axes over which the arrays are shards of larger ones.
+    fixed_unit: whether inner products must be in the unit of ``estimate``, as
+      they are to be averaged over devices.
 
   Returns:
     The correction, formed in at least float32, in the dtypes of g. The gradient
@@ -250,11 +255,21 @@ def correct(
   alpha = jnp.where(used, coefficient, 0)
   seen = None
   if estimate is not None:
-    seen = _observe(updates, control, mean, active, estimate, sum_axes)
-    a = alpha.astype(seen.variance.dtype)
-    # Of g - a (s - m) - m, by the inner products of its terms.
-    moment = seen.second_moment - a * (2 * seen.covariance - a * seen.variance)
-    seen = seen._replace(second_moment=jnp.maximum(moment, 0))
+    trees = updates, control, mean
+    products = functools.partial(
+      _products, *trees, coefficient, sum_axes=sum_axes
+    )
+    got = products(estimate.unit)
+    if not fixed_unit:
+      fit = lambda: products(
+        _fitting_unit(trees, estimate.unit.dtype, sum_axes)
+      )
+      first = _compat.vary_like(got, jax.eval_shape(fit))
+      got = jax.lax.cond(_in_range(got, updates), lambda: first, fit)
+    seen = _observation(got, active)
+    # A step that has fallen back is passed over.
+    moment = jnp.where(usable, seen.second_moment, jnp.nan)
+    seen = seen._replace(second_moment=moment)
   return Correction(
     jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
     alpha,
@@ -266,7 +281,9 @@ def no_correction(
   updates: optax.Updates,
   alpha: jax.Array,
   estimate: CoefficientEstimate | None,
+  *,
   sum_axes: Any,
+  fixed_unit: bool,
 ) -> Correction:
   """The gradient unchanged, with the types that :func:`correct` gives."""
   # A zero that varies over the mapped axes that the inner products vary over.
@@ -275,7 +292,8 @@ def no_correction(
   seen = None
   if estimate is not None:
     none = zero.astype(estimate.unit.dtype)
-    seen = Observation(none, none, none, unit=none + 1)
+    unit = estimate.unit if fixed_unit else none + 1
+    seen = Observation(none, none, none, unit)
   return Correction(updates, zero, seen)
 
 
@@ -287,19 +305,64 @@ def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
   return _total(bad, jnp.int32, sum_axes) == 0
 
 
-def distance(
-  grads: optax.Updates, mean: optax.Updates, unit: jax.Array, sum_axes: Any
-) -> jax.Array:
-  """The squared distance of two trees, in units of ``unit ** 2``."""
+def averaged(
+  seen: Observation,
+  updates: optax.Updates,
+  mean: optax.Updates,
+  num_devices: int,
+  sum_axes: Any,
+) -> Observation:
+  """The observation of an average over devices.
+
+  Args:
+    seen: averages of the observations of the devices.
+    updates: average of their corrected gradients.
+    mean: the mean m.
+    num_devices: number of devices.
+    sum_axes: mapped axes over which the arrays are shards of larger ones.
+  """
 
   def square(g: jax.Array, m: jax.Array) -> jax.Array:
-    difference = _scaled(g, unit) - _scaled(m, unit)
+    difference = _scaled(g, seen.unit) - _scaled(m, seen.unit)
     return _dot(difference, difference)
 
-  return _total(
-    map(square, jax.tree.leaves(grads), jax.tree.leaves(mean)),
-    unit.dtype,
-    sum_axes,
+  squares = map(square, jax.tree.leaves(updates), jax.tree.leaves(mean))
+  return Observation(
+    # The mean over independent batches varies less.
+    seen.covariance / num_devices,
+    seen.variance / num_devices,
+    _total(squares, seen.unit.dtype, sum_axes),
+    seen.unit,
+  )
+
+
+def refitted(
+  estimate: CoefficientEstimate,
+  seen: Observation,
+  updates: optax.Updates,
+  mean: optax.Updates,
+  sum_axes: Any,
+) -> CoefficientEstimate:
+  """The averages in the unit that suits the gradients of the next step.
+
+  For inner products in a fixed unit, whose range gradients have left: above it
+  always, below it if there are no averages yet, beside which they would vanish.
+  """
+  overflown = ~jnp.isfinite(seen.variance + seen.second_moment)
+  vanished = (seen.variance == 0) & (estimate.variance == 0)
+
+  def fit() -> jax.Array:
+    trees = updates, mean, mean
+    return _fitting_unit(trees, estimate.unit.dtype, sum_axes)
+
+  unit = jax.lax.cond(overflown | vanished, fit, lambda: estimate.unit)
+  unit = jnp.where(overflown, jnp.maximum(unit, estimate.unit), unit)
+  factor = jnp.where(estimate.variance > 0, (estimate.unit / unit) ** 2, 0)
+  return estimate._replace(
+    covariance=estimate.covariance * factor,
+    variance=estimate.variance * factor,
+    second_moment=estimate.second_moment * factor,
+    unit=unit,
   )
 
 
@@ -365,42 +428,25 @@ def _average(
   )
 
 
-def _observe(
-  grads: optax.Updates,
-  control: optax.Updates,
-  mean: optax.Updates,
-  active: Any,
-  estimate: CoefficientEstimate,
-  sum_axes: Any,
-) -> Observation:
-  """The inner products of a step; ``second_moment`` is that of the plain g.
-
-  They are formed in the unit of the averages. If they leave the range of the
-  dtype there, they are formed once more, in the magnitude of the gradients.
-  """
-  trees = grads, control, mean
-  products = functools.partial(_products, *trees, sum_axes=sum_axes)
-  first = products(estimate.unit)
-  # Below this, squares of the small components have begun to vanish.
-  info = jnp.finfo(_narrowest(grads, estimate.unit.dtype))
+def _in_range(products: "_Products", grads: optax.Updates) -> jax.Array:
+  """Whether no square has overflowed, and none that matters has vanished."""
+  info = jnp.finfo(_narrowest(grads, products.unit.dtype))
   least = float(info.tiny) / float(info.eps) ** 2
-  in_range = jnp.isfinite(first.covariance + first.variance + first.plain) & (
-    (first.variance > least) | (first.rounding > least)
+  total = products.covariance + products.variance + products.moment
+  return jnp.isfinite(total) & (
+    (products.variance > least) | (products.rounding > least)
   )
 
-  def again() -> _Products:
-    return products(_fitting_unit(trees, estimate.unit.dtype, sum_axes))
 
-  first = _compat.vary_like(first, jax.eval_shape(again))
-  got = jax.lax.cond(in_range, lambda: first, again)
+def _observation(products: "_Products", active: Any) -> Observation:
   # Not where the variance is below the rounding, which would hide a NaN.
-  known = active & ~(got.variance <= got.rounding)
-  zero = jnp.zeros_like(got.variance)
+  known = active & ~(products.variance <= products.rounding)
+  zero = jnp.zeros_like(products.variance)
   return Observation(
-    jnp.where(known, got.covariance, zero),
-    jnp.where(known, got.variance, zero),
-    jnp.where(known, got.plain, zero),
-    got.unit,
+    jnp.where(known, products.covariance, zero),
+    jnp.where(known, products.variance, zero),
+    jnp.where(known, products.moment, zero),
+    products.unit,
   )
 
 
@@ -410,25 +456,30 @@ class _Products(NamedTuple):
   Attributes:
     covariance: <g - m, s - m>.
     variance: ||s - m||^2.
-    plain: ||g - m||^2.
+    moment: ||g - alpha (s - m) - m||^2.
     rounding: what ``variance`` may be by rounding alone.
     unit: a power of two.
   """
 
   covariance: jax.Array
   variance: jax.Array
-  plain: jax.Array
+  moment: jax.Array
   rounding: jax.Array
   unit: jax.Array
 
 
 def _products(
-  grads: Any, control: Any, mean: Any, unit: jax.Array, sum_axes: Any
+  grads: Any,
+  control: Any,
+  mean: Any,
+  coefficient: jax.Array,
+  unit: jax.Array,
+  *,
+  sum_axes: Any,
 ) -> _Products:
-  covariance, variance, plain, rounding = [], [], [], []
-  for g, s, m in zip(
-    *map(jax.tree.leaves, (grads, control, mean)), strict=True
-  ):
+  covariance, variance, moment, rounding = [], [], [], []
+  leaves = map(jax.tree.leaves, (grads, control, mean))
+  for g, s, m in zip(*leaves, strict=True):
     # As far as the gradient is rounded, not as widely as sums are formed.
     eps = _ROUNDINGS * float(jnp.finfo(g.dtype).eps)
     g, s, m = (_scaled(x, unit, _checks.wide_dtype(g.dtype)) for x in (g, s, m))
@@ -436,11 +487,12 @@ def _products(
     # The other way round: XLA for CPU would write s - m to memory if both had
     # it.
     variance.append(_dot(m - s, m - s))
-    plain.append(_dot(m - g, m - g))
+    corrected = (g - m) + coefficient.astype(g.dtype) * (m - s)
+    moment.append(_dot(corrected, corrected))
     rounding.append(eps**2 * _dot(m, m))
   total = functools.partial(_total, dtype=unit.dtype, sum_axes=sum_axes)
   return _Products(
-    total(covariance), total(variance), total(plain), total(rounding), unit
+    total(covariance), total(variance), total(moment), total(rounding), unit
   )
 
 
@@ -484,33 +536,6 @@ def unit_of(largest: jax.Array) -> jax.Array:
   exponent = jnp.finfo(largest.dtype).maxexp * 9 // 25
   unit = jnp.where(largest > 2.0**exponent, high, one)
   return jnp.where(largest < 2.0**-exponent, low, unit)
-
-
-def in_bins(seen: Observation) -> tuple[jax.Array, jax.Array]:
-  """Covariance and variance by their unit, so that they can be summed up."""
-  is_unit = seen.unit == units(seen.unit.dtype)
-  return (
-    jnp.where(is_unit, seen.covariance, 0),
-    jnp.where(is_unit, seen.variance, 0),
-  )
-
-
-def from_bins(
-  bins: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The sums, and their unit: the largest one, beside which others vanish."""
-  covariance, variance = bins
-  index = jnp.max(jnp.where(variance > 0, jnp.arange(3), -1))
-  index = jnp.where(index < 0, 1, index)
-  # A number that is not finite is not lost with its bin.
-  spoilt = 0 * (covariance + variance).sum()
-  chosen = jnp.arange(3) == index
-  pick = lambda x: jnp.where(chosen, x, 0).sum()
-  return (
-    pick(covariance) + spoilt,
-    pick(variance) + spoilt,
-    pick(units(variance.dtype)),
-  )
 
 
 def units(dtype: Any) -> jax.Array:

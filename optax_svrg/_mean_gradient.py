@@ -394,10 +394,10 @@ def _checked(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
     if count == num_batches:
       raise ValueError(f"{promise} length says, but there are more.")
     name = f"batches[{count}]"
-    _checks.check_batch(batch, name, is_first=first is None)
-    first = batch if first is None else first
-    if count:
-      _checks.check_same_axes(batch, first, name, "batches[0]")
+    _checks.check_batch(batch, name, is_first=not count)
+    axes = _checks.axes_of(batch)
+    first = first or axes
+    _checks.check_same_axes(axes, first, name, "batches[0]")
     count += 1
     yield batch
   if not count:

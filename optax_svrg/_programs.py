@@ -82,9 +82,10 @@ def program(
     forget.atexit = False
   full_key = (getattr(fn, "__func__", None), key)
   if full_key not in owned:
+    get = reference.get
 
     def call(*args: Any, **kwargs: Any) -> Any:
-      return reference.get()(*args, **kwargs)
+      return get()(*args, **kwargs)
 
     owned[full_key] = _Program(make(call), _Uses())
     _warn_if_made_again(fn, key, owned[full_key].uses)

@@ -335,12 +335,13 @@ def _visit(
 ) -> tuple[_control_variate.Correction, SAGAState]:
   """Corrects a gradient by the entry of its batch, whose place it takes."""
   entry = _read(state, batch_index)
+  active = entry.is_known & entry.has_grads
   correction = _control_variate.correct(
     updates,
     entry.grads,
     entry.mean,
-    jnp.where(entry.is_filled, coefficient, 0),
-    entry.is_filled,
+    jnp.where(active, coefficient, 0),
+    active,
     state.estimate,
     sum_axes=sum_axes,
   )
@@ -353,14 +354,14 @@ class _Entry(NamedTuple):
   Attributes:
     position: index in the table.
     is_known: whether the index is within the table.
-    is_filled: whether there is a gradient.
+    has_grads: whether there is a gradient at the position.
     grads: the stored gradient.
     mean: mean of the entries that are filled.
   """
 
   position: jax.Array
   is_known: jax.Array
-  is_filled: jax.Array
+  has_grads: jax.Array
   grads: optax.Updates
   mean: optax.Updates
 
@@ -384,15 +385,15 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
       lambda t: jnp.zeros_like(_sharding.to_device(t[0])), state.table
     )
 
-  is_filled = at_position(state.is_filled)
+  has_grads = at_position(state.is_filled)
   num_filled = jnp.maximum(state.is_filled.sum(), 1)
   return _Entry(
     position,
     is_known,
-    is_known & is_filled,
+    has_grads,
     # In a branch of its own: XLA would fuse the reading with what uses the
     # entry, do that after the entry is overwritten, and copy the table for it.
-    jax.lax.cond(is_filled, read, empty),
+    jax.lax.cond(has_grads, read, empty),
     # Exactly the mean of the table once this is full.
     jax.tree.map(
       lambda m: m * (num_batches / num_filled).astype(m.dtype),
@@ -433,7 +434,7 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     jax.tree.unflatten, jax.tree.structure(state.mean_grads)
   )
   return state._replace(
-    is_filled=put(state.is_filled, entry.is_filled | entry.is_known),
+    is_filled=put(state.is_filled, entry.has_grads | entry.is_known),
     table=jax.tree.map(
       put, state.table, _sharding.to_memory_of(state.table, new)
     ),
@@ -498,8 +499,8 @@ def _check_table(
     if size != (num_batches,):
       raise ValueError(
         f"state holds a table of {size[0]} batches, but num_batches is"
-        f" {num_batches}. Entries that are never visited would stay in the mean:"
-        " make the state with the init of this transformation."
+        f" {num_batches}. Entries that are never visited would stay in the"
+        " mean: make the state with the init of this transformation."
       )
   _checks.check_leaf_dtypes(
     state.table,

@@ -39,7 +39,7 @@ class SVRGState(NamedTuple):
     num_snapshots: number of snapshots taken; the transformation is inert while
       it is 0.
     alpha: coefficient applied by the last update, for logging: 0 where the
-      gradient passed unchanged. With ``axis_name``, the mean over the devices.
+      gradient passed unchanged.
     snapshot_params: copy of the parameters at the last snapshot, in their
       dtypes or in ``snapshot_dtype``.
     mean_grads: mean gradient over the data set at ``snapshot_params``, in the

@@ -62,8 +62,8 @@ def alpha_svrg(
   optimizer. Until the first snapshot the gradient passes unchanged, of which
   eager updates warn once. So it does after a snapshot whose mean gradient is
   not finite, until the next one, and, as a whole, in a step whose corrected
-  gradient would not be finite (with ``axis_name``: on the device that this
-  happens on). ``alpha`` of the state is then 0.
+  gradient would not be finite. ``alpha`` of the state is then 0. (With
+  ``axis_name``, a device falls back by itself, which ``alpha`` does not show.)
 
   Under :func:`jax.jit`, the gradient at the snapshot is computed only in steps
   that use it; under :func:`jax.vmap`, which turns branches into selections, in
@@ -254,8 +254,7 @@ def adaptive_svrg(
       see ``benchmarks/README.md``.
     max_alpha: positive upper bound of the coefficient.
     axis_name: see :func:`optax_svrg.alpha_svrg`. The inner products of the
-      device-local gradients are averaged in the same reduction: six numbers,
-      as each of the two has one for each range of magnitudes.
+      device-local gradients are averaged in the same reduction: two scalars.
     shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
     snapshot_dtype: see :func:`optax_svrg.alpha_svrg`.
 
@@ -358,6 +357,7 @@ def _svrg(
         available,
         state.estimate,
         sum_axes=shard_axes,
+        fixed_unit=axis_name is not None,
       )
 
     def evaluate() -> _control_variate.Correction:
@@ -366,7 +366,11 @@ def _svrg(
 
     def skip() -> _control_variate.Correction:
       return _control_variate.no_correction(
-        updates, coefficient, state.estimate, shard_axes
+        updates,
+        coefficient,
+        state.estimate,
+        sum_axes=shard_axes,
+        fixed_unit=axis_name is not None,
       )
 
     if needed is False:
@@ -382,7 +386,9 @@ def _svrg(
       # As a whole, so that nothing is read while it is not needed.
       correction = jax.lax.cond(needed, evaluate, skip)
     if axis_name is not None:
-      correction = _average(correction, state, axis_name, shard_axes)
+      correction, state = _average(
+        correction, coefficient, state, axis_name, shard_axes
+      )
     return correction.updates, state._replace(
       count=optax.safe_increment(state.count),
       alpha=correction.alpha,
@@ -426,28 +432,37 @@ class _Once:
 
 def _average(
   correction: _control_variate.Correction,
+  coefficient: jax.Array,
   state: _snapshot.SVRGState,
   axis_name: Any,
   shard_axes: Any,
-) -> _control_variate.Correction:
+) -> tuple[_control_variate.Correction, _snapshot.SVRGState]:
   """The mean of the corrections of all devices, in one reduction."""
-  updates, alpha, seen = correction
-  if seen is None:
-    updates, alpha = jax.lax.pmean((updates, alpha), axis_name)
-    return _control_variate.Correction(updates, alpha, None)
-  bins = _control_variate.in_bins(seen)
-  updates, alpha, bins = jax.lax.pmean((updates, alpha, bins), axis_name)
-  # The mean over independent batches varies less.
-  num_devices = jax.lax.axis_size(axis_name)
-  covariance, variance, unit = _control_variate.from_bins(bins)
+  updates, _, seen = correction
+  estimate = state.estimate
+  if seen is None or estimate is None:
+    updates = jax.lax.pmean(updates, axis_name)
+    return _control_variate.Correction(updates, coefficient, None), state
+  # The unit is the same on all devices: that of the state.
+  products = seen.covariance, seen.variance
+  updates, products = jax.lax.pmean((updates, products), axis_name)
   mean = _sharding.to_device(state.mean_grads)
-  seen = _control_variate.Observation(
-    covariance / num_devices,
-    variance / num_devices,
-    _control_variate.distance(updates, mean, unit, shard_axes),
-    unit,
+  seen = _control_variate.averaged(
+    seen._replace(
+      covariance=products[0], variance=products[1], unit=estimate.unit
+    ),
+    updates,
+    mean,
+    jax.lax.axis_size(axis_name),
+    shard_axes,
   )
-  return _control_variate.Correction(updates, alpha, seen)
+  estimate = _control_variate.refitted(
+    estimate, seen, updates, mean, shard_axes
+  )
+  return (
+    _control_variate.Correction(updates, coefficient, seen),
+    state._replace(estimate=estimate),
+  )
 
 
 def _for_grad_fn(

@@ -380,7 +380,7 @@ class TestMisuse:
   ("transform", "estimate"),
   [
     (optax_svrg.alpha_svrg(0.5), None),
-    (optax_svrg.adaptive_svrg(), ("other",) * 4),
+    (optax_svrg.adaptive_svrg(), ("other",) * 5),
   ],
 )
 def test_map_params_marks_the_parameter_trees(transform, estimate):
@@ -741,7 +741,7 @@ class TestSAGA:
       table=marked,
       mean_grads=marked,
       mean_error=marked,
-      estimate=None if kind == "alpha" else ("other",) * 4,
+      estimate=None if kind == "alpha" else ("other",) * 5,
     )
     assert state[0] == want
 

@@ -380,7 +380,7 @@ class TestFaults:
   def make(method, axis_name=None):
     if method == "alpha":
       return optax_svrg.alpha_svrg(0.75, axis_name=axis_name)
-    return optax_svrg.adaptive_svrg(0.9, axis_name=axis_name)
+    return optax_svrg.adaptive_svrg(decay=0.9, axis_name=axis_name)
 
   @pytest.mark.parametrize("bad", [np.nan, np.inf])
   @pytest.mark.parametrize("method", METHODS)

@@ -24,7 +24,7 @@ from tests import helpers
 
 METHODS = {
   "alpha": lambda: optax_svrg.alpha_svrg(0.75),
-  "adaptive": lambda: optax_svrg.adaptive_svrg(0.9),
+  "adaptive": lambda: optax_svrg.adaptive_svrg(decay=0.9),
 }
 methods = pytest.mark.parametrize("method", METHODS)
 values = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

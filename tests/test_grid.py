@@ -277,7 +277,7 @@ class TestRuns:
 class TestVariants:
   def test_the_one_that_was_chosen_is_adaptive_svrg(self):
     """The study is of the library's arithmetic."""
-    self.agree(coefficient.Variant(0.97), optax_svrg.adaptive_svrg(0.97))
+    self.agree(coefficient.Variant(0.97), optax_svrg.adaptive_svrg(decay=0.97))
 
   @pytest.mark.parametrize(
     "change", [{"current": True}, {"per_leaf": True}, {"start": "full"}]
@@ -285,7 +285,7 @@ class TestVariants:
   def test_others_differ(self, change):
     with pytest.raises(AssertionError):
       self.agree(
-        coefficient.Variant(0.97, **change), optax_svrg.adaptive_svrg(0.97)
+        coefficient.Variant(0.97, **change), optax_svrg.adaptive_svrg(decay=0.97)
       )
 
   @staticmethod

@@ -474,19 +474,13 @@ class TestGradientTable:
   def test_in_place(self):
     """Beside the table there are a few gradients at a time."""
     params = {"w": jnp.ones((128, 128))}
-    grad = jax.tree_util.Partial(
-      jax.grad(lambda p, x: jnp.mean((x @ p["w"]) ** 2))
-    )
-    leaves, treedef = jax.tree.flatten(grad)
-    batches = [jnp.ones((2, 128))] * 40
-    _, table = optax_svrg.gradient_table(
-      grad, params, [jnp.ones((2, 128))] * 40
-    )
+    grad = jax.grad(lambda p, x: jnp.mean((x @ p["w"]) ** 2))
+    batch = jnp.ones((2, 128))
+    _, table = optax_svrg.gradient_table(grad, params, [batch] * 40)
+    carry = (_mean_gradient._nothing(params), [table.grads["w"]])
     compiled = (
-      _mean_gradient._accumulation(treedef, None)
-      .lower(
-        ((params["w"],), (table.grads["w"],)), 3, leaves, params, batches[0]
-      )
+      _mean_gradient._accumulation(grad, None)
+      .lower(carry, 3, 2.0, (), {}, params, batch)
       .compile()
     )
     size = params["w"].nbytes

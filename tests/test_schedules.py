@@ -33,6 +33,7 @@ counts = st.integers(1, 6)
 def test_is_numpy_linspace_over_the_intervals(
   init_value, epochs, steps_per_epoch, steps_per_snapshot
 ):
+  hypothesis.assume((steps_per_snapshot or 0) <= steps_per_epoch)
   with jax.enable_x64(True):
     schedule = optax_svrg.linear_decay(
       init_value,

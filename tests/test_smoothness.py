@@ -130,7 +130,9 @@ def test_complex_parameters():
 def test_no_curvature_and_not_finite():
   x, w = jnp.ones((2, 3)), jnp.ones(3)
   linear = jax.grad(lambda w, x: jnp.vdot(w, x))
-  assert optax_svrg.smoothness(linear, w, x) == 0
+  with pytest.raises(ValueError, match="no curvature at params"):
+    optax_svrg.smoothness(linear, w, x)
+  assert jnp.isnan(jax.jit(lambda x: optax_svrg.smoothness(linear, w, x))(x))
   bad = jax.grad(lambda w, x: jnp.sum(w**2) * jnp.mean(x))
   got = optax_svrg.smoothness(bad, w, x.at[0].set(jnp.nan))
   assert not jnp.isfinite(got)
