@@ -486,8 +486,10 @@ def _check_no_legacy_key(leaves: Any, name: str) -> None:
 
 def axes_of(tree: Any) -> tuple[Any, list[tuple[Any, int]]]:
   """The structure of a tree of arrays, and paths and numbers of axes."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return jax.tree.structure(tree), [(path, np.ndim(x)) for path, x in leaves]
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse)
+  # The shape of a sparse array is part of its structure.
+  structure = jax.tree.structure(tree, is_leaf=is_sparse)
+  return structure, [(path, np.ndim(x)) for path, x in leaves]
 
 
 def check_same_axes(got: Any, want: Any, got_name: str, want_name: str) -> None:

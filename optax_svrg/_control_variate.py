@@ -301,8 +301,14 @@ def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
   """Whether all numbers of a tree of arrays are finite, a scalar."""
   # Not isfinite(x).all(), for which XLA for CPU writes to memory whether each
   # number is.
-  bad = [(jnp.sum(x - x) != 0).astype(jnp.int32) for x in jax.tree.leaves(tree)]
-  return _total(bad, jnp.int32, sum_axes) == 0
+  return everywhere(
+    [jnp.sum(x - x) == 0 for x in jax.tree.leaves(tree)], sum_axes
+  )
+
+
+def everywhere(conditions: list[jax.Array], sum_axes: Any) -> jax.Array:
+  """Whether all conditions hold, on all devices of some mapped axes."""
+  return _total([~c for c in conditions], jnp.int32, sum_axes) == 0
 
 
 def averaged(

@@ -447,10 +447,14 @@ def _loop(
     # Else JAX pairs donated buffers of one kind of memory with the other.
     shardings = jax.tree.map(lambda x: x.sharding, carry)
   fn, args, kwargs = split_partial(grad_fn)
+  # Under jax.vmap the accumulators get an axis, and cannot be reused.
+  donate = not any(
+    isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)
+  )
   accumulate = _programs.program(
     fn,
-    ("mean_gradient", *jax.tree.leaves(shardings)),
-    lambda call: _accumulation(call, shardings),
+    ("mean_gradient", donate, *jax.tree.leaves(shardings)),
+    lambda call: _accumulation(call, shardings, donate),
   )
   for index, batch in enumerate(batches):
     batch = _sharding.owned(batch)
@@ -459,10 +463,14 @@ def _loop(
   return carry
 
 
-def _accumulation(grad_fn: Callable[..., Any], shardings: Any) -> Any:
+def _accumulation(
+  grad_fn: Callable[..., Any], shardings: Any, donate: bool
+) -> Any:
   """The jitted accumulation of one batch."""
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+  @functools.partial(
+    jax.jit, donate_argnums=0 if donate else (), out_shardings=shardings
+  )
   def accumulate(
     carry: Any,
     index: Any,

@@ -91,18 +91,22 @@ def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
 def state_shardings(
   tx: optax.GradientTransformation, params: optax.Params
 ) -> optax.OptState:
-  """Where the parts of an optimizer's state belong, for parameters on a mesh.
+  """Shardings of an optimizer's state, for parameters on a mesh.
 
-  What is like the parameters, as a snapshot, a mean gradient or Adam's moments,
-  is sharded as they are; so is SAGA's table, over whose leading axis, the
-  batches, nothing is sharded; everything else is replicated. This is for
-  ``jax.jit(tx.init, out_shardings=...)``, which loses shardings of its own on
-  meshes of the type ``Auto``, and for restoring a checkpoint: scalars that lie
-  on one device when they are saved would be tied to it when they are restored,
-  and then clash with parameters on several.
+  What is like a parameter, as a snapshot, a mean gradient or Adam's moments, is
+  sharded as that parameter; so is what stacks such arrays, as SAGA's table and
+  the history of L-BFGS, over whose leading axis nothing is sharded; everything
+  else is replicated. An array is like a parameter if its path in the state ends
+  with that of the parameter, and its shape with the parameter's shape.
+
+  This is for ``jax.jit(tx.init, out_shardings=...)``, which loses shardings of
+  its own on meshes of the type ``Auto``, and for restoring a checkpoint:
+  scalars that lie on one device when they are saved would be tied to it when
+  they are restored, and then clash with parameters on several.
 
   Args:
-    tx: the optimizer, with or without a transformation of this package.
+    tx: the optimizer, with or without a transformation of this package, any
+      optimizer of Optax, wrapped or not.
     params: the parameters, or :class:`jax.ShapeDtypeStruct` in their place,
       each with a :class:`jax.sharding.NamedSharding`. To shard the state and
       not the parameters (ZeRO), give such structs with the shardings that the
@@ -136,10 +140,37 @@ def state_shardings(
     >>> target = jax.tree.map(
     ...     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     ...     jax.eval_shape(tx.init, params), shardings)
-
-  .. seealso:: :func:`optax.tree.map_params`
   """
-  shardings, meshes = [], []
+  shardings = _shardings_by_path(params)
+  mesh = next(iter(shardings.values()))[1].mesh
+  replicated = NamedSharding(mesh, PartitionSpec())
+  abstract = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params
+  )
+
+  def sharding_of(path: Any, x: Any) -> NamedSharding:
+    if path[-1:] == (jax.tree_util.GetAttrKey("is_filled"),):
+      return replicated  # Of SAGA: not like a parameter of that shape.
+    # From the longest end of the path to the shortest.
+    for start in range(len(path) + 1):
+      shape, sharding = shardings.get(path[start:], (None, replicated))
+      stacked = x.ndim - len(shape) if shape is not None else -1
+      if stacked >= 0 and x.shape[stacked:] == shape:
+        spec = PartitionSpec(*[None] * stacked, *sharding.spec)
+        return sharding.update(spec=spec)
+    return replicated
+
+  return jax.tree_util.tree_map_with_path(
+    sharding_of, jax.eval_shape(tx.init, abstract)
+  )
+
+
+def _shardings_by_path(
+  params: optax.Params,
+) -> dict[Any, tuple[tuple[int, ...], NamedSharding]]:
+  """Shape and sharding of each parameter; raises unless all have a mesh."""
+  found: dict[Any, tuple[tuple[int, ...], NamedSharding]] = {}
+  mesh = None
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -147,36 +178,16 @@ def state_shardings(
         "params must have a jax.sharding.NamedSharding each, got"
         f" {sharding!r} {_checks.path_of(path)}."
       )
-    shardings.append(sharding)
-    meshes.append(sharding.mesh)
-    if sharding.mesh != meshes[0]:
+    mesh = mesh or sharding.mesh
+    if sharding.mesh != mesh:
       raise ValueError(
-        f"params must be on one mesh, got {meshes[0]} and {sharding.mesh}"
+        f"params must be on one mesh, got {mesh} and {sharding.mesh}"
         f" {_checks.path_of(path)}."
       )
-  if not meshes:
+    found[path] = (leaf.shape, sharding)
+  if not found:
     raise ValueError("params must have at least one leaf, got none.")
-  abstract = jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params
-  )
-
-  def like_params(x: Any, p: Any, sharding: NamedSharding) -> NamedSharding:
-    batches = [None] * (np.ndim(x) - np.ndim(p))
-    return NamedSharding(
-      sharding.mesh,
-      PartitionSpec(*batches, *sharding.spec),
-      memory_kind=sharding.memory_kind,
-    )
-
-  replicated = NamedSharding(meshes[0], PartitionSpec())
-  return optax.tree.map_params(
-    tx,
-    like_params,
-    jax.eval_shape(tx.init, abstract),
-    abstract,
-    jax.tree.unflatten(jax.tree.structure(params), shardings),
-    transform_non_params=lambda x: replicated,
-  )
+  return found
 
 
 def to_device(tree: Any) -> Any:

@@ -185,9 +185,7 @@ def take_snapshot(
       num_snapshots=optax.safe_increment(jnp.asarray(node.num_snapshots)),
       snapshot_params=stored,
       mean_grads=mean_grads,
-      is_finite=_copy_into(
-        node.is_finite, _is_finite(mean_grads, np.ndim(node.is_finite))
-      ),
+      is_finite=_copy_into(node.is_finite, _is_finite(mean_grads, node)),
       estimate=node.estimate and _control_variate.reset(node.estimate),
     )
 
@@ -218,12 +216,17 @@ def _is_state(node: Any) -> bool:
   return isinstance(node, SVRGState)
 
 
-def _is_finite(mean_grads: optax.Updates, stacked_axes: int) -> jax.Array:
-  """Whether a mean gradient is finite, for each member of a stack."""
+def _is_finite(mean_grads: optax.Updates, state: SVRGState) -> jax.Array:
+  """Whether a mean gradient is finite, for each member of a stacked state."""
   check = _control_variate.all_finite
-  for _ in range(stacked_axes):
+  for _ in range(np.ndim(state.is_finite)):
     check = jax.vmap(check)
-  return check(_sharding.to_device(mean_grads))
+  result = check(_sharding.to_device(mean_grads))
+  # Of shards, on all devices: the state must not vary where it did not before.
+  axes = _compat.varying_axes(result) - _compat.varying_axes(state.is_finite)
+  if not axes:
+    return result
+  return _control_variate.everywhere([result], tuple(axes))
 
 
 def as_pure(tree: Any) -> Any:

@@ -341,7 +341,9 @@ def _svrg(
     _check_second(updates, state, grad_fn, snapshot_grads, axis_name)
     updates, state = _checks.as_arrays((updates, state))
 
-    available = _snapshot.has_mean(state)
+    available = _control_variate.everywhere(
+      [_snapshot.has_mean(state)], shard_axes
+    )
     value = rule.coefficient(state.count, state.estimate)
     coefficient = jnp.where(available, jnp.asarray(value, state.alpha.dtype), 0)
     # An estimate needs the second gradient even where the coefficient is 0.

@@ -86,7 +86,12 @@ def per_example_grads(
   def grads_of(params: optax.Params, batch: Any) -> optax.Updates:
     _checks.check_inexact(params, "params")
     num_examples = _checks.check_batch(batch, "batch")
-    leaves, treedef = jax.tree.flatten(batch)
+    leaves, treedef = jax.tree.flatten(batch, is_leaf=_checks.is_sparse)
+    if any(map(_checks.is_sparse, leaves)):
+      raise TypeError(
+        "batch must hold dense arrays, as single rows of sparse ones cannot be"
+        " mapped over: give their todense()."
+      )
     has_axes = [np.ndim(leaf) > 0 for leaf in leaves]
 
     def batch_of_one(example: Sequence[Any]) -> Any:

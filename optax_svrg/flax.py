@@ -192,13 +192,13 @@ def mean_grad_fn(
   """
   _checks.check_batches(batches)
   frozen = _freeze(loss_fn, model, wrt, has_aux)
-  # Its arrays are arguments of compiled functions, not constants.
-  pass_grad = jax.tree_util.Partial(
-    _pass_grad(loss_fn, frozen.static), frozen.counts, frozen.rest
-  )
 
   def mean_grad(params: nnx.State) -> nnx.State:
     _check_params(params, frozen.static)
+    # Its arrays are arguments of compiled functions, not constants.
+    pass_grad = jax.tree_util.Partial(
+      _pass_grad(loss_fn, frozen.static), frozen.counts, frozen.rest
+    )
     indexed = ({"index": i, "batch": b} for i, b in enumerate(batches))
     return _mean_gradient.mean_gradient(
       pass_grad,

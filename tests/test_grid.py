@@ -285,7 +285,8 @@ class TestVariants:
   def test_others_differ(self, change):
     with pytest.raises(AssertionError):
       self.agree(
-        coefficient.Variant(0.97, **change), optax_svrg.adaptive_svrg(decay=0.97)
+        coefficient.Variant(0.97, **change),
+        optax_svrg.adaptive_svrg(decay=0.97),
       )
 
   @staticmethod

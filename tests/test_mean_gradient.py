@@ -479,7 +479,7 @@ class TestGradientTable:
     _, table = optax_svrg.gradient_table(grad, params, [batch] * 40)
     carry = (_mean_gradient._nothing(params), [table.grads["w"]])
     compiled = (
-      _mean_gradient._accumulation(grad, None)
+      _mean_gradient._accumulation(grad, None, donate=True)
       .lower(carry, 3, 2.0, (), {}, params, batch)
       .compile()
     )
