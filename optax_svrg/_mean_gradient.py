@@ -30,6 +30,7 @@ from optax_svrg import (
   _lockstep,
   _programs,
   _sharding,
+  _table,
 )
 
 
@@ -140,8 +141,8 @@ class GradientTable:
 
   Attributes:
     grads: a tree like the parameters, with a leading axis of batches on each
-      leaf.
-    num_batches: how many there are.
+      leaf; with more than ten batches, several short ones, in row-major order.
+    num_batches: number of batches.
   """
 
   grads: optax.Updates
@@ -157,10 +158,7 @@ class GradientTable:
       raise IndexError(f"the table has batches 0 to {last}, got {index}.")
     index = _checks.wide_index(index)
     is_known = (index >= 0) & (index <= last)
-    entry = jax.tree.map(
-      lambda t: jax.lax.dynamic_index_in_dim(t, index, 0, keepdims=False),
-      self.grads,
-    )
+    entry = _table.read(self.grads, self.num_batches, index)
     return jax.tree.map(
       lambda x: jnp.where(is_known, x, jnp.nan), _sharding.to_device(entry)
     )
@@ -253,10 +251,10 @@ def gradient_table(
     # Of a loader that may reuse its buffers.
     batches = [_sharding.owned(batch) for batch in batches]
     num_batches = len(batches)
-  table = _sharding.table(params, num_batches, dtype, memory_kind)
-  total, table = _pass(grad_fn, params, batches, weights, table, num_batches)
-  mean = _result(total, params, has_weights=weights is not None)
-  return mean, GradientTable(table, num_batches)
+  rows = _sharding.table(params, num_batches, dtype, memory_kind)
+  empty = GradientTable(rows, num_batches)
+  total, table = _pass(grad_fn, params, batches, weights, empty)
+  return _result(total, params, has_weights=weights is not None), table
 
 
 def _length(batches: Any) -> int | None:
@@ -366,23 +364,17 @@ def _pass(
   params: optax.Params,
   batches: Iterable[Any],
   weights: Callable[[Any], Any] | None,
-  table: optax.Updates | None,
-  num_batches: int | None = None,
-) -> tuple[_Total, Any]:
+  table: GradientTable | None,
+) -> tuple[_Total, GradientTable | None]:
   """Averages the gradients of batches, and stores them if there is a table."""
   if _lockstep.spans_processes(params):
     batches = _lockstep.lockstep(batches)
-  rows = jax.tree.leaves(table)
+  num_batches = None if table is None else table.num_batches
+  carry = (_nothing(params), table)
   # Within jax.jit every new array is traced.
   if isinstance(jnp.zeros([]), jax.core.Tracer):
-    runs = _runs(batches, num_batches)
-    total, rows = _scan(grad_fn, params, runs, weights, rows)
-  else:
-    checked = _checked(batches, num_batches)
-    total, rows = _loop(grad_fn, params, checked, weights, rows)
-  if table is None:
-    return total, None
-  return total, jax.tree.unflatten(jax.tree.structure(table), rows)
+    return _scan(grad_fn, params, _runs(batches, num_batches), weights, carry)
+  return _loop(grad_fn, params, _checked(batches, num_batches), weights, carry)
 
 
 def _checked(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
@@ -421,16 +413,31 @@ def _weight(
   return weight.astype(float)
 
 
-def _gradient(
-  grad_fn: Callable[..., Any], params: optax.Params, batch: Any, rows: Any
-) -> list[jax.Array]:
-  """The gradient of a batch, rounded as rows of the table, if there is one."""
+def _advance(
+  grad_fn: Callable[..., Any],
+  params: optax.Params,
+  carry: tuple[_Total, Any],
+  index: Any,
+  batch: Any,
+  weight: Any,
+) -> tuple[_Total, Any]:
+  """Takes the gradient of a batch into the mean, and into the table."""
+  total, table = carry
   grads = grad_fn(params, batch)
   _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
-  grads = jax.tree.leaves(grads)
-  if not rows:
-    return grads
-  return [jnp.asarray(g, t.dtype) for g, t in zip(grads, rows, strict=True)]
+  leaves = jax.tree.leaves(grads)
+  if table is not None:
+    rows = jax.tree.leaves(table.grads)
+    # The mean is that of the gradients as they are stored.
+    leaves = [
+      jnp.asarray(g, t.dtype) for g, t in zip(leaves, rows, strict=True)
+    ]
+    new = _sharding.to_memory_of(rows, leaves)
+    rows = _table.write(rows, new, table.num_batches, index)
+    table = dataclasses.replace(
+      table, grads=jax.tree.unflatten(jax.tree.structure(table.grads), rows)
+    )
+  return _include(total, leaves, jnp.asarray(weight, float)), table
 
 
 def _loop(
@@ -438,19 +445,17 @@ def _loop(
   params: optax.Params,
   batches: Iterator[Any],
   weights: Callable[[Any], Any] | None,
-  rows: list[jax.Array],
-) -> tuple[_Total, list[jax.Array]]:
+  carry: tuple[_Total, GradientTable | None],
+) -> tuple[_Total, GradientTable | None]:
   """A program per batch, with the accumulators donated from one to the next."""
-  carry = (_nothing(params), rows)
   shardings = None
-  if any(map(_compat.on_host, rows)):
+  if any(map(_compat.on_host, jax.tree.leaves(carry[1]))):
     # Else JAX pairs donated buffers of one kind of memory with the other.
     shardings = jax.tree.map(lambda x: x.sharding, carry)
   fn, args, kwargs = split_partial(grad_fn)
   # Under jax.vmap the accumulators get an axis, and cannot be reused.
-  donate = not any(
-    isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)
-  )
+  leaves = jax.tree.leaves(params)
+  donate = not any(isinstance(x, jax.core.Tracer) for x in leaves)
   accumulate = _programs.program(
     fn,
     ("mean_gradient", donate, *jax.tree.leaves(shardings)),
@@ -459,7 +464,7 @@ def _loop(
   for index, batch in enumerate(batches):
     batch = _sharding.owned(batch)
     weight = _weight(weights, batch)
-    carry = accumulate(carry, index, weight, args, kwargs, params, batch)
+    carry = accumulate(carry, index, batch, weight, args, kwargs, params)
   return carry
 
 
@@ -474,21 +479,14 @@ def _accumulation(
   def accumulate(
     carry: Any,
     index: Any,
+    batch: Any,
     weight: Any,
     args: Any,
     kwargs: Any,
     params: optax.Params,
-    batch: Any,
   ) -> Any:
-    total, rows = carry
     bound = functools.partial(grad_fn, *args, **kwargs)
-    grads = _gradient(bound, params, batch, rows)
-    new = _sharding.to_memory_of(rows, grads) if rows else []
-    rows = [
-      jax.lax.dynamic_update_index_in_dim(t, g, index, 0)
-      for t, g in zip(rows, new, strict=True)
-    ]
-    return _include(total, grads, jnp.asarray(weight, float)), rows
+    return _advance(bound, params, carry, index, batch, weight)
 
   return accumulate
 
@@ -520,8 +518,8 @@ def _scan(
   params: optax.Params,
   runs: list[tuple[Any, list[jax.Array]]],
   weights: Callable[[Any], Any] | None,
-  rows: list[jax.Array],
-) -> tuple[_Total, list[jax.Array]]:
+  carry: tuple[_Total, GradientTable | None],
+) -> tuple[_Total, GradientTable | None]:
   """Inside a program: a scan over each run of batches.
 
   It holds one gradient at a time, where XLA for CPU would compute those of all
@@ -529,23 +527,20 @@ def _scan(
   """
   params = _checks.as_arrays(params)
 
-  def scan_run(total: _Total, treedef: Any, stacked: Any) -> Any:
-    def step(total: _Total, leaves: Any) -> Any:
-      batch = jax.tree.unflatten(treedef, leaves)
-      grads = _gradient(grad_fn, params, batch, rows)
-      weight = jnp.asarray(_weight(weights, batch), float)
-      return _include(total, grads, weight), grads if rows else None
+  def step(treedef: Any, carry: Any, indexed: Any) -> tuple[Any, None]:
+    index, leaves = indexed
+    batch = jax.tree.unflatten(treedef, leaves)
+    weight = _weight(weights, batch)
+    return _advance(grad_fn, params, carry, index, batch, weight), None
 
-    first = [x[0] for x in stacked]
-    total = _compat.vary_like(total, jax.eval_shape(step, total, first)[0])
-    return jax.lax.scan(step, total, stacked)
-
-  total = _nothing(params)
-  stored = []
-  for run in runs:
-    total, grads = scan_run(total, *run)
-    stored.append(grads)
-  if rows:
-    new = [jnp.concatenate(parts) for parts in zip(*stored, strict=True)]
-    rows = _sharding.to_memory_of(rows, new)
-  return total, rows
+  start = 0
+  for treedef, stacked in runs:
+    step_of_run = functools.partial(step, treedef)
+    stop = start + stacked[0].shape[0]
+    indexed = (jnp.arange(start, stop), stacked)
+    first = jax.tree.map(lambda x: x[0], indexed)
+    carry_type, _ = jax.eval_shape(step_of_run, carry, first)
+    carry = _compat.vary_like(carry, carry_type)
+    carry, _ = jax.lax.scan(step_of_run, carry, indexed)
+    start = stop
+  return carry

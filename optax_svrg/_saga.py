@@ -25,6 +25,7 @@ from optax_svrg import (
   _compensated,
   _control_variate,
   _sharding,
+  _table,
 )
 
 
@@ -37,8 +38,9 @@ class SAGAState(NamedTuple):
       gradient passed unchanged, as while the entry of its batch was empty.
     is_filled: for each batch, whether its gradient has been stored.
     table: last gradient of each batch: the tree of the parameters with a
-      leading axis of length ``num_batches``, in the parameters' dtypes or in
-      ``table_dtype``; zeros where it is empty.
+      leading axis of batches (with more than ten batches, several short ones,
+      in row-major order), in the parameters' dtypes or in ``table_dtype``;
+      zeros where it is empty.
     mean_grads: mean of the table, in the parameters' dtypes promoted with
       float32.
     mean_error: rounding error of ``mean_grads``.
@@ -372,28 +374,30 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
   # A traced index out of range stands for no entry.
   is_known = (index >= 0) & (index < num_batches)
   position = jnp.where(is_known, index, 0)
-
-  def at_position(x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, position, 0, keepdims=False)
+  has_grads = jax.lax.dynamic_index_in_dim(
+    state.is_filled, position, 0, keepdims=False
+  )
 
   def read() -> optax.Updates:
     # Of a table in the memory of the host, the entry alone is moved.
-    return _sharding.to_device(jax.tree.map(at_position, state.table))
+    return _sharding.to_device(_table.read(state.table, num_batches, position))
 
-  def empty() -> optax.Updates:
-    return jax.tree.map(
-      lambda t: jnp.zeros_like(_sharding.to_device(t[0])), state.table
+  def in_branch() -> optax.Updates:
+    # XLA for CPU would fuse the reading with what uses the entry, do that after
+    # the entry is overwritten, and copy the table for it (TestInPlace). XLA for
+    # TPU would copy the table into the layout that a branch has.
+    mean = _sharding.to_device(state.mean_grads)
+    empty = lambda: jax.tree.map(
+      lambda t, m: jnp.zeros_like(m, t.dtype), state.table, mean
     )
+    return jax.lax.cond(has_grads, read, empty)
 
-  has_grads = at_position(state.is_filled)
   num_filled = jnp.maximum(state.is_filled.sum(), 1)
   return _Entry(
     position,
     is_known,
     has_grads,
-    # In a branch of its own: XLA would fuse the reading with what uses the
-    # entry, do that after the entry is overwritten, and copy the table for it.
-    jax.lax.cond(has_grads, read, empty),
+    jax.lax.platform_dependent(cpu=in_branch, default=read),
     # Exactly the mean of the table once this is full.
     jax.tree.map(
       lambda m: m * (num_batches / num_filled).astype(m.dtype),
@@ -405,9 +409,6 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
 def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
   """Stores a gradient, and moves the mean by what that changes."""
   num_batches = state.is_filled.shape[0]
-
-  def put(x: jax.Array, value: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(x, value, entry.position, 0)
 
   def stored(old: jax.Array, g: jax.Array) -> jax.Array:
     new = g.astype(old.dtype)
@@ -434,9 +435,14 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     jax.tree.unflatten, jax.tree.structure(state.mean_grads)
   )
   return state._replace(
-    is_filled=put(state.is_filled, entry.has_grads | entry.is_known),
-    table=jax.tree.map(
-      put, state.table, _sharding.to_memory_of(state.table, new)
+    is_filled=jax.lax.dynamic_update_index_in_dim(
+      state.is_filled, entry.has_grads | entry.is_known, entry.position, 0
+    ),
+    table=_table.write(
+      state.table,
+      _sharding.to_memory_of(state.table, new),
+      num_batches,
+      entry.position,
     ),
     mean_grads=_sharding.to_memory_of(state.mean_grads, like_mean(means)),
     mean_error=_sharding.to_memory_of(state.mean_error, like_mean(errors)),
@@ -491,17 +497,16 @@ def _check_table(
   table_dtype: Any,
 ) -> None:
   """Checks the table of a state, which may come from a checkpoint."""
-  sizes = [
-    state.is_filled.shape,
-    *(t.shape[:1] for t in jax.tree.leaves(state.table)),
-  ]
-  for size in sizes:
-    if size != (num_batches,):
-      raise ValueError(
-        f"state holds a table of {size[0]} batches, but num_batches is"
-        f" {num_batches}. Entries that are never visited would stay in the"
-        " mean: make the state with the init of this transformation."
-      )
+  axes = _table.axes_of(num_batches)
+  (num_filled,) = state.is_filled.shape
+  shapes = {t.shape[: len(axes)] for t in jax.tree.leaves(state.table)}
+  if num_filled != num_batches or shapes - {axes}:
+    raise ValueError(
+      f"state holds a table of {num_filled} batches in {shapes}, but"
+      f" num_batches is {num_batches}, for which it is {axes}. Entries that are"
+      " never visited would stay in the mean: make the state with the init of"
+      " this transformation."
+    )
   _checks.check_leaf_dtypes(
     state.table,
     updates if params is None else params,

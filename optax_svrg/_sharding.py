@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from optax_svrg import _checks, _compat
+from optax_svrg import _checks, _compat, _table
 
 
 def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
@@ -228,11 +228,11 @@ def table(
   dtype: Any,
   memory_kind: str | None = None,
 ) -> optax.Updates:
-  """Zeros like the parameters, with a leading axis of batches, placed alike.
+  """Zeros like the parameters, with leading axes of batches, placed alike.
 
   Args:
     params: the parameters.
-    num_batches: length of the leading axis.
+    num_batches: number of batches, see :mod:`optax_svrg._table`.
     dtype: dtype of all leaves, ``None`` for those of the parameters.
     memory_kind: kind of memory of all leaves, ``None`` for those of the
       parameters.
@@ -247,16 +247,19 @@ def table(
     _check_memory_kind(params, memory_kind)
   _check_memory(params, num_batches, dtype, memory_kind)
 
+  axes = _table.axes_of(num_batches)
+
   def entries(p: Any) -> Any:
     entry_dtype = dtype or _checks.dtype_of(p)
     if memory_kind is None:
       entry = jnp.zeros_like(p, entry_dtype)
-      return jnp.broadcast_to(entry, (num_batches, *entry.shape))
+      return jnp.broadcast_to(entry, (*axes, *entry.shape))
     # Not made on the device first, where it may not fit.
     sharding = p.sharding
     if isinstance(sharding, NamedSharding):
-      sharding = sharding.update(spec=PartitionSpec(None, *sharding.spec))
-    shape = (num_batches, *p.shape)
+      spec = PartitionSpec(*[None] * len(axes), *sharding.spec)
+      sharding = sharding.update(spec=spec)
+    shape = (*axes, *p.shape)
 
     def zeros(index: Any) -> np.ndarray:
       lengths = [
@@ -296,6 +299,7 @@ def _check_memory(
   """Raises if the table is known not to fit where it is to be."""
   on_host = memory_kind is not None and memory_kind.endswith("host")
   needed = 0
+  num_entries = math.prod(_table.axes_of(num_batches))
   devices = set()
   for p in jax.tree.leaves(params):
     if isinstance(p, (jax.core.Tracer, jax.ShapeDtypeStruct)):
@@ -308,7 +312,7 @@ def _check_memory(
       # Those of all devices of this process share its memory.
       copies = len(p.sharding.addressable_devices) if on_host else 1
     itemsize = np.dtype(dtype or _checks.dtype_of(p)).itemsize
-    needed += num_batches * math.prod(shape) * itemsize * copies
+    needed += num_entries * math.prod(shape) * itemsize * copies
   memories: dict[Any, int | None] = (
     {"the host": _checks.host_memory()}
     if on_host

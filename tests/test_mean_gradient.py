@@ -477,10 +477,10 @@ class TestGradientTable:
     grad = jax.grad(lambda p, x: jnp.mean((x @ p["w"]) ** 2))
     batch = jnp.ones((2, 128))
     _, table = optax_svrg.gradient_table(grad, params, [batch] * 40)
-    carry = (_mean_gradient._nothing(params), [table.grads["w"]])
+    carry = (_mean_gradient._nothing(params), table)
     compiled = (
-      _mean_gradient._accumulation(grad, None, donate=True)
-      .lower(carry, 3, 2.0, (), {}, params, batch)
+      _mean_gradient._accumulation(grad, None, True)
+      .lower(carry, 3, batch, 2.0, (), {}, params)
       .compile()
     )
     size = params["w"].nbytes

@@ -1,0 +1,90 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A table of gradients that every backend updates in place.
+
+The axis of the batches is split into several short ones. The compiler for TPU
+lays an array out as compactly as it can, with any axis as the fastest one: with
+a long axis of batches it may choose that one, and would then copy the whole
+table to read or write an entry. Short axes would be padded to 128, so that the
+axes of the parameters are chosen, whose shapes and shardings stay as they are.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_svrg import _checks
+
+# Such an axis is a twelfth of the 128 lanes of a TPU.
+_LONGEST = 10
+
+
+@functools.lru_cache
+def axes_of(num_batches: int) -> tuple[int, ...]:
+  """Lengths of the axes of batches: as few as there can be, and as tight."""
+  count = 1
+  while _LONGEST**count < num_batches:
+    count += 1
+  lengths = range(1, _LONGEST + 1)
+  return min(
+    (
+      axes
+      for axes in itertools.combinations_with_replacement(lengths, count)
+      if math.prod(axes) >= num_batches
+    ),
+    key=lambda axes: (math.prod(axes), axes[-1]),
+  )
+
+
+def read(table: Any, num_batches: int, index: Any) -> Any:
+  """The entry of a batch, in all arrays of the table."""
+  position = _position(num_batches, index)
+
+  def entry(t: jax.Array) -> jax.Array:
+    rest = t.shape[len(position) :]
+    sizes = (1,) * len(position) + rest
+    x = jax.lax.dynamic_slice(t, _start(position, len(rest)), sizes)
+    return jax.lax.squeeze(x, range(len(position)))
+
+  return jax.tree.map(entry, table)
+
+
+def write(table: Any, entry: Any, num_batches: int, index: Any) -> Any:
+  """The table with another entry for a batch."""
+  position = _position(num_batches, index)
+
+  def put(t: jax.Array, x: jax.Array) -> jax.Array:
+    start = _start(position, x.ndim)
+    x = jax.lax.expand_dims(x, range(len(position)))
+    return jax.lax.dynamic_update_slice(t, x, start)
+
+  return jax.tree.map(put, table, entry)
+
+
+def _position(num_batches: int, index: Any) -> list[jax.Array]:
+  """The index of a batch along each of the axes."""
+  digits = []
+  index = _checks.wide_index(index)
+  for length in reversed(axes_of(num_batches)[1:]):
+    index, digit = jnp.divmod(index, length)
+    digits.append(digit)
+  return [index, *reversed(digits)]
+
+
+def _start(position: list[jax.Array], num_axes: int) -> list[jax.Array]:
+  return position + [jnp.zeros_like(position[0])] * num_axes
