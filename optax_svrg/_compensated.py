@@ -51,6 +51,8 @@ def replace(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the mean of ``count`` values after one has changed, and its error.
 
+  Without a change, both stay as they are.
+
   Args:
     mean: the mean before.
     error: its error.
@@ -66,7 +68,9 @@ def replace(
     return jnp.where(jnp.isfinite(x), x, 0)
 
   # The same share comes in as goes out later, so that its rounding does not
-  # accumulate. What goes out goes first, so that large numbers do not overflow.
-  total, first = two_sum(mean, -share(old))
-  total, second = two_sum(total, share(new))
-  return two_sum(total, error + (first + second))
+  # accumulate.
+  change, first = two_sum(share(new), -share(old))
+  total, second = two_sum(mean, change)
+  rest = error + (first + second)
+  mean = total + rest
+  return mean, rest - (mean - total)

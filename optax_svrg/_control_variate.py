@@ -24,6 +24,7 @@ A method is a source of control variates (a snapshot, a table) and a rule for
 the coefficient, :class:`Given` or :class:`Estimated`.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -73,8 +74,10 @@ class Observation(NamedTuple):
 
   Attributes:
     covariance: <g - m, s - m>.
-    variance: ||s - m||^2; 0 where s differs from m by rounding alone.
-    second_moment: squared distance of the corrected gradient from m.
+    variance: ||s - m||^2; 0 where s differs from m by rounding alone, or there
+      is no s.
+    second_moment: squared distance of the corrected gradient from m; NaN where
+      a gradient was not finite, or not looked at.
     unit: a power of two.
   """
 
@@ -252,7 +255,6 @@ def correct(
   corrected = jax.tree.map(subtract, updates, control, mean)
   usable = all_finite(corrected, sum_axes) | ~jnp.isfinite(coefficient)
   used = active & (coefficient != 0) & usable
-  alpha = jnp.where(used, coefficient, 0)
   seen = None
   if estimate is not None:
     trees = updates, control, mean
@@ -261,18 +263,11 @@ def correct(
     )
     got = products(estimate.unit)
     if not fixed_unit:
-      fit = lambda: products(
-        _fitting_unit(trees, estimate.unit.dtype, sum_axes)
-      )
-      first = _compat.vary_like(got, jax.eval_shape(fit))
-      got = jax.lax.cond(_in_range(got, updates), lambda: first, fit)
-    seen = _observation(got, active)
-    # A step that has fallen back is passed over.
-    moment = jnp.where(usable, seen.second_moment, jnp.nan)
-    seen = seen._replace(second_moment=moment)
+      got = _in_fitting_unit(got, products, trees, sum_axes)
+    seen = _observation(got, active, usable)
   return Correction(
     jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
-    alpha,
+    jnp.where(used, coefficient, 0),
     seen,
   )
 
@@ -293,7 +288,7 @@ def no_correction(
   if estimate is not None:
     none = zero.astype(estimate.unit.dtype)
     unit = estimate.unit if fixed_unit else none + 1
-    seen = Observation(none, none, none, unit)
+    seen = Observation(none, none, none + jnp.nan, unit)
   return Correction(updates, zero, seen)
 
 
@@ -339,36 +334,6 @@ def averaged(
     seen.variance / num_devices,
     _total(squares, seen.unit.dtype, sum_axes),
     seen.unit,
-  )
-
-
-def refitted(
-  estimate: CoefficientEstimate,
-  seen: Observation,
-  updates: optax.Updates,
-  mean: optax.Updates,
-  sum_axes: Any,
-) -> CoefficientEstimate:
-  """The averages in the unit that suits the gradients of the next step.
-
-  For inner products in a fixed unit, whose range gradients have left: above it
-  always, below it if there are no averages yet, beside which they would vanish.
-  """
-  overflown = ~jnp.isfinite(seen.variance + seen.second_moment)
-  vanished = (seen.variance == 0) & (estimate.variance == 0)
-
-  def fit() -> jax.Array:
-    trees = updates, mean, mean
-    return _fitting_unit(trees, estimate.unit.dtype, sum_axes)
-
-  unit = jax.lax.cond(overflown | vanished, fit, lambda: estimate.unit)
-  unit = jnp.where(overflown, jnp.maximum(unit, estimate.unit), unit)
-  factor = jnp.where(estimate.variance > 0, (estimate.unit / unit) ** 2, 0)
-  return estimate._replace(
-    covariance=estimate.covariance * factor,
-    variance=estimate.variance * factor,
-    second_moment=estimate.second_moment * factor,
-    unit=unit,
   )
 
 
@@ -425,35 +390,90 @@ def _average(
     moment / jnp.where(plain > 0, plain, 1),
     estimate.variance_ratio,
   )
-  return CoefficientEstimate(
+  averages = CoefficientEstimate(
     covariance,
     variance,
     moment,
     ratio,
     jnp.where(usable, unit, estimate.unit),
   )
+  return _in_next_unit(averages, seen)
 
 
-def _in_range(products: "_Products", grads: optax.Updates) -> jax.Array:
-  """Whether no square has overflowed, and none that matters has vanished."""
-  info = jnp.finfo(_narrowest(grads, products.unit.dtype))
-  least = float(info.tiny) / float(info.eps) ** 2
-  total = products.covariance + products.variance + products.moment
-  return jnp.isfinite(total) & (
-    (products.variance > least) | (products.rounding > least)
+def _in_next_unit(
+  estimate: CoefficientEstimate, seen: Observation
+) -> CoefficientEstimate:
+  """The averages in the unit for the next step.
+
+  It changes where squares have overflowed, beside which the averages vanish, or
+  where they have vanished and there are no averages.
+  """
+  low, _, high = units(estimate.unit.dtype)
+  # A gradient that was not finite has left NaN.
+  overflown = jnp.isinf(seen.second_moment) | jnp.isinf(seen.variance)
+  vanished = (
+    (estimate.variance == 0)
+    & (seen.variance == 0)
+    & (seen.second_moment < _least(estimate.unit.dtype))
+  )
+  unit = jnp.where(vanished, seen.unit * low, estimate.unit)
+  unit = jnp.clip(jnp.where(overflown, seen.unit * high, unit), low, high)
+  kept = lambda x: jnp.where(overflown, 0, x)
+  return estimate._replace(
+    covariance=kept(estimate.covariance),
+    variance=kept(estimate.variance),
+    second_moment=kept(estimate.second_moment),
+    unit=unit,
   )
 
 
-def _observation(products: "_Products", active: Any) -> Observation:
+def _in_fitting_unit(
+  products: "_Products",
+  evaluate: Callable[[jax.Array], "_Products"],
+  trees: tuple[Any, Any, Any],
+  sum_axes: Any,
+) -> "_Products":
+  """The inner products, once more in another unit if they are out of range.
+
+  Not on TPU, where the branch would take memory and traffic in each step: the
+  observation is passed over there, and the next step has another unit.
+  """
+  dtype = products.unit.dtype
+  total = products.covariance + products.variance + products.moment
+  least = _least(_narrowest(trees[0], dtype))
+  in_range = jnp.isfinite(total) & (
+    (products.variance > least) | (products.rounding > least)
+  )
+
+  def fit() -> _Products:
+    return evaluate(_fitting_unit(trees, dtype, sum_axes))
+
+  products = _compat.vary_like(products, jax.eval_shape(fit))
+  return jax.lax.platform_dependent(
+    tpu=lambda: products,
+    default=lambda: jax.lax.cond(in_range, lambda: products, fit),
+  )
+
+
+def _observation(
+  products: "_Products", active: Any, usable: jax.Array
+) -> Observation:
   # Not where the variance is below the rounding, which would hide a NaN.
-  known = active & ~(products.variance <= products.rounding)
+  is_constant = products.variance <= products.rounding
+  known = active & usable & ~is_constant
   zero = jnp.zeros_like(products.variance)
   return Observation(
     jnp.where(known, products.covariance, zero),
     jnp.where(known, products.variance, zero),
-    jnp.where(known, products.moment, zero),
+    jnp.where(usable, products.moment, jnp.nan),
     products.unit,
   )
+
+
+def _least(dtype: Any) -> float:
+  """Below this, squares of the smaller components have begun to vanish."""
+  info = jnp.finfo(dtype)
+  return float(info.tiny) / float(info.eps) ** 2
 
 
 class _Products(NamedTuple):

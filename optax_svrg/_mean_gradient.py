@@ -365,7 +365,7 @@ def _pass(
   batches: Iterable[Any],
   weights: Callable[[Any], Any] | None,
   table: GradientTable | None,
-) -> tuple[_Total, GradientTable | None]:
+) -> tuple[_Total, Any]:
   """Averages the gradients of batches, and stores them if there is a table."""
   if _lockstep.spans_processes(params):
     batches = _lockstep.lockstep(batches)

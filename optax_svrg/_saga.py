@@ -428,9 +428,9 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     ),
     strict=True,
   ):
-    moved = _compensated.replace(mean, error, before, after, num_batches)
-    means.append(jnp.where(entry.is_known, moved[0], mean))
-    errors.append(jnp.where(entry.is_known, moved[1], error))
+    pair = _compensated.replace(mean, error, before, after, num_batches)
+    means.append(pair[0])
+    errors.append(pair[1])
   like_mean = functools.partial(
     jax.tree.unflatten, jax.tree.structure(state.mean_grads)
   )

@@ -388,7 +388,7 @@ def _svrg(
       # As a whole, so that nothing is read while it is not needed.
       correction = jax.lax.cond(needed, evaluate, skip)
     if axis_name is not None:
-      correction, state = _average(
+      correction = _average(
         correction, coefficient, state, axis_name, shard_axes
       )
     return correction.updates, state._replace(
@@ -438,33 +438,23 @@ def _average(
   state: _snapshot.SVRGState,
   axis_name: Any,
   shard_axes: Any,
-) -> tuple[_control_variate.Correction, _snapshot.SVRGState]:
+) -> _control_variate.Correction:
   """The mean of the corrections of all devices, in one reduction."""
   updates, _, seen = correction
-  estimate = state.estimate
-  if seen is None or estimate is None:
+  if seen is None:
     updates = jax.lax.pmean(updates, axis_name)
-    return _control_variate.Correction(updates, coefficient, None), state
-  # The unit is the same on all devices: that of the state.
+    return _control_variate.Correction(updates, coefficient, None)
   products = seen.covariance, seen.variance
   updates, products = jax.lax.pmean((updates, products), axis_name)
-  mean = _sharding.to_device(state.mean_grads)
   seen = _control_variate.averaged(
-    seen._replace(
-      covariance=products[0], variance=products[1], unit=estimate.unit
-    ),
+    # The unit is the same on all devices: that of the state.
+    seen._replace(covariance=products[0], variance=products[1]),
     updates,
-    mean,
+    _sharding.to_device(state.mean_grads),
     jax.lax.axis_size(axis_name),
     shard_axes,
   )
-  estimate = _control_variate.refitted(
-    estimate, seen, updates, mean, shard_axes
-  )
-  return (
-    _control_variate.Correction(updates, coefficient, seen),
-    state._replace(estimate=estimate),
-  )
+  return _control_variate.Correction(updates, coefficient, seen)
 
 
 def _for_grad_fn(
