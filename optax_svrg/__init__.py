@@ -29,6 +29,8 @@ from optax_svrg._diagnostics import optimal_alpha as optimal_alpha
 from optax_svrg._diagnostics import Payoff as Payoff
 from optax_svrg._diagnostics import per_example_grads as per_example_grads
 from optax_svrg._diagnostics import RunningMoments as RunningMoments
+from optax_svrg._linear import fit_linear as fit_linear
+from optax_svrg._linear import LinearFit as LinearFit
 from optax_svrg._lockstep import lockstep as lockstep
 from optax_svrg._mean_gradient import gradient_table as gradient_table
 from optax_svrg._mean_gradient import GradientTable as GradientTable

@@ -1,0 +1,790 @@
+# Copyright 2026 The optax_svrg Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Linear models: SAGA on a table of residuals, then Newton's method."""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+from jax.experimental import sparse
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_svrg import _checks, _minimize
+
+Loss = Callable[[Any, Any], Any]
+
+_BATCH_SIZE = 32
+# What a step of SAGA costs besides its arithmetic, in floating-point operations
+# of large matrix products: some 10 µs of a core, some 100 µs of an accelerator.
+_STEP_OVERHEAD = {"cpu": 5e5}
+_ACCELERATOR_OVERHEAD = 1e9
+_NEWTON_RATE = 0.05  # Expected of Newton's method before it has been tried.
+_MAX_FORCING = 0.3
+_NEWTON_STEPS = 3
+_MAX_FAILURES = 20
+_BLOCKS = (2, 4, 8)  # Epochs of SAGA between two evaluations.
+
+
+class LinearFit(NamedTuple):
+  """Result of :func:`optax_svrg.fit_linear`.
+
+  Attributes:
+    weights: ``(d, k)``, or ``(d,)`` for a single output.
+    intercept: ``(k,)``, or a scalar for a single output; zeros if
+      ``intercept=False``.
+    num_epochs: number of passes over the data: epochs of SAGA, evaluations of
+      the full gradient, and Hessian-vector products.
+    gradient_norm: Euclidean norm of the gradient of the objective or, with
+      ``l1``, of its subgradient of least norm, which bounds that of the
+      proximal gradient mapping for every step size.
+    gap: upper bound of the objective less its minimum, infinite if ``l2=0``.
+    converged: whether ``gradient_norm`` is at most ``tol``.
+  """
+
+  weights: jax.Array
+  intercept: jax.Array
+  num_epochs: int
+  gradient_norm: float
+  gap: float
+  converged: bool
+
+
+class _Data(NamedTuple):
+  """Examples in a random order, filled up to whole batches with weight 0.
+
+  Attributes:
+    features: ``(N, D)``, with a column of ones for the intercept.
+    low: the features in float32, for what need not be exact.
+    batches: ``(num_batches, b, D)``, or data and indices of a :class:`BCOO`.
+    targets: leading axis N.
+    weights: ``(N,)``, of sum 1.
+    penalised: ``(D,)``, 0 for the intercept, otherwise 1.
+    batch_rows: a function from the index of a batch to its features, as a NumPy
+      array without the columns that are 0 in all of them.
+  """
+
+  features: Any
+  low: Any
+  batches: Any
+  targets: jax.Array
+  weights: jax.Array
+  penalised: np.ndarray
+  batch_rows: Callable[[int], np.ndarray]
+
+
+class _Point(NamedTuple):
+  """An iterate and what is known about it.
+
+  Attributes:
+    w: ``(k, D)``, the intercept in the last column.
+    outputs: ``(k, N)``.
+    value: the objective.
+    residuals: ``(k, N)``, the gradients of the weighted losses.
+    curvature: ``(N,)``, second derivatives of the weighted losses.
+    grads: ``(k, D)``, gradient of the mean loss.
+    subgradient: ``(k, D)``, of the objective, of least norm.
+    norm: of the subgradient.
+    gap: bound of the suboptimality.
+  """
+
+  w: np.ndarray
+  outputs: jax.Array
+  value: float
+  residuals: jax.Array
+  curvature: jax.Array
+  grads: np.ndarray
+  subgradient: np.ndarray
+  norm: float
+  gap: float
+
+
+class _Programs(NamedTuple):
+  """The compiled functions for one loss."""
+
+  local: Callable[..., Any]
+  direction: Callable[..., Any]
+  epoch: Callable[..., Any]
+
+
+def _product(w: jax.Array, x: Any) -> jax.Array:
+  """Outputs ``(k, N)`` of weights ``(k, D)``."""
+  if isinstance(x, sparse.BCOO):
+    return (x @ w.T).T
+  # Else a GPU rounds the factors to 10 bits.
+  return jnp.matmul(w, x.T, precision="highest")
+
+
+def _adjoint(r: jax.Array, x: Any) -> jax.Array:
+  if isinstance(x, sparse.BCOO):
+    return (x.T @ r.T).T
+  return jnp.matmul(r, x, precision="highest")
+
+
+_outputs = jax.jit(_product)
+_gradients = jax.jit(_adjoint)
+
+
+def _to_dtype(targets: jax.Array, dtype: Any) -> jax.Array:
+  is_float = jnp.issubdtype(targets.dtype, jnp.floating)
+  return targets.astype(dtype) if is_float else targets
+
+
+# Bounded, as in mean_gradient: jax.jit would keep each closure for ever.
+@functools.lru_cache(maxsize=16)
+def _programs(loss: Loss, flat: bool, intercept: bool) -> _Programs:
+  def total(z: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    losses = loss(z[0] if flat else z.T, targets)
+    losses = losses.sum(axis=1) if losses.ndim == 2 else losses
+    return jnp.vdot(weights, losses)
+
+  residual = jax.grad(total)
+
+  @functools.partial(jax.jit, static_argnames="low")
+  def local(z, shift, targets, weights, low):
+    z = z + shift[:, None]
+    value = total(z, targets, weights)
+    r, curve = jax.linearize(lambda z: residual(z, targets, weights), z)
+    # Exact for one output, otherwise that in the direction of the residual.
+    square = jnp.sum(r * r, axis=0)
+    tiny = jnp.finfo(r.dtype).tiny
+    curvature = jnp.sum(r * curve(r), axis=0) / jnp.maximum(square, tiny)
+    slope = bend = None
+    if intercept:
+      slope = jnp.sum(r, axis=1)
+      unit = jnp.eye(len(z), dtype=z.dtype)
+      bend = jax.vmap(
+        lambda e: jnp.sum(
+          curve(jnp.broadcast_to(e[:, None], z.shape)), axis=1
+        )
+      )(unit)
+    return z, value, r, r.astype(low), curvature.astype(low), slope, bend
+
+  @jax.jit
+  def direction(x, z, targets, weights, l2, rhs, free, forcing, max_products):
+    dtype = rhs.dtype
+    targets, weights = _to_dtype(targets, dtype), weights.astype(dtype)
+    _, curve = jax.linearize(
+      lambda z: residual(z, targets, weights), z.astype(dtype)
+    )
+
+    def hessian(v: jax.Array) -> jax.Array:
+      return free * (_adjoint(curve(_product(v, x)), x) + l2 * v)
+
+    return _conjugate_gradients(hessian, rhs, forcing, max_products)
+
+  @jax.jit
+  def epoch(carry, batches, targets, weights, order, step_size, shrink, clip):
+    num_batches = len(order)
+    dtype = carry[0].dtype
+
+    def batched(x: jax.Array) -> jax.Array:
+      return x.reshape(num_batches, -1, *x.shape[1:])
+
+    targets = batched(_to_dtype(targets, dtype))
+    weights = batched(weights.astype(dtype))
+
+    def step(carry: Any, i: jax.Array) -> Any:
+      w, mean, table = carry
+      x = jax.tree.map(lambda x: x[i], batches)
+      if isinstance(x, tuple):
+        x = sparse.BCOO(x, shape=(weights.shape[1], w.shape[1]))
+      new = residual(_product(w, x), targets[i], weights[i])
+      change = _adjoint(new - table[:, i], x)
+      w = w - step_size * (num_batches * change + mean)
+      w = shrink * (w - jnp.clip(w, -clip, clip))
+      return (w, mean + change, table.at[:, i].set(new)), None
+
+    w, mean, table = carry
+    table = table.reshape(len(w), num_batches, -1)
+    (w, mean, table), _ = jax.lax.scan(step, (w, mean, table), order)
+    return w, mean, table.reshape(len(w), -1)
+
+  return _Programs(local, direction, epoch)
+
+
+def _conjugate_gradients(
+  hessian: Callable[[jax.Array], jax.Array],
+  rhs: jax.Array,
+  forcing: jax.Array,
+  max_products: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Solves ``hessian(v) = rhs`` up to ``forcing``; also counts the products."""
+
+  def body(carry: Any) -> Any:
+    v, r, p, rr, count, _ = carry
+    product = hessian(p)
+    curvature = jnp.vdot(p, product)
+    is_convex = curvature > 0
+    length = jnp.where(is_convex, rr / curvature, 0)
+    # The first direction is that of the gradient, whatever the curvature.
+    v = jnp.where(is_convex | (count > 0), v + length * p, p)
+    r = r - length * product
+    new = jnp.vdot(r, r)
+    return v, r, r + new / rr * p, new, count + 1, is_convex
+
+  def unfinished(carry: Any) -> Any:
+    _, _, _, rr, count, is_convex = carry
+    return (count < max_products) & is_convex & (rr > forcing**2)
+
+  carry = (jnp.zeros_like(rhs), rhs, rhs, jnp.vdot(rhs, rhs), 0, True)
+  v, _, _, _, count, _ = jax.lax.while_loop(unfinished, body, carry)
+  return v, count
+
+
+class _Problem:
+  """The objective, its compiled programs, and steps of the two methods."""
+
+  def __init__(
+    self,
+    loss: Loss,
+    data: _Data,
+    num_outputs: int,
+    flat: bool,
+    intercept: bool,
+    l2: float,
+    l1: float,
+  ):
+    self.data = data
+    self.l2, self.l1 = l2 * data.penalised, l1 * data.penalised
+    self.strong = l2
+    self.intercept = intercept
+    self.programs = _programs(loss, flat, intercept)
+    self.dtype = np.dtype(data.features.dtype)
+    self.low = np.dtype(data.low.dtype)
+    self.start = np.zeros((num_outputs, len(data.penalised)), self.dtype)
+    size = len(data.weights) // self.num_batches
+    work = 4 * size * self.start.size
+    overhead = _STEP_OVERHEAD.get(jax.default_backend(), _ACCELERATOR_OVERHEAD)
+    # Of an epoch of SAGA, in passes of large matrix products.
+    self.epoch_cost = 1 + overhead / work
+
+  @property
+  def num_batches(self) -> int:
+    return jax.tree.leaves(self.data.batches)[0].shape[0]
+
+  def _local(self, z: jax.Array, shift: np.ndarray) -> Any:
+    return self.programs.local(
+      z,
+      jnp.asarray(shift, self.dtype),
+      self.data.targets,
+      self.data.weights,
+      self.low,
+    )
+
+  def _best_intercept(self, w: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Newton's method for the intercept, which needs no pass over the data."""
+    z = _outputs(w, self.data.features)
+    shift = np.zeros(len(w))
+    best = found = self._local(z, shift)
+    if not self.intercept:
+      return w, best
+    eps = float(np.finfo(self.dtype).eps)
+    at, scale, step = shift, 1.0, shift
+    for _ in range(60):
+      slack = 4 * eps * abs(float(best[1]))
+      if found is best or float(found[1]) <= float(best[1]) + slack:
+        best, at = found, shift
+        slope, bend = (np.asarray(x, np.float64) for x in found[-2:])
+        if not np.abs(slope).max() > 2 * eps:  # Or not a number.
+          break
+        # Singular for softmax, which does not see equal shifts.
+        step = np.linalg.lstsq(bend, slope, rcond=16 * eps)[0]
+        scale = min(1.0, 4 * scale)
+      else:
+        scale /= 4
+      if scale < 1e-8:
+        break
+      shift = at - scale * step
+      found = self._local(z, shift)
+    w = w.copy()
+    w[:, -1] += at
+    return w, best
+
+  def assess(self, w: np.ndarray) -> _Point:
+    """Everything about a point, whose intercept is optimised first."""
+    w, (z, loss, r, low, curvature, *_) = self._best_intercept(w)
+    grads = np.asarray(_gradients(r, self.data.features), np.float64)
+    wide = w.astype(np.float64)
+    clipped = np.clip(grads, -self.l1, self.l1)
+    smooth = grads + self.l2 * wide
+    sub = np.where(
+      w == 0,
+      smooth - np.clip(smooth, -self.l1, self.l1),
+      smooth + self.l1 * np.sign(w),
+    )
+    value = float(loss) + np.sum(self.l2 / 2 * wide**2 + self.l1 * abs(wide))
+    gap = math.inf
+    if self.strong > 0:
+      # The duality gap, as a sum without cancellation.
+      excess = abs(wide) * (self.l1 + np.sign(w) * clipped)
+      excess += (grads - clipped + self.l2 * wide) ** 2 / (2 * self.strong)
+      gap = float(np.sum(excess * self.data.penalised))
+    norm = float(np.linalg.norm(sub))
+    return _Point(w, z, value, low, curvature, grads, sub, norm, gap)
+
+  def step_size(self, point: _Point, chosen: np.ndarray) -> float:
+    """One over the largest curvature of the chosen batches."""
+    h = np.asarray(point.curvature).reshape(self.num_batches, -1)
+    largest = 0.0
+    for i in chosen:
+      x = self.data.batch_rows(i) * np.sqrt(np.maximum(h[i], 0))[:, None]
+      gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+      largest = max(largest, float(np.linalg.eigvalsh(gram)[-1]))
+    if not largest > 0:  # E.g. the tails of the Huber loss.
+      x = self.data.batch_rows(chosen[0])
+      largest = float(np.sum(x * x)) / len(self.data.weights)
+    return 1 / (self.num_batches * largest)
+
+  def saga(
+    self, point: _Point, epochs: int, step_size: float, rng: Any
+  ) -> np.ndarray:
+    """Epochs of SAGA on the table of residuals, from a fresh table."""
+    low = functools.partial(jnp.asarray, dtype=self.low)
+    carry = low(point.w), low(point.grads), point.residuals
+    for _ in range(epochs):
+      carry = self.programs.epoch(
+        carry,
+        self.data.batches,
+        self.data.targets,
+        self.data.weights,
+        jnp.asarray(rng.permutation(self.num_batches), jnp.int32),
+        low(step_size),
+        low(1 / (1 + step_size * self.l2)),
+        low(step_size * self.l1),
+      )
+    return np.asarray(carry[0]).astype(self.dtype)
+
+  def newton_direction(
+    self, point: _Point, forcing: float, max_products: int
+  ) -> tuple[np.ndarray, int]:
+    """An inexact direction of Newton's method where the objective is smooth.
+
+    With ``l1`` that is where a weight is not 0, or is about to leave it.
+    """
+    free = (self.l1 == 0) | (point.w != 0) | (point.subgradient != 0)
+    low = functools.partial(jnp.asarray, dtype=self.low)
+    v, count = self.programs.direction(
+      self.data.low,
+      point.outputs,
+      self.data.targets,
+      self.data.weights,
+      low(self.l2),
+      low(-point.subgradient / point.norm),
+      low(free),
+      low(forcing),
+      max_products,
+    )
+    return np.asarray(v, np.float64) * point.norm, int(count)
+
+  def move(
+    self, point: _Point, direction: np.ndarray, length: float
+  ) -> np.ndarray:
+    """A step that, with ``l1``, ends where a weight would change its sign."""
+    w = point.w + length * direction
+    sign = np.where(point.w == 0, -point.subgradient, point.w)
+    w = np.where((self.l1 > 0) & (w * sign <= 0), 0, w)
+    return w.astype(self.dtype)
+
+
+class _Solver:
+  """Takes turns of SAGA and of Newton's method, by what they have achieved."""
+
+  def __init__(self, problem: _Problem, rng: Any, tol: float, max_epochs: int):
+    self.problem, self.rng, self.tol = problem, rng, tol
+    self.max_epochs = max_epochs
+    self.point = problem.assess(problem.start)
+    if not math.isfinite(self.point.value):
+      raise ValueError("loss must be finite at zero weights.")
+    self.best = self.point
+    self.passes, self.epochs, self.blocks = 1, 0, 0
+    self.rates = {"saga": math.inf, "newton": _NEWTON_RATE}
+    self.shortening, self.failures = 1.0, 0
+
+  def saga(self) -> None:
+    """A block of epochs; undone, and the step shortened, if it is worse."""
+    problem, rng = self.problem, self.rng
+    epochs = min(
+      _BLOCKS[min(self.blocks, len(_BLOCKS) - 1)],
+      max(1, self.max_epochs - self.passes - 1),
+    )
+    probes = min(max(8, self.epochs), problem.num_batches)
+    chosen = rng.permutation(problem.num_batches)[:probes]
+    step_size = problem.step_size(self.point, chosen) * self.shortening
+    self.passes += epochs + 1
+    self.epochs, self.blocks = self.epochs + epochs, self.blocks + 1
+    old = self.point.norm
+    if self.accept(problem.saga(self.point, epochs, step_size, rng)):
+      cost = 1 + epochs * problem.epoch_cost
+      self.rates["saga"] = _rate(old, self.point.norm, cost)
+    else:
+      self.shortening /= 4
+      self.rates["saga"] -= 0.01
+
+  def newton(self) -> None:
+    """A few steps, each halved until it makes things better."""
+    start, cost, forcing = self.point.norm, 0, _MAX_FORCING
+    for _ in range(_NEWTON_STEPS):
+      old = self.point
+      left = max(1, self.max_epochs - self.passes - 1)
+      direction, count = self.problem.newton_direction(
+        old, max(forcing, min(0.9, self.tol / old.norm / 2)), left
+      )
+      self.passes, cost = self.passes + count, cost + count
+      for exponent in range(10):
+        self.passes, cost = self.passes + 1, cost + 1
+        if self.accept(
+          self.problem.move(old, direction, 0.5**exponent)
+        ):
+          break
+      else:
+        self.rates["newton"] = -1.0
+        return
+      # Eisenstat and Walker: as exact as the model has turned out to be.
+      forcing = min(_MAX_FORCING, (self.point.norm / old.norm) ** 1.5)
+      self.rates["newton"] = _rate(start, self.point.norm, cost)
+      if self.is_done():
+        return
+
+  def accept(self, w: np.ndarray) -> bool:
+    """Moves to a new point unless it is worse."""
+    old, new = self.point, self.problem.assess(w)
+    slack = 8 * float(np.finfo(self.problem.dtype).eps) * (1 + abs(old.value))
+    if not (
+      new.value < old.value - slack
+      or (new.value <= old.value + slack and new.norm < old.norm)
+    ):
+      self.failures += 1
+      return False
+    self.point, self.failures = new, 0
+    if new.norm < self.best.norm:
+      self.best = new
+    return True
+
+  def is_done(self) -> bool:
+    """Whether it has converged, makes no progress, or must stop."""
+    return (
+      self.best.norm <= self.tol
+      or self.passes >= self.max_epochs
+      or self.failures >= _MAX_FAILURES
+    )
+
+  def run(self, report: Callable[..., None]) -> None:
+    """Solves."""
+    while not self.is_done():
+      getattr(self, max(self.rates, key=self.rates.__getitem__))()
+      report(self.passes, self.best.norm)
+
+
+def _rate(before: float, after: float, cost: float) -> float:
+  """Decades of the norm per pass."""
+  return math.log10(before / max(after, 1e-300)) / cost
+
+
+def _arrange(
+  x: Any, y: np.ndarray, s: np.ndarray, intercept: bool, size: int, rng: Any
+) -> _Data:
+  """Shuffles the examples, fills up the last batch, adds the intercept."""
+  n, d = x.shape
+  num_batches = -(-n // size)
+  order = np.resize(rng.permutation(n), num_batches * size)
+  weights = s[order]
+  weights[n:] = 0
+  weights /= weights.sum()
+  arrange = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
+  features, low, batches, batch_rows = arrange(
+    x, order, num_batches, intercept
+  )
+  penalised = np.ones(d + intercept)
+  penalised[d:] = 0
+  return _Data(
+    features,
+    low,
+    batches,
+    jnp.asarray(y[order]),
+    jnp.asarray(weights, features.dtype),
+    penalised,
+    batch_rows,
+  )
+
+
+def _arrange_dense(
+  x: Any, order: np.ndarray, num_batches: int, intercept: bool
+) -> Any:
+  rows = np.ones((len(order), x.shape[1] + intercept), _wide_dtype(x))
+  rows[:, : x.shape[1]] = np.asarray(x)[order]
+  low = rows.astype(np.float32, copy=False)
+  features = jnp.asarray(rows)
+  on_device = features if low is rows else jnp.asarray(low)
+  batches = low.reshape(num_batches, -1, rows.shape[1])
+  return (
+    features,
+    on_device,
+    on_device.reshape(batches.shape),
+    batches.__getitem__,
+  )
+
+
+def _arrange_sparse(
+  x: sparse.BCOO, order: np.ndarray, num_batches: int, intercept: bool
+) -> Any:
+  n, d = x.shape
+  size = len(order) // num_batches
+  position = np.empty(n, np.int32)
+  position[order[:n]] = np.arange(n)
+  values, indices = np.asarray(x.data), np.asarray(x.indices)
+  inside = (indices < x.shape).all(axis=1)  # Others are padding.
+  values, rows, columns = values[inside], *indices[inside].T
+  rows = position[rows]
+  if intercept:
+    rows = np.concatenate([rows, np.arange(len(order))])
+    columns = np.concatenate([columns, np.full(len(order), d)])
+    values = np.concatenate([values, np.ones(len(order), values.dtype)])
+  by_row = np.argsort(rows, kind="stable")
+  rows, columns = rows[by_row].astype(np.int32), columns[by_row]
+  values = values[by_row].astype(_wide_dtype(x))
+  shape = (len(order), d + intercept)
+  where = jnp.asarray(np.stack([rows, columns.astype(np.int32)], axis=1))
+  features = sparse.BCOO((jnp.asarray(values), where), shape=shape)
+  low = sparse.BCOO((jnp.asarray(values, np.float32), where), shape=shape)
+
+  starts = np.searchsorted(rows, np.arange(num_batches + 1) * size)
+  most = max(1, int(np.diff(starts).max()))
+  batch = rows // size
+  slot = np.arange(len(rows)) - starts[batch]
+  data = np.zeros((num_batches, most), np.float32)
+  data[batch, slot] = values
+  index = np.zeros((num_batches, most, 2), np.int32)
+  index[batch, slot] = np.stack([rows % size, columns], axis=1)
+
+  def batch_rows(i: int) -> np.ndarray:
+    part = slice(starts[i], starts[i + 1])
+    used, column = np.unique(columns[part], return_inverse=True)
+    dense = np.zeros((size, len(used)))
+    np.add.at(dense, (rows[part] % size, column), values[part])
+    return dense
+
+  return features, low, (jnp.asarray(data), jnp.asarray(index)), batch_rows
+
+
+def _wide_dtype(x: Any) -> Any:
+  """The dtype to compute in, at least float32."""
+  return jax.dtypes.canonicalize_dtype(_checks.wide_dtype(x.dtype))
+
+
+def _check_features(features: Any) -> Any:
+  """Returns a matrix with an axis of examples and one of features."""
+  if not isinstance(features, sparse.BCOO):
+    features = np.asarray(features)
+  if not jnp.issubdtype(features.dtype, jnp.floating):
+    raise TypeError(
+      f"features must have a float dtype, got {features.dtype}; write"
+      " features.astype(float)."
+    )
+  if features.ndim != 2 or not min(features.shape):
+    raise ValueError(
+      "features must have the shape (examples, features), at least one of"
+      f" each, got {features.shape}."
+    )
+  if isinstance(features, sparse.BCOO):
+    if features.n_batch or features.n_dense:
+      raise ValueError("features must be a BCOO with n_batch = n_dense = 0.")
+    _check_finite(features.data, "features.data")
+  else:
+    _check_finite(features, "features")
+  return features
+
+
+def _check_finite(x: Any, name: str) -> None:
+  x = np.asarray(x)
+  is_bad = ~np.isfinite(x.astype(_checks.wide_dtype(x.dtype), copy=False))
+  if is_bad.any():
+    where = tuple(int(i) for i in np.argwhere(is_bad)[0])
+    raise ValueError(
+      f"{name} must be finite, got {x[where]} at {list(where)}."
+    )
+
+
+def _check_targets(targets: Any, num_examples: int) -> np.ndarray:
+  targets = np.asarray(targets)
+  if targets.ndim not in (1, 2) or len(targets) != num_examples:
+    raise ValueError(
+      f"targets must have the shape ({num_examples},) or ({num_examples}, k) to"
+      f" match features, got {targets.shape}."
+    )
+  if targets.dtype == bool:
+    targets = targets.astype(np.int32)
+  if not jnp.issubdtype(targets.dtype, jnp.floating) and not jnp.issubdtype(
+    targets.dtype, jnp.integer
+  ):
+    raise TypeError(f"targets must be numbers, got dtype {targets.dtype}.")
+  _check_finite(targets, "targets")
+  return targets
+
+
+def _check_weights(sample_weight: Any, num_examples: int) -> np.ndarray:
+  if sample_weight is None:
+    return np.ones(num_examples)
+  weights = np.array(sample_weight, np.float64)
+  if weights.shape != (num_examples,):
+    raise ValueError(
+      f"sample_weight must have the shape ({num_examples},) to match features,"
+      f" got {weights.shape}."
+    )
+  _check_finite(weights, "sample_weight")
+  if weights.min() < 0 or not weights.max() > 0:
+    raise ValueError(
+      "sample_weight must be at least 0, and not all 0, got"
+      f" {weights.min()} to {weights.max()}."
+    )
+  return weights
+
+
+def _check_not_negative(value: Any, name: str) -> float:
+  _checks.check_coefficient(value, name)
+  if value < 0:
+    raise ValueError(f"{name} must be at least 0, got {value}.")
+  return float(value)
+
+
+class _Outputs(NamedTuple):
+  """How outputs meet targets: the loss to use, its targets, and ``k``."""
+
+  loss: Loss
+  targets: np.ndarray
+  number: int
+  flat: bool
+
+
+def _match(loss: Loss, y: np.ndarray, number: int | None, dtype: Any) -> Any:
+  """Infers the number of outputs from the loss and the targets."""
+  if not callable(loss):
+    raise TypeError(f"loss must be a function, got {loss!r}.")
+  if number is not None:
+    number = _checks.check_count(number, "num_outputs")
+  if y.ndim == 2:
+    if number not in (None, y.shape[1]):
+      raise ValueError(
+        f"num_outputs={number} must be the number of columns of targets,"
+        f" {y.shape[1]}."
+      )
+    found = _Outputs(loss, y.astype(dtype), y.shape[1], False)
+    return _check_loss(found, dtype)
+  if loss is optax.losses.sigmoid_binary_cross_entropy:
+    _check_range(y, 0, 1)
+    if y.min() == y.max() and y.max() in (0, 1):
+      raise ValueError(f"targets must have two classes, got only {y.max()}.")
+  is_labels = loss is optax.losses.softmax_cross_entropy_with_integer_labels
+  if number in (None, 1) and not is_labels:
+    found = _Outputs(loss, y.astype(dtype), 1, True)
+    try:
+      return _check_loss(found, dtype)
+    except Exception:
+      if number == 1 or not np.issubdtype(y.dtype, np.integer):
+        raise
+  if np.issubdtype(y.dtype, np.integer):
+    number = int(y.max()) + 1 if number is None else number
+    _check_range(y, 0, number - 1)
+    if y.min() == y.max():
+      raise ValueError(f"targets must have two classes, got only {y.max()}.")
+    if is_labels:
+      # The same loss, without a scatter in its gradient.
+      one_hot = np.zeros((len(y), number), dtype)
+      one_hot[np.arange(len(y)), y] = 1
+      loss, y = optax.losses.softmax_cross_entropy, one_hot
+    return _check_loss(_Outputs(loss, y, int(number), False), dtype)
+  if is_labels:
+    raise TypeError(f"targets must be integer labels, got dtype {y.dtype}.")
+  return _check_loss(_Outputs(loss, y.astype(dtype), int(number), False), dtype)
+
+
+def _check_range(y: np.ndarray, low: int, high: int) -> None:
+  if y.min() < low or y.max() > high:
+    bad = y.min() if y.min() < low else y.max()
+    raise ValueError(f"targets must be in [{low}, {high}], got {bad}.")
+
+
+def _check_loss(found: _Outputs, dtype: Any) -> _Outputs:
+  """Raises unless there is a loss for each example."""
+  n = len(found.targets)
+  shape = (n,) if found.flat else (n, found.number)
+  losses = jax.eval_shape(
+    found.loss,
+    jax.ShapeDtypeStruct(shape, dtype),
+    jax.ShapeDtypeStruct(found.targets.shape, found.targets.dtype),
+  )
+  if getattr(losses, "shape", None) not in ((n,), shape):
+    raise ValueError(
+      f"loss(outputs, targets) must return losses of examples, of shape ({n},),"
+      f" for outputs of shape {shape}, got {losses}."
+    )
+  return found
+
+
+def fit_linear(
+  loss: Loss,
+  features: Any,
+  targets: Any,
+  *,
+  num_outputs: int | None = None,
+  l2: float = 0.0,
+  l1: float = 0.0,
+  intercept: bool = True,
+  sample_weight: Any = None,
+  batch_size: int | None = None,
+  tol: float = 1e-6,
+  max_epochs: int = 1000,
+  seed: int = 0,
+  progress: bool = False,
+) -> LinearFit:
+  r"""DOC"""
+  x = _check_features(features)
+  n, d = x.shape
+  dtype = _wide_dtype(x)
+  y = _check_targets(targets, n)
+  s = _check_weights(sample_weight, n)
+  l2, l1 = _check_not_negative(l2, "l2"), _check_not_negative(l1, "l1")
+  _checks.check_positive(tol, "tol")
+  max_epochs = _checks.check_count(max_epochs, "max_epochs")
+  if batch_size is None:
+    stored = x.nse if isinstance(x, sparse.BCOO) else n * d
+    batch_size = max(_BATCH_SIZE, 4 * n * d // max(1, stored) if stored < n * d else 0)
+  batch_size = min(_checks.check_count(batch_size, "batch_size"), n)
+  outputs = _match(loss, y, num_outputs, dtype)
+  rng = np.random.default_rng(seed)
+  data = _arrange(x, outputs.targets, s, intercept, batch_size, rng)
+  problem = _Problem(
+    outputs.loss, data, outputs.number, outputs.flat, intercept, l2, l1
+  )
+  solver = _Solver(problem, rng, tol, max_epochs)
+  with _minimize.progress_bar(progress, "fit_linear") as report:
+    solver.run(report)
+  best = solver.best
+  converged = best.norm <= tol
+  if not converged:
+    warnings.warn(
+      _minimize.not_converged(
+        "fit_linear", solver.passes, max_epochs, best.norm, tol
+      ),
+      stacklevel=2,
+    )
+  w = jnp.asarray(best.w[:, :d].T)
+  b = jnp.asarray(best.w[:, d] if intercept else np.zeros(len(best.w), dtype))
+  if outputs.flat:
+    w, b = w[:, 0], b[0]
+  return LinearFit(w, b, solver.passes, best.norm, best.gap, converged)
