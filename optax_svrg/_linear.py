@@ -65,16 +65,50 @@ class LinearFit(NamedTuple):
   converged: bool
 
 
+# Optax's two logistic losses in half of their operations. The second derivatives
+# of log-sum-exp are simple, which custom derivatives make known to JAX.
+@jax.custom_jvp
+def _softplus(x: jax.Array) -> jax.Array:
+  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@_softplus.defjvp
+def _softplus_jvp(primals: Any, tangents: Any) -> Any:
+  return _softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0]
+
+
+@jax.custom_jvp
+def _logsumexp(x: jax.Array) -> jax.Array:
+  largest = jnp.max(x, axis=1)
+  return largest + jnp.log(jnp.sum(jnp.exp(x - largest[:, None]), axis=1))
+
+
+@_logsumexp.defjvp
+def _logsumexp_jvp(primals: Any, tangents: Any) -> Any:
+  slope = jax.nn.softmax(primals[0], axis=1)
+  return _logsumexp(*primals), jnp.sum(slope * tangents[0], axis=1)
+
+
+def _binary_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+  return _softplus(outputs) - targets * outputs
+
+
+def _softmax_loss(outputs: jax.Array, one_hot: jax.Array) -> jax.Array:
+  return _logsumexp(outputs) - jnp.sum(one_hot * outputs, axis=1)
+
+
 class _Data(NamedTuple):
   """Examples in a random order, filled up to whole batches with weight 0.
 
   Attributes:
     features: ``(N, D)``, with a column of ones for the intercept.
     low: the features in float32, for what need not be exact.
-    batches: ``(num_batches, b, D)``, or data and indices of a :class:`BCOO`.
+    batches: ``low``, or for sparse features the data and indices of a BCOO of
+      shape ``(num_batches, b, D)``.
     targets: leading axis N.
     weights: ``(N,)``, of sum 1.
     penalised: ``(D,)``, 0 for the intercept, otherwise 1.
+    num_batches: how many there are.
     batch_rows: a function from the index of a batch to its features, as a NumPy
       array without the columns that are 0 in all of them.
   """
@@ -85,7 +119,28 @@ class _Data(NamedTuple):
   targets: jax.Array
   weights: jax.Array
   penalised: np.ndarray
+  num_batches: int
   batch_rows: Callable[[int], np.ndarray]
+
+
+class _Local(NamedTuple):
+  """What a program finds out about outputs.
+
+  Attributes:
+    value: mean loss.
+    residuals: ``(N, k)``, the gradients of the weighted losses.
+    table: the residuals in the low dtype.
+    curve: their vjp, the Hessian of the losses times ``(N, k)``.
+    curvature: ``(N,)``, second derivatives of the weighted losses.
+    slope: ``(k,)``, the sum of the residuals.
+  """
+
+  value: jax.Array
+  residuals: jax.Array
+  table: jax.Array
+  curve: Any
+  curvature: jax.Array
+  slope: jax.Array
 
 
 class _Point(NamedTuple):
@@ -93,10 +148,8 @@ class _Point(NamedTuple):
 
   Attributes:
     w: ``(k, D)``, the intercept in the last column.
-    outputs: ``(k, N)``.
     value: the objective.
-    residuals: ``(k, N)``, the gradients of the weighted losses.
-    curvature: ``(N,)``, second derivatives of the weighted losses.
+    local: of its outputs.
     grads: ``(k, D)``, gradient of the mean loss.
     subgradient: ``(k, D)``, of the objective, of least norm.
     norm: of the subgradient.
@@ -104,10 +157,8 @@ class _Point(NamedTuple):
   """
 
   w: np.ndarray
-  outputs: jax.Array
   value: float
-  residuals: jax.Array
-  curvature: jax.Array
+  local: _Local
   grads: np.ndarray
   subgradient: np.ndarray
   norm: float
@@ -117,23 +168,26 @@ class _Point(NamedTuple):
 class _Programs(NamedTuple):
   """The compiled functions for one loss."""
 
-  local: Callable[..., Any]
+  local: Callable[..., _Local]
+  intercept_hessian: Callable[..., jax.Array]
   direction: Callable[..., Any]
   epoch: Callable[..., Any]
 
 
 def _product(w: jax.Array, x: Any) -> jax.Array:
-  """Outputs ``(k, N)`` of weights ``(k, D)``."""
+  """Outputs ``(N, k)`` of weights ``(k, D)``."""
   if isinstance(x, sparse.BCOO):
-    return (x @ w.T).T
+    return x @ w.T
   # Else a GPU rounds the factors to 10 bits.
-  return jnp.matmul(w, x.T, precision="highest")
+  return jnp.matmul(x, w.T, precision="highest")
 
 
 def _adjoint(r: jax.Array, x: Any) -> jax.Array:
   if isinstance(x, sparse.BCOO):
-    return (x.T @ r.T).T
-  return jnp.matmul(r, x, precision="highest")
+    return (x.T @ r).T
+  # Without the barrier XLA on CPU takes twice the time for float64 (JAX 0.10).
+  rows = jax.lax.optimization_barrier(r.T)
+  return jnp.matmul(rows, x, precision="highest")
 
 
 _outputs = jax.jit(_product)
@@ -147,9 +201,9 @@ def _to_dtype(targets: jax.Array, dtype: Any) -> jax.Array:
 
 # Bounded, as in mean_gradient: jax.jit would keep each closure for ever.
 @functools.lru_cache(maxsize=16)
-def _programs(loss: Loss, flat: bool, intercept: bool) -> _Programs:
+def _programs(loss: Loss, flat: bool) -> _Programs:
   def total(z: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    losses = loss(z[0] if flat else z.T, targets)
+    losses = loss(z[:, 0] if flat else z, targets)
     losses = losses.sum(axis=1) if losses.ndim == 2 else losses
     return jnp.vdot(weights, losses)
 
@@ -157,34 +211,29 @@ def _programs(loss: Loss, flat: bool, intercept: bool) -> _Programs:
 
   @functools.partial(jax.jit, static_argnames="low")
   def local(z, shift, targets, weights, low):
-    z = z + shift[:, None]
-    value = total(z, targets, weights)
-    r, curve = jax.linearize(lambda z: residual(z, targets, weights), z)
+    z = z + shift[None]
+    value, r = jax.value_and_grad(total)(z, targets, weights)
+    targets, weights = _to_dtype(targets, low), weights.astype(low)
+    # The Hessian is symmetric, and a vjp is a tree that a program can return.
+    table, curve = jax.vjp(
+      lambda z: residual(z, targets, weights), z.astype(low)
+    )
+    square = jnp.sum(table * table, axis=1)
+    tiny = jnp.finfo(low).tiny
     # Exact for one output, otherwise that in the direction of the residual.
-    square = jnp.sum(r * r, axis=0)
-    tiny = jnp.finfo(r.dtype).tiny
-    curvature = jnp.sum(r * curve(r), axis=0) / jnp.maximum(square, tiny)
-    slope = bend = None
-    if intercept:
-      slope = jnp.sum(r, axis=1)
-      unit = jnp.eye(len(z), dtype=z.dtype)
-      bend = jax.vmap(
-        lambda e: jnp.sum(
-          curve(jnp.broadcast_to(e[:, None], z.shape)), axis=1
-        )
-      )(unit)
-    return z, value, r, r.astype(low), curvature.astype(low), slope, bend
+    bend = jnp.sum(table * curve(table)[0], axis=1) / jnp.maximum(square, tiny)
+    return _Local(value, r, table, curve, bend, jnp.sum(r, axis=0))
 
   @jax.jit
-  def direction(x, z, targets, weights, l2, rhs, free, forcing, max_products):
-    dtype = rhs.dtype
-    targets, weights = _to_dtype(targets, dtype), weights.astype(dtype)
-    _, curve = jax.linearize(
-      lambda z: residual(z, targets, weights), z.astype(dtype)
-    )
+  def intercept_hessian(curve, table):
+    return jax.vmap(
+      lambda e: jnp.sum(curve(jnp.broadcast_to(e, table.shape))[0], axis=0)
+    )(jnp.eye(table.shape[1], dtype=table.dtype))
 
+  @jax.jit
+  def direction(x, curve, l2, rhs, free, forcing, max_products):
     def hessian(v: jax.Array) -> jax.Array:
-      return free * (_adjoint(curve(_product(v, x)), x) + l2 * v)
+      return free * (_adjoint(curve(_product(v, x))[0], x) + l2 * v)
 
     return _conjugate_gradients(hessian, rhs, forcing, max_products)
 
@@ -198,24 +247,25 @@ def _programs(loss: Loss, flat: bool, intercept: bool) -> _Programs:
 
     targets = batched(_to_dtype(targets, dtype))
     weights = batched(weights.astype(dtype))
+    is_dense = isinstance(batches, jax.Array)
+    split = batched(batches) if is_dense else batches
 
     def step(carry: Any, i: jax.Array) -> Any:
       w, mean, table = carry
-      x = jax.tree.map(lambda x: x[i], batches)
+      x = jax.tree.map(lambda x: x[i], split)
       if isinstance(x, tuple):
         x = sparse.BCOO(x, shape=(weights.shape[1], w.shape[1]))
       new = residual(_product(w, x), targets[i], weights[i])
-      change = _adjoint(new - table[:, i], x)
+      change = _adjoint(new - table[i], x)
       w = w - step_size * (num_batches * change + mean)
       w = shrink * (w - jnp.clip(w, -clip, clip))
-      return (w, mean + change, table.at[:, i].set(new)), None
+      return (w, mean + change, table.at[i].set(new)), None
 
     w, mean, table = carry
-    table = table.reshape(len(w), num_batches, -1)
-    (w, mean, table), _ = jax.lax.scan(step, (w, mean, table), order)
-    return w, mean, table.reshape(len(w), -1)
+    carry, _ = jax.lax.scan(step, (w, mean, batched(table)), order)
+    return *carry[:2], carry[2].reshape(table.shape)
 
-  return _Programs(local, direction, epoch)
+  return _Programs(local, intercept_hessian, direction, epoch)
 
 
 def _conjugate_gradients(
@@ -264,62 +314,69 @@ class _Problem:
     self.l2, self.l1 = l2 * data.penalised, l1 * data.penalised
     self.strong = l2
     self.intercept = intercept
-    self.programs = _programs(loss, flat, intercept)
+    self.programs = _programs(loss, flat)
     self.dtype = np.dtype(data.features.dtype)
     self.low = np.dtype(data.low.dtype)
     self.start = np.zeros((num_outputs, len(data.penalised)), self.dtype)
-    size = len(data.weights) // self.num_batches
-    work = 4 * size * self.start.size
+    self.num_batches = data.num_batches
+    work = 4 * len(data.weights) // data.num_batches * self.start.size
     overhead = _STEP_OVERHEAD.get(jax.default_backend(), _ACCELERATOR_OVERHEAD)
     # Of an epoch of SAGA, in passes of large matrix products.
     self.epoch_cost = 1 + overhead / work
 
-  @property
-  def num_batches(self) -> int:
-    return jax.tree.leaves(self.data.batches)[0].shape[0]
-
   def _local(self, z: jax.Array, shift: np.ndarray) -> Any:
     return self.programs.local(
       z,
-      jnp.asarray(shift, self.dtype),
+      shift.astype(self.dtype),
       self.data.targets,
       self.data.weights,
       self.low,
     )
 
-  def _best_intercept(self, w: np.ndarray) -> tuple[np.ndarray, Any]:
+  def _best_intercept(
+    self, w: np.ndarray, accuracy: float
+  ) -> tuple[np.ndarray, _Local]:
     """Newton's method for the intercept, which needs no pass over the data."""
     z = _outputs(w, self.data.features)
-    shift = np.zeros(len(w))
-    best = found = self._local(z, shift)
+    at = np.zeros(len(w))
+    best = self._local(z, at)
     if not self.intercept:
       return w, best
-    eps = float(np.finfo(self.dtype).eps)
-    at, scale, step = shift, 1.0, shift
+    eps, scale, inverse = float(np.finfo(self.dtype).eps), 1.0, None
+    accuracy = max(accuracy, 2 * eps)
     for _ in range(60):
-      slack = 4 * eps * abs(float(best[1]))
-      if found is best or float(found[1]) <= float(best[1]) + slack:
-        best, at = found, shift
-        slope, bend = (np.asarray(x, np.float64) for x in found[-2:])
-        if not np.abs(slope).max() > 2 * eps:  # Or not a number.
-          break
-        # Singular for softmax, which does not see equal shifts.
-        step = np.linalg.lstsq(bend, slope, rcond=16 * eps)[0]
-        scale = min(1.0, 4 * scale)
-      else:
-        scale /= 4
-      if scale < 1e-8:
+      slope = np.asarray(best.slope, np.float64)
+      if not np.abs(slope).max() > accuracy or scale < 1e-8:
         break
-      shift = at - scale * step
+      if inverse is None:
+        hessian = self.programs.intercept_hessian(best.curve, best.table)
+        # Singular for softmax, which does not see equal shifts.
+        inverse = np.linalg.pinv(np.asarray(hessian, np.float64), rcond=1e-6)
+      shift = at - scale * inverse @ slope
       found = self._local(z, shift)
+      slack = 4 * eps * abs(float(best.value))
+      if not float(found.value) <= float(best.value) + slack:
+        scale /= 4
+        continue
+      new = np.asarray(found.slope, np.float64)
+      if np.abs(new).max() > np.abs(slope).max() / 4:
+        inverse = None  # It has changed too much to be used again.
+      best, at, scale = found, shift, min(1.0, 4 * scale)
     w = w.copy()
     w[:, -1] += at
     return w, best
 
-  def assess(self, w: np.ndarray) -> _Point:
-    """Everything about a point, whose intercept is optimised first."""
-    w, (z, loss, r, low, curvature, *_) = self._best_intercept(w)
-    grads = np.asarray(_gradients(r, self.data.features), np.float64)
+  def assess(self, w: np.ndarray, accuracy: float = 0.0) -> _Point:
+    """Everything about a point, whose intercept is optimised first.
+
+    Args:
+      w: the point.
+      accuracy: gradient of the intercept up to which; the gap is a bound if it
+        is 0.
+    """
+    w, local = self._best_intercept(w, accuracy)
+    grads = _gradients(local.residuals, self.data.features)
+    grads = np.asarray(grads, np.float64)
     wide = w.astype(np.float64)
     clipped = np.clip(grads, -self.l1, self.l1)
     smooth = grads + self.l2 * wide
@@ -328,7 +385,8 @@ class _Problem:
       smooth - np.clip(smooth, -self.l1, self.l1),
       smooth + self.l1 * np.sign(w),
     )
-    value = float(loss) + np.sum(self.l2 / 2 * wide**2 + self.l1 * abs(wide))
+    value = float(local.value)
+    value += float(np.sum(self.l2 / 2 * wide**2 + self.l1 * abs(wide)))
     gap = math.inf
     if self.strong > 0:
       # The duality gap, as a sum without cancellation.
@@ -336,11 +394,11 @@ class _Problem:
       excess += (grads - clipped + self.l2 * wide) ** 2 / (2 * self.strong)
       gap = float(np.sum(excess * self.data.penalised))
     norm = float(np.linalg.norm(sub))
-    return _Point(w, z, value, low, curvature, grads, sub, norm, gap)
+    return _Point(w, value, local, grads, sub, norm, gap)
 
   def step_size(self, point: _Point, chosen: np.ndarray) -> float:
     """One over the largest curvature of the chosen batches."""
-    h = np.asarray(point.curvature).reshape(self.num_batches, -1)
+    h = np.asarray(point.local.curvature).reshape(self.num_batches, -1)
     largest = 0.0
     for i in chosen:
       x = self.data.batch_rows(i) * np.sqrt(np.maximum(h[i], 0))[:, None]
@@ -355,15 +413,15 @@ class _Problem:
     self, point: _Point, epochs: int, step_size: float, rng: Any
   ) -> np.ndarray:
     """Epochs of SAGA on the table of residuals, from a fresh table."""
-    low = functools.partial(jnp.asarray, dtype=self.low)
-    carry = low(point.w), low(point.grads), point.residuals
+    low = functools.partial(np.asarray, dtype=self.low)
+    carry = low(point.w), low(point.grads), point.local.table
     for _ in range(epochs):
       carry = self.programs.epoch(
         carry,
         self.data.batches,
         self.data.targets,
         self.data.weights,
-        jnp.asarray(rng.permutation(self.num_batches), jnp.int32),
+        rng.permutation(self.num_batches).astype(np.int32),
         low(step_size),
         low(1 / (1 + step_size * self.l2)),
         low(step_size * self.l1),
@@ -378,12 +436,10 @@ class _Problem:
     With ``l1`` that is where a weight is not 0, or is about to leave it.
     """
     free = (self.l1 == 0) | (point.w != 0) | (point.subgradient != 0)
-    low = functools.partial(jnp.asarray, dtype=self.low)
+    low = functools.partial(np.asarray, dtype=self.low)
     v, count = self.programs.direction(
       self.data.low,
-      point.outputs,
-      self.data.targets,
-      self.data.weights,
+      point.local.curve,
       low(self.l2),
       low(-point.subgradient / point.norm),
       low(free),
@@ -463,7 +519,10 @@ class _Solver:
 
   def accept(self, w: np.ndarray) -> bool:
     """Moves to a new point unless it is worse."""
-    old, new = self.point, self.problem.assess(w)
+    old = self.point
+    new = self.problem.assess(w, accuracy=old.norm / 100)
+    if new.norm <= self.tol:
+      new = self.problem.assess(new.w)
     slack = 8 * float(np.finfo(self.problem.dtype).eps) * (1 + abs(old.value))
     if not (
       new.value < old.value - slack
@@ -516,9 +575,10 @@ def _arrange(
     features,
     low,
     batches,
-    jnp.asarray(y[order]),
-    jnp.asarray(weights, features.dtype),
+    jax.device_put(y[order]),
+    jax.device_put(weights.astype(features.dtype)),
     penalised,
+    num_batches,
     batch_rows,
   )
 
@@ -529,15 +589,10 @@ def _arrange_dense(
   rows = np.ones((len(order), x.shape[1] + intercept), _wide_dtype(x))
   rows[:, : x.shape[1]] = np.asarray(x)[order]
   low = rows.astype(np.float32, copy=False)
-  features = jnp.asarray(rows)
-  on_device = features if low is rows else jnp.asarray(low)
+  features = jax.device_put(rows)
+  on_device = features if low is rows else jax.device_put(low)
   batches = low.reshape(num_batches, -1, rows.shape[1])
-  return (
-    features,
-    on_device,
-    on_device.reshape(batches.shape),
-    batches.__getitem__,
-  )
+  return features, on_device, on_device, batches.__getitem__
 
 
 def _arrange_sparse(
@@ -559,9 +614,11 @@ def _arrange_sparse(
   rows, columns = rows[by_row].astype(np.int32), columns[by_row]
   values = values[by_row].astype(_wide_dtype(x))
   shape = (len(order), d + intercept)
-  where = jnp.asarray(np.stack([rows, columns.astype(np.int32)], axis=1))
-  features = sparse.BCOO((jnp.asarray(values), where), shape=shape)
-  low = sparse.BCOO((jnp.asarray(values, np.float32), where), shape=shape)
+  where = np.stack([rows, columns.astype(np.int32)], axis=1)
+  features, low = (
+    sparse.BCOO(jax.device_put((values.astype(dtype), where)), shape=shape)
+    for dtype in (values.dtype, np.float32)
+  )
 
   starts = np.searchsorted(rows, np.arange(num_batches + 1) * size)
   most = max(1, int(np.diff(starts).max()))
@@ -579,7 +636,7 @@ def _arrange_sparse(
     np.add.at(dense, (rows[part] % size, column), values[part])
     return dense
 
-  return features, low, (jnp.asarray(data), jnp.asarray(index)), batch_rows
+  return features, low, jax.device_put((data, index)), batch_rows
 
 
 def _wide_dtype(x: Any) -> Any:
@@ -612,7 +669,9 @@ def _check_features(features: Any) -> Any:
 
 def _check_finite(x: Any, name: str) -> None:
   x = np.asarray(x)
-  is_bad = ~np.isfinite(x.astype(_checks.wide_dtype(x.dtype), copy=False))
+  if x.dtype.kind in "iub" or np.isfinite(np.sum(x, dtype=np.float64)):
+    return  # The sum may overflow, but it cannot be finite by accident.
+  is_bad = ~np.isfinite(x.astype(np.float64))
   if is_bad.any():
     where = tuple(int(i) for i in np.argwhere(is_bad)[0])
     raise ValueError(
@@ -689,6 +748,7 @@ def _match(loss: Loss, y: np.ndarray, number: int | None, dtype: Any) -> Any:
     _check_range(y, 0, 1)
     if y.min() == y.max() and y.max() in (0, 1):
       raise ValueError(f"targets must have two classes, got only {y.max()}.")
+    loss = _binary_loss
   is_labels = loss is optax.losses.softmax_cross_entropy_with_integer_labels
   if number in (None, 1) and not is_labels:
     found = _Outputs(loss, y.astype(dtype), 1, True)
@@ -703,10 +763,9 @@ def _match(loss: Loss, y: np.ndarray, number: int | None, dtype: Any) -> Any:
     if y.min() == y.max():
       raise ValueError(f"targets must have two classes, got only {y.max()}.")
     if is_labels:
-      # The same loss, without a scatter in its gradient.
       one_hot = np.zeros((len(y), number), dtype)
       one_hot[np.arange(len(y)), y] = 1
-      loss, y = optax.losses.softmax_cross_entropy, one_hot
+      loss, y = _softmax_loss, one_hot
     return _check_loss(_Outputs(loss, y, int(number), False), dtype)
   if is_labels:
     raise TypeError(f"targets must be integer labels, got dtype {y.dtype}.")
@@ -783,8 +842,9 @@ def fit_linear(
       ),
       stacklevel=2,
     )
-  w = jnp.asarray(best.w[:, :d].T)
-  b = jnp.asarray(best.w[:, d] if intercept else np.zeros(len(best.w), dtype))
+  w = best.w[:, :d].T
+  b = best.w[:, d] if intercept else np.zeros(len(best.w), dtype)
   if outputs.flat:
     w, b = w[:, 0], b[0]
+  w, b = jax.device_put((w, b))
   return LinearFit(w, b, solver.passes, best.norm, best.gap, converged)
