@@ -35,6 +35,12 @@ from optax_svrg._lockstep import lockstep as lockstep
 from optax_svrg._mean_gradient import gradient_table as gradient_table
 from optax_svrg._mean_gradient import GradientTable as GradientTable
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
+from optax_svrg._minimize import HistoryPoint as HistoryPoint
+from optax_svrg._minimize import minimize as minimize
+from optax_svrg._minimize import MinimizeResult as MinimizeResult
+from optax_svrg._minimize import prox_elastic_net as prox_elastic_net
+from optax_svrg._minimize import prox_l1 as prox_l1
+from optax_svrg._minimize import prox_nonnegative as prox_nonnegative
 from optax_svrg._schedules import linear_decay as linear_decay
 from optax_svrg._sharding import device_local as device_local
 from optax_svrg._sharding import state_shardings as state_shardings
@@ -44,7 +50,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> types.ModuleType:
-  # Flax is optional: it is imported when optax_svrg.flax is first used.
-  if name == "flax":
-    return importlib.import_module("optax_svrg.flax")
+  # Flax and scikit-learn are optional: they are imported when first used.
+  if name in ("flax", "sklearn"):
+    return importlib.import_module(f"optax_svrg.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

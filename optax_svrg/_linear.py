@@ -504,9 +504,7 @@ class _Solver:
       self.passes, cost = self.passes + count, cost + count
       for exponent in range(10):
         self.passes, cost = self.passes + 1, cost + 1
-        if self.accept(
-          self.problem.move(old, direction, 0.5**exponent)
-        ):
+        if self.accept(self.problem.move(old, direction, 0.5**exponent)):
           break
       else:
         self.rates["newton"] = -1.0
@@ -566,9 +564,7 @@ def _arrange(
   weights[n:] = 0
   weights /= weights.sum()
   arrange = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
-  features, low, batches, batch_rows = arrange(
-    x, order, num_batches, intercept
-  )
+  features, low, batches, batch_rows = arrange(x, order, num_batches, intercept)
   penalised = np.ones(d + intercept)
   penalised[d:] = 0
   return _Data(
@@ -674,9 +670,7 @@ def _check_finite(x: Any, name: str) -> None:
   is_bad = ~np.isfinite(x.astype(np.float64))
   if is_bad.any():
     where = tuple(int(i) for i in np.argwhere(is_bad)[0])
-    raise ValueError(
-      f"{name} must be finite, got {x[where]} at {list(where)}."
-    )
+    raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}.")
 
 
 def _check_targets(targets: Any, num_examples: int) -> np.ndarray:
@@ -712,13 +706,6 @@ def _check_weights(sample_weight: Any, num_examples: int) -> np.ndarray:
       f" {weights.min()} to {weights.max()}."
     )
   return weights
-
-
-def _check_not_negative(value: Any, name: str) -> float:
-  _checks.check_coefficient(value, name)
-  if value < 0:
-    raise ValueError(f"{name} must be at least 0, got {value}.")
-  return float(value)
 
 
 class _Outputs(NamedTuple):
@@ -817,21 +804,25 @@ def fit_linear(
   dtype = _wide_dtype(x)
   y = _check_targets(targets, n)
   s = _check_weights(sample_weight, n)
-  l2, l1 = _check_not_negative(l2, "l2"), _check_not_negative(l1, "l1")
+  l2 = _minimize.check_not_negative(l2, "l2")
+  l1 = _minimize.check_not_negative(l1, "l1")
   _checks.check_positive(tol, "tol")
   max_epochs = _checks.check_count(max_epochs, "max_epochs")
   if batch_size is None:
     stored = x.nse if isinstance(x, sparse.BCOO) else n * d
-    batch_size = max(_BATCH_SIZE, 4 * n * d // max(1, stored) if stored < n * d else 0)
+    batch_size = max(
+      _BATCH_SIZE, 4 * n * d // max(1, stored) if stored < n * d else 0
+    )
   batch_size = min(_checks.check_count(batch_size, "batch_size"), n)
   outputs = _match(loss, y, num_outputs, dtype)
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(_minimize.check_seed(seed))
+  bar = _minimize.progress_bar(progress, "fit_linear", max_epochs)
   data = _arrange(x, outputs.targets, s, intercept, batch_size, rng)
   problem = _Problem(
     outputs.loss, data, outputs.number, outputs.flat, intercept, l2, l1
   )
   solver = _Solver(problem, rng, tol, max_epochs)
-  with _minimize.progress_bar(progress, "fit_linear") as report:
+  with bar as report:
     solver.run(report)
   best = solver.best
   converged = best.norm <= tol
