@@ -37,7 +37,9 @@ _ACCELERATOR_OVERHEAD = 1e9
 _NEWTON_RATE = 0.05  # Expected of Newton's method before it has been tried.
 _MAX_FORCING = 0.3
 _NEWTON_STEPS = 3
-_MAX_FAILURES = 20
+_MAX_ATTEMPTS = 6  # At a step of Newton's method, with more and more damping.
+_DAMPING = 1e-4  # Of the first such attempt, relative to the mean curvature.
+_MAX_FAILURES = 40
 _BLOCKS = (2, 4, 8)  # Epochs of SAGA between two evaluations.
 
 
@@ -109,6 +111,7 @@ class _Data(NamedTuple):
     weights: ``(N,)``, of sum 1.
     penalised: ``(D,)``, 0 for the intercept, otherwise 1.
     num_batches: how many there are.
+    square_norms: ``(N,)``, of the features of examples.
     batch_rows: a function from the index of a batch to its features, as a NumPy
       array without the columns that are 0 in all of them.
   """
@@ -120,6 +123,7 @@ class _Data(NamedTuple):
   weights: jax.Array
   penalised: np.ndarray
   num_batches: int
+  square_norms: np.ndarray
   batch_rows: Callable[[int], np.ndarray]
 
 
@@ -396,6 +400,11 @@ class _Problem:
     norm = float(np.linalg.norm(sub))
     return _Point(w, value, local, grads, sub, norm, gap)
 
+  def mean_curvature(self, point: _Point) -> float:
+    """Mean of the diagonal of the Hessian of the losses."""
+    h = np.asarray(point.local.curvature, np.float64)
+    return float(h @ self.data.square_norms) / len(self.data.penalised)
+
   def step_size(self, point: _Point, chosen: np.ndarray) -> float:
     """One over the largest curvature of the chosen batches."""
     h = np.asarray(point.local.curvature).reshape(self.num_batches, -1)
@@ -429,7 +438,7 @@ class _Problem:
     return np.asarray(carry[0]).astype(self.dtype)
 
   def newton_direction(
-    self, point: _Point, forcing: float, max_products: int
+    self, point: _Point, forcing: float, damping: float, max_products: int
   ) -> tuple[np.ndarray, int]:
     """An inexact direction of Newton's method where the objective is smooth.
 
@@ -440,7 +449,7 @@ class _Problem:
     v, count = self.programs.direction(
       self.data.low,
       point.local.curve,
-      low(self.l2),
+      low(self.l2 + damping * self.mean_curvature(point)),
       low(-point.subgradient / point.norm),
       low(free),
       low(forcing),
@@ -470,7 +479,8 @@ class _Solver:
     self.best = self.point
     self.passes, self.epochs, self.blocks = 1, 0, 0
     self.rates = {"saga": math.inf, "newton": _NEWTON_RATE}
-    self.shortening, self.failures = 1.0, 0
+    self.shortening, self.damping = 1.0, 0.0
+    self.failures = self.setbacks = 0
 
   def saga(self) -> None:
     """A block of epochs; undone, and the step shortened, if it is worse."""
@@ -484,6 +494,10 @@ class _Solver:
     step_size = problem.step_size(self.point, chosen) * self.shortening
     self.passes += epochs + 1
     self.epochs, self.blocks = self.epochs + epochs, self.blocks + 1
+    # What has failed may succeed nearer the minimum.
+    self.rates["newton"] += (
+      0.1 * (_NEWTON_RATE - self.rates["newton"]) / (1 + self.setbacks)
+    )
     old = self.point.norm
     if self.accept(problem.saga(self.point, epochs, step_size, rng)):
       cost = 1 + epochs * problem.epoch_cost
@@ -497,21 +511,27 @@ class _Solver:
     start, cost, forcing = self.point.norm, 0, _MAX_FORCING
     for _ in range(_NEWTON_STEPS):
       old = self.point
-      left = max(1, self.max_epochs - self.passes - 1)
-      direction, count = self.problem.newton_direction(
-        old, max(forcing, min(0.9, self.tol / old.norm / 2)), left
-      )
-      self.passes, cost = self.passes + count, cost + count
-      for exponent in range(10):
-        self.passes, cost = self.passes + 1, cost + 1
-        if self.accept(self.problem.move(old, direction, 0.5**exponent)):
+      forcing = max(forcing, min(0.9, self.tol / old.norm / 2))
+      for _ in range(_MAX_ATTEMPTS):
+        direction, count = self.problem.newton_direction(
+          old, forcing, self.damping, max(1, self.max_epochs - self.passes - 1)
+        )
+        self.passes, cost = self.passes + count, cost + count
+        for length in (1.0, 0.25):
+          self.passes, cost = self.passes + 1, cost + 1
+          if self.accept(self.problem.move(old, direction, length)):
+            break
+        if self.point is not old:
+          self.damping = self.damping / 4 if self.damping > 1e-6 else 0.0
           break
+        self.damping = max(_DAMPING, 16 * self.damping)
       else:
-        self.rates["newton"] = -1.0
+        self.rates["newton"], self.setbacks = 0.0, self.setbacks + 1
         return
       # Eisenstat and Walker: as exact as the model has turned out to be.
       forcing = min(_MAX_FORCING, (self.point.norm / old.norm) ** 1.5)
       self.rates["newton"] = _rate(start, self.point.norm, cost)
+      self.setbacks = 0
       if self.is_done():
         return
 
@@ -564,7 +584,9 @@ def _arrange(
   weights[n:] = 0
   weights /= weights.sum()
   arrange = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
-  features, low, batches, batch_rows = arrange(x, order, num_batches, intercept)
+  features, low, batches, square_norms, batch_rows = arrange(
+    x, order, num_batches, intercept
+  )
   penalised = np.ones(d + intercept)
   penalised[d:] = 0
   return _Data(
@@ -575,6 +597,7 @@ def _arrange(
     jax.device_put(weights.astype(features.dtype)),
     penalised,
     num_batches,
+    square_norms,
     batch_rows,
   )
 
@@ -588,7 +611,8 @@ def _arrange_dense(
   features = jax.device_put(rows)
   on_device = features if low is rows else jax.device_put(low)
   batches = low.reshape(num_batches, -1, rows.shape[1])
-  return features, on_device, on_device, batches.__getitem__
+  square_norms = np.einsum("ij,ij->i", low, low)
+  return features, on_device, on_device, square_norms, batches.__getitem__
 
 
 def _arrange_sparse(
@@ -632,7 +656,14 @@ def _arrange_sparse(
     np.add.at(dense, (rows[part] % size, column), values[part])
     return dense
 
-  return features, low, jax.device_put((data, index)), batch_rows
+  square_norms = np.bincount(rows, values**2, len(order))
+  return (
+    features,
+    low,
+    jax.device_put((data, index)),
+    square_norms,
+    batch_rows,
+  )
 
 
 def _wide_dtype(x: Any) -> Any:
