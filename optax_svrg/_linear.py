@@ -354,8 +354,12 @@ class _Problem:
         break
       if inverse is None:
         hessian = self.programs.intercept_hessian(best.curve, best.table)
+        hessian = np.asarray(hessian, np.float64)
         # Singular for softmax, which does not see equal shifts.
-        inverse = np.linalg.pinv(np.asarray(hessian, np.float64), rcond=1e-6)
+        inverse = np.linalg.pinv(hessian, rcond=1e-6)
+        is_flat = not hessian.any()  # As in the tails of Huber's loss.
+        if is_flat:
+          inverse = np.eye(len(w))
       shift = at - scale * inverse @ slope
       found = self._local(z, shift)
       slack = 4 * eps * abs(float(best.value))
@@ -365,7 +369,9 @@ class _Problem:
       new = np.asarray(found.slope, np.float64)
       if np.abs(new).max() > np.abs(slope).max() / 4:
         inverse = None  # It has changed too much to be used again.
-      best, at, scale = found, shift, min(1.0, 4 * scale)
+      best, at, scale = found, shift, 4 * scale
+      if not is_flat:
+        scale = min(1.0, scale)
     w = w.copy()
     w[:, -1] += at
     return w, best
@@ -739,6 +745,25 @@ def _check_weights(sample_weight: Any, num_examples: int) -> np.ndarray:
   return weights
 
 
+def _scale_advice(x: Any, num_features: int) -> str | None:
+  """What to do about features whose scales, or means, are far apart."""
+  if isinstance(x, sparse.BCOO):
+    column = np.asarray(x.indices)[:, 1]
+    square = np.bincount(column, np.asarray(x.data, np.float64) ** 2)
+    largest, spread = np.sqrt(square), np.sqrt(square)
+  else:
+    x = np.asarray(x, np.float64)
+    largest, spread = np.abs(x).max(axis=0), x.std(axis=0)
+  largest, spread = largest[:num_features], spread[:num_features]
+  spread = spread[spread > 0]
+  if not len(spread) or largest.max() < 100 * spread.min():
+    return None
+  return (
+    f"Standardise the features: their scales are from {spread.min():.0e} to"
+    f" {largest.max():.0e}."
+  )
+
+
 class _Outputs(NamedTuple):
   """How outputs meet targets: the loss to use, its targets, and ``k``."""
 
@@ -860,12 +885,19 @@ def fit_linear(
   if not converged:
     warnings.warn(
       _minimize.not_converged(
-        "fit_linear", solver.passes, max_epochs, best.norm, tol
+        "fit_linear",
+        solver.passes,
+        max_epochs,
+        best.norm,
+        tol,
+        _scale_advice(data.features, d),
       ),
       stacklevel=2,
     )
   w = best.w[:, :d].T
   b = best.w[:, d] if intercept else np.zeros(len(best.w), dtype)
+  if outputs.loss is _softmax_loss:
+    b = b - b.mean()  # It does not see the mean.
   if outputs.flat:
     w, b = w[:, 0], b[0]
   w, b = jax.device_put((w, b))

@@ -609,14 +609,20 @@ class _Run:
 
 
 def not_converged(
-  name: str, count: int, max_epochs: int, norm: float, tol: float
+  name: str,
+  count: int,
+  max_epochs: int,
+  norm: float,
+  tol: float,
+  advice: str | None = None,
 ) -> str:
   """The warning: what was reached, and what to do about it."""
-  advice = (
-    "Increase max_epochs, or the regularisation."
-    if count >= max_epochs
-    else "Rounding allows no more: use double precision, or a larger tol."
-  )
+  if advice is None:
+    advice = (
+      "Increase max_epochs, or the regularisation."
+      if count >= max_epochs
+      else "Rounding allows no more: use double precision, or a larger tol."
+    )
   return (
     f"{name} did not converge in {count} epochs: gradient norm {norm:.1e} >"
     f" tol={tol:g}. {advice}"

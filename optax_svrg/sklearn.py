@@ -51,10 +51,8 @@ class _LinearModel(BaseEstimator):
     rng = check_random_state(self.random_state)
     with jax.enable_x64(True), warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
-      if isinstance(x, sparse.BCOO):
-        x = sparse.BCOO(
-          (jnp.asarray(x.data), jnp.asarray(x.indices)), shape=x.shape
-        )
+      if scipy.sparse.issparse(x):
+        x = sparse.BCOO.from_scipy_sparse(x)
       fit = _linear.fit_linear(
         loss,
         x,
@@ -128,7 +126,7 @@ class LogisticRegression(ClassifierMixin, _LinearModel):
     *,
     l1_ratio: float = 0.0,
     fit_intercept: bool = True,
-    tol: float = 1e-8,
+    tol: float = 1e-10,
     max_iter: int = 1000,
     class_weight: Any = None,
     random_state: Any = None,
@@ -247,7 +245,7 @@ class PoissonRegressor(RegressorMixin, _LinearModel):
     *,
     alpha: float = 1.0,
     fit_intercept: bool = True,
-    tol: float = 1e-8,
+    tol: float = 1e-10,
     max_iter: int = 1000,
     random_state: Any = None,
     verbose: int = 0,
