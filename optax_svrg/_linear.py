@@ -38,7 +38,7 @@ _NEWTON_RATE = 0.05  # Expected of Newton's method before it has been tried.
 _MAX_FORCING = 0.3
 _NEWTON_STEPS = 3
 _MAX_ATTEMPTS = 6  # At a step of Newton's method, with more and more damping.
-_DAMPING = 1e-4  # Of the first such attempt, relative to the mean curvature.
+_DAMPING = 1e-6  # Of the first such attempt, relative to the curvature.
 _MAX_FAILURES = 40
 _BLOCKS = (2, 4, 8)  # Epochs of SAGA between two evaluations.
 
@@ -55,7 +55,8 @@ class LinearFit(NamedTuple):
     gradient_norm: Euclidean norm of the gradient of the objective or, with
       ``l1``, of its subgradient of least norm, which bounds that of the
       proximal gradient mapping for every step size.
-    gap: upper bound of the objective less its minimum, infinite if ``l2=0``.
+    gap: upper bound of the objective less its minimum, up to rounding;
+      infinite if ``l2=0``.
     converged: whether ``gradient_norm`` is at most ``tol``.
   """
 
@@ -67,8 +68,8 @@ class LinearFit(NamedTuple):
   converged: bool
 
 
-# Optax's two logistic losses in half of their operations. The second derivatives
-# of log-sum-exp are simple, which custom derivatives make known to JAX.
+# Optax's two logistic losses in half of their operations: JAX does not know how
+# simple the second derivatives are.
 @jax.custom_jvp
 def _softplus(x: jax.Array) -> jax.Array:
   return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
@@ -111,7 +112,6 @@ class _Data(NamedTuple):
     weights: ``(N,)``, of sum 1.
     penalised: ``(D,)``, 0 for the intercept, otherwise 1.
     num_batches: how many there are.
-    square_norms: ``(N,)``, of the features of examples.
     batch_rows: a function from the index of a batch to its features, as a NumPy
       array without the columns that are 0 in all of them.
   """
@@ -123,7 +123,6 @@ class _Data(NamedTuple):
   weights: jax.Array
   penalised: np.ndarray
   num_batches: int
-  square_norms: np.ndarray
   batch_rows: Callable[[int], np.ndarray]
 
 
@@ -214,7 +213,7 @@ def _programs(loss: Loss, flat: bool) -> _Programs:
   residual = jax.grad(total)
 
   @functools.partial(jax.jit, static_argnames="low")
-  def local(z, shift, targets, weights, low):
+  def local(z: Any, shift: Any, targets: Any, weights: Any, low: Any) -> _Local:
     z = z + shift[None]
     value, r = jax.value_and_grad(total)(z, targets, weights)
     targets, weights = _to_dtype(targets, low), weights.astype(low)
@@ -229,20 +228,37 @@ def _programs(loss: Loss, flat: bool) -> _Programs:
     return _Local(value, r, table, curve, bend, jnp.sum(r, axis=0))
 
   @jax.jit
-  def intercept_hessian(curve, table):
+  def intercept_hessian(curve: Any, table: jax.Array) -> jax.Array:
     return jax.vmap(
       lambda e: jnp.sum(curve(jnp.broadcast_to(e, table.shape))[0], axis=0)
     )(jnp.eye(table.shape[1], dtype=table.dtype))
 
   @jax.jit
-  def direction(x, curve, l2, rhs, free, forcing, max_products):
+  def direction(
+    x: Any,
+    curve: Any,
+    l2: jax.Array,
+    rhs: jax.Array,
+    free: jax.Array,
+    forcing: jax.Array,
+    max_products: int,
+  ) -> tuple[jax.Array, jax.Array]:
     def hessian(v: jax.Array) -> jax.Array:
       return free * (_adjoint(curve(_product(v, x))[0], x) + l2 * v)
 
     return _conjugate_gradients(hessian, rhs, forcing, max_products)
 
   @jax.jit
-  def epoch(carry, batches, targets, weights, order, step_size, shrink, clip):
+  def epoch(
+    carry: Any,
+    batches: Any,
+    targets: jax.Array,
+    weights: jax.Array,
+    order: jax.Array,
+    step_size: jax.Array,
+    shrink: jax.Array,
+    clip: jax.Array,
+  ) -> Any:
     num_batches = len(order)
     dtype = carry[0].dtype
 
@@ -276,7 +292,7 @@ def _conjugate_gradients(
   hessian: Callable[[jax.Array], jax.Array],
   rhs: jax.Array,
   forcing: jax.Array,
-  max_products: jax.Array,
+  max_products: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Solves ``hessian(v) = rhs`` up to ``forcing``; also counts the products."""
 
@@ -296,7 +312,7 @@ def _conjugate_gradients(
     _, _, _, rr, count, is_convex = carry
     return (count < max_products) & is_convex & (rr > forcing**2)
 
-  carry = (jnp.zeros_like(rhs), rhs, rhs, jnp.vdot(rhs, rhs), 0, True)
+  carry: Any = (jnp.zeros_like(rhs), rhs, rhs, jnp.vdot(rhs, rhs), 0, True)
   v, _, _, _, count, _ = jax.lax.while_loop(unfinished, body, carry)
   return v, count
 
@@ -339,54 +355,62 @@ class _Problem:
 
   def _best_intercept(
     self, w: np.ndarray, accuracy: float
-  ) -> tuple[np.ndarray, _Local]:
-    """Newton's method for the intercept, which needs no pass over the data."""
+  ) -> tuple[np.ndarray, _Local, float]:
+    """Newton's method for the intercept, which needs no pass over the data.
+
+    Args:
+      w: the point.
+      accuracy: the gradient at which to stop, if rounding allows it.
+
+    Returns:
+      The point, what is known about its outputs, and how much the objective
+      exceeds that of the best intercept at most, as far as can be told.
+    """
     z = _outputs(w, self.data.features)
     at = np.zeros(len(w))
     best = self._local(z, at)
     if not self.intercept:
-      return w, best
-    eps, scale, inverse = float(np.finfo(self.dtype).eps), 1.0, None
-    accuracy = max(accuracy, 2 * eps)
+      return w, best, 0.0
+    eps = float(np.finfo(self.dtype).eps)
+    scale, inverse, is_flat = 1.0, None, False
+    slope = np.asarray(best.slope, np.float64)
     for _ in range(60):
-      slope = np.asarray(best.slope, np.float64)
-      if not np.abs(slope).max() > accuracy or scale < 1e-8:
+      if not np.abs(slope).max() > max(accuracy, 2 * eps) or scale < 1e-8:
         break
       if inverse is None:
-        hessian = self.programs.intercept_hessian(best.curve, best.table)
-        hessian = np.asarray(hessian, np.float64)
+        found = self.programs.intercept_hessian(best.curve, best.table)
+        hessian = np.asarray(found, np.float64)
+        is_flat = not hessian.any()  # As in the tails of Huber's loss.
         # Singular for softmax, which does not see equal shifts.
         inverse = np.linalg.pinv(hessian, rcond=1e-6)
-        is_flat = not hessian.any()  # As in the tails of Huber's loss.
-        if is_flat:
-          inverse = np.eye(len(w))
-      shift = at - scale * inverse @ slope
-      found = self._local(z, shift)
+      step = slope if is_flat else inverse @ slope
+      new = self._local(z, at - scale * step)
+      new_slope = np.asarray(new.slope, np.float64)
+      is_halved = np.abs(new_slope).max() < np.abs(slope).max() / 2
       slack = 4 * eps * abs(float(best.value))
-      if not float(found.value) <= float(best.value) + slack:
+      if not (is_halved or float(new.value) < float(best.value) - slack):
         scale /= 4
         continue
-      new = np.asarray(found.slope, np.float64)
-      if np.abs(new).max() > np.abs(slope).max() / 4:
+      at, best, slope = at - scale * step, new, new_slope
+      scale = 4 * scale if is_flat else min(1.0, 4 * scale)
+      if not is_halved:
         inverse = None  # It has changed too much to be used again.
-      best, at, scale = found, shift, 4 * scale
-      if not is_flat:
-        scale = min(1.0, scale)
     w = w.copy()
     w[:, -1] += at
-    return w, best
+    excess = 0.0 if inverse is None else float(slope @ inverse @ slope)
+    return w, best, math.inf if is_flat else excess
 
   def assess(self, w: np.ndarray, accuracy: float = 0.0) -> _Point:
     """Everything about a point, whose intercept is optimised first.
 
     Args:
       w: the point.
-      accuracy: gradient of the intercept up to which; the gap is a bound if it
-        is 0.
+      accuracy: up to which gradient; the gap is a bound if it is 0.
     """
-    w, local = self._best_intercept(w, accuracy)
-    grads = _gradients(local.residuals, self.data.features)
-    grads = np.asarray(grads, np.float64)
+    w, local, excess = self._best_intercept(w, accuracy)
+    grads = np.asarray(
+      _gradients(local.residuals, self.data.features), np.float64
+    )
     wide = w.astype(np.float64)
     clipped = np.clip(grads, -self.l1, self.l1)
     smooth = grads + self.l2 * wide
@@ -400,19 +424,14 @@ class _Problem:
     gap = math.inf
     if self.strong > 0:
       # The duality gap, as a sum without cancellation.
-      excess = abs(wide) * (self.l1 + np.sign(w) * clipped)
-      excess += (grads - clipped + self.l2 * wide) ** 2 / (2 * self.strong)
-      gap = float(np.sum(excess * self.data.penalised))
+      terms = (grads - clipped + self.l2 * wide) ** 2 / (2 * self.strong)
+      terms += abs(wide) * (self.l1 + np.sign(w) * clipped)
+      gap = float(np.sum(terms * self.data.penalised)) + excess
     norm = float(np.linalg.norm(sub))
     return _Point(w, value, local, grads, sub, norm, gap)
 
-  def mean_curvature(self, point: _Point) -> float:
-    """Mean of the diagonal of the Hessian of the losses."""
-    h = np.asarray(point.local.curvature, np.float64)
-    return float(h @ self.data.square_norms) / len(self.data.penalised)
-
-  def step_size(self, point: _Point, chosen: np.ndarray) -> float:
-    """One over the largest curvature of the chosen batches."""
+  def curvature(self, point: _Point, chosen: np.ndarray) -> float:
+    """The largest curvature of the chosen batches."""
     h = np.asarray(point.local.curvature).reshape(self.num_batches, -1)
     largest = 0.0
     for i in chosen:
@@ -422,7 +441,7 @@ class _Problem:
     if not largest > 0:  # E.g. the tails of the Huber loss.
       x = self.data.batch_rows(chosen[0])
       largest = float(np.sum(x * x)) / len(self.data.weights)
-    return 1 / (self.num_batches * largest)
+    return self.num_batches * largest
 
   def saga(
     self, point: _Point, epochs: int, step_size: float, rng: Any
@@ -455,7 +474,7 @@ class _Problem:
     v, count = self.programs.direction(
       self.data.low,
       point.local.curve,
-      low(self.l2 + damping * self.mean_curvature(point)),
+      low(self.l2 + damping),
       low(-point.subgradient / point.norm),
       low(free),
       low(forcing),
@@ -485,7 +504,7 @@ class _Solver:
     self.best = self.point
     self.passes, self.epochs, self.blocks = 1, 0, 0
     self.rates = {"saga": math.inf, "newton": _NEWTON_RATE}
-    self.shortening, self.damping = 1.0, 0.0
+    self.shortening, self.damping, self.curvature = 1.0, 0.0, 0.0
     self.failures = self.setbacks = 0
 
   def saga(self) -> None:
@@ -497,7 +516,8 @@ class _Solver:
     )
     probes = min(max(8, self.epochs), problem.num_batches)
     chosen = rng.permutation(problem.num_batches)[:probes]
-    step_size = problem.step_size(self.point, chosen) * self.shortening
+    self.curvature = problem.curvature(self.point, chosen)
+    step_size = self.shortening / self.curvature
     self.passes += epochs + 1
     self.epochs, self.blocks = self.epochs + epochs, self.blocks + 1
     # What has failed may succeed nearer the minimum.
@@ -513,14 +533,17 @@ class _Solver:
       self.rates["saga"] -= 0.01
 
   def newton(self) -> None:
-    """A few steps, each halved until it makes things better."""
+    """A few steps, damped until they make things better."""
     start, cost, forcing = self.point.norm, 0, _MAX_FORCING
     for _ in range(_NEWTON_STEPS):
       old = self.point
       forcing = max(forcing, min(0.9, self.tol / old.norm / 2))
       for _ in range(_MAX_ATTEMPTS):
         direction, count = self.problem.newton_direction(
-          old, forcing, self.damping, max(1, self.max_epochs - self.passes - 1)
+          old,
+          forcing,
+          self.damping * self.curvature,
+          max(1, self.max_epochs - self.passes - 1),
         )
         self.passes, cost = self.passes + count, cost + count
         for length in (1.0, 0.25):
@@ -528,7 +551,7 @@ class _Solver:
           if self.accept(self.problem.move(old, direction, length)):
             break
         if self.point is not old:
-          self.damping = self.damping / 4 if self.damping > 1e-6 else 0.0
+          self.damping = self.damping / 4 if self.damping > 1e-8 else 0.0
           break
         self.damping = max(_DAMPING, 16 * self.damping)
       else:
@@ -568,10 +591,12 @@ class _Solver:
     )
 
   def run(self, report: Callable[..., None]) -> None:
-    """Solves."""
+    """Lets the method of the higher rate go on, until it is done."""
     while not self.is_done():
       getattr(self, max(self.rates, key=self.rates.__getitem__))()
       report(self.passes, self.best.norm)
+    if not self.best.norm <= self.tol:
+      self.best = self.problem.assess(self.best.w)  # The gap shall be a bound.
 
 
 def _rate(before: float, after: float, cost: float) -> float:
@@ -590,9 +615,7 @@ def _arrange(
   weights[n:] = 0
   weights /= weights.sum()
   arrange = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
-  features, low, batches, square_norms, batch_rows = arrange(
-    x, order, num_batches, intercept
-  )
+  features, low, batches, batch_rows = arrange(x, order, num_batches, intercept)
   penalised = np.ones(d + intercept)
   penalised[d:] = 0
   return _Data(
@@ -603,7 +626,6 @@ def _arrange(
     jax.device_put(weights.astype(features.dtype)),
     penalised,
     num_batches,
-    square_norms,
     batch_rows,
   )
 
@@ -617,8 +639,7 @@ def _arrange_dense(
   features = jax.device_put(rows)
   on_device = features if low is rows else jax.device_put(low)
   batches = low.reshape(num_batches, -1, rows.shape[1])
-  square_norms = np.einsum("ij,ij->i", low, low)
-  return features, on_device, on_device, square_norms, batches.__getitem__
+  return features, on_device, on_device, batches.__getitem__
 
 
 def _arrange_sparse(
@@ -662,14 +683,7 @@ def _arrange_sparse(
     np.add.at(dense, (rows[part] % size, column), values[part])
     return dense
 
-  square_norms = np.bincount(rows, values**2, len(order))
-  return (
-    features,
-    low,
-    jax.device_put((data, index)),
-    square_norms,
-    batch_rows,
-  )
+  return features, low, jax.device_put((data, index)), batch_rows
 
 
 def _wide_dtype(x: Any) -> Any:
@@ -773,34 +787,35 @@ class _Outputs(NamedTuple):
   flat: bool
 
 
-def _match(loss: Loss, y: np.ndarray, number: int | None, dtype: Any) -> Any:
+def _match(
+  loss: Loss, y: np.ndarray, number: int | None, dtype: Any
+) -> _Outputs:
   """Infers the number of outputs from the loss and the targets."""
   if not callable(loss):
     raise TypeError(f"loss must be a function, got {loss!r}.")
   if number is not None:
     number = _checks.check_count(number, "num_outputs")
+  is_integer = np.issubdtype(y.dtype, np.integer)
+  is_labels = loss is optax.losses.softmax_cross_entropy_with_integer_labels
   if y.ndim == 2:
     if number not in (None, y.shape[1]):
       raise ValueError(
         f"num_outputs={number} must be the number of columns of targets,"
         f" {y.shape[1]}."
       )
-    found = _Outputs(loss, y.astype(dtype), y.shape[1], False)
-    return _check_loss(found, dtype)
+    return _check_loss(loss, y.astype(dtype), y.shape[1], False)
   if loss is optax.losses.sigmoid_binary_cross_entropy:
     _check_range(y, 0, 1)
     if y.min() == y.max() and y.max() in (0, 1):
       raise ValueError(f"targets must have two classes, got only {y.max()}.")
     loss = _binary_loss
-  is_labels = loss is optax.losses.softmax_cross_entropy_with_integer_labels
   if number in (None, 1) and not is_labels:
-    found = _Outputs(loss, y.astype(dtype), 1, True)
     try:
-      return _check_loss(found, dtype)
+      return _check_loss(loss, y.astype(dtype), 1, True)
     except Exception:
-      if number == 1 or not np.issubdtype(y.dtype, np.integer):
+      if number == 1 or not is_integer:
         raise
-  if np.issubdtype(y.dtype, np.integer):
+  if is_integer:
     number = int(y.max()) + 1 if number is None else number
     _check_range(y, 0, number - 1)
     if y.min() == y.max():
@@ -809,10 +824,10 @@ def _match(loss: Loss, y: np.ndarray, number: int | None, dtype: Any) -> Any:
       one_hot = np.zeros((len(y), number), dtype)
       one_hot[np.arange(len(y)), y] = 1
       loss, y = _softmax_loss, one_hot
-    return _check_loss(_Outputs(loss, y, int(number), False), dtype)
-  if is_labels:
+    return _check_loss(loss, y, number, False)
+  if is_labels or number is None:
     raise TypeError(f"targets must be integer labels, got dtype {y.dtype}.")
-  return _check_loss(_Outputs(loss, y.astype(dtype), int(number), False), dtype)
+  return _check_loss(loss, y.astype(dtype), number, False)
 
 
 def _check_range(y: np.ndarray, low: int, high: int) -> None:
@@ -821,21 +836,24 @@ def _check_range(y: np.ndarray, low: int, high: int) -> None:
     raise ValueError(f"targets must be in [{low}, {high}], got {bad}.")
 
 
-def _check_loss(found: _Outputs, dtype: Any) -> _Outputs:
+def _check_loss(
+  loss: Loss, targets: np.ndarray, number: int, flat: bool
+) -> _Outputs:
   """Raises unless there is a loss for each example."""
-  n = len(found.targets)
-  shape = (n,) if found.flat else (n, found.number)
+  n = len(targets)
+  shape = (n,) if flat else (n, number)
+  is_float = np.issubdtype(targets.dtype, np.floating)
   losses = jax.eval_shape(
-    found.loss,
-    jax.ShapeDtypeStruct(shape, dtype),
-    jax.ShapeDtypeStruct(found.targets.shape, found.targets.dtype),
+    loss,
+    jax.ShapeDtypeStruct(shape, targets.dtype if is_float else np.float32),
+    jax.ShapeDtypeStruct(targets.shape, targets.dtype),
   )
   if getattr(losses, "shape", None) not in ((n,), shape):
     raise ValueError(
       f"loss(outputs, targets) must return losses of examples, of shape ({n},),"
       f" for outputs of shape {shape}, got {losses}."
     )
-  return found
+  return _Outputs(loss, targets, number, flat)
 
 
 def fit_linear(
@@ -854,7 +872,100 @@ def fit_linear(
   seed: int = 0,
   progress: bool = False,
 ) -> LinearFit:
-  r"""DOC"""
+  r"""Fits a linear model, to high precision.
+
+  .. math::
+
+    \min_{W, b} \; \frac{\sum_i s_i \, \ell(x_i W + b, y_i)}{\sum_i s_i}
+    + \frac{l_2}{2} \lVert W\rVert^2 + l_1 \lVert W\rVert_1
+
+  by SAGA with the residuals of examples for a table, ``(n, k)``, and by
+  Newton's method with conjugate gradients. SAGA begins, in float32. Afterwards
+  the one goes on that has reduced the gradient more for what a pass over the
+  data costs. SAGA does most of the work where the data are many and redundant,
+  Newton's method where the problem is badly conditioned, or near the minimum.
+  No step that makes things worse is kept.
+
+  **Other conventions.** The loss is a mean, and the intercept not penalised.
+
+  * scikit-learn's ``LogisticRegression``, ``C``: ``l2 = 1 / (C * sum(s))``, or
+    ``l1``. Its ``Ridge`` and ``Lasso``, ``alpha``, with
+    :func:`optax.losses.squared_error`: ``l2 = 2 * alpha / sum(s)`` for the one,
+    ``l1 = 2 * alpha`` for the other. Its ``PoissonRegressor``: ``l2 = alpha``.
+  * nemos' ``Ridge`` and ``Lasso``: their strength is ``l2`` or ``l1``.
+  * benchopt's ``lmbd``, of sums: ``l2 = lmbd / n``, for ``benchmark_ridge``
+    with :func:`optax.losses.l2_loss`.
+
+  Args:
+    loss: a function ``loss(outputs, targets)`` to the losses of examples,
+      ``(n,)``, convex and twice differentiable in the outputs, as
+      :func:`optax.losses.softmax_cross_entropy_with_integer_labels`,
+      ``sigmoid_binary_cross_entropy``, ``squared_error``, ``huber_loss``, or
+      ``lambda z, y: jnp.exp(z) - y * z`` for counts. Losses ``(n, k)`` are
+      summed over outputs. Programs are compiled for each function object: make
+      it once.
+    features: ``(n, d)`` with a float dtype, an array or a
+      :class:`jax.experimental.sparse.BCOO`, which is never made dense. Results
+      have its dtype, as far as ``jax_enable_x64`` allows, or float32 if that is
+      wider. A copy is kept, and for float64 one in float32.
+    targets: ``(n,)`` or ``(n, k)``. Integers are labels from 0 if there is more
+      than one output.
+    num_outputs: ``k``. With ``None``, it is the number of columns of
+      ``targets``; otherwise one if ``loss`` takes outputs ``(n,)``, else the
+      largest label plus 1.
+    l2: not negative.
+    l1: not negative. Weights that it makes 0 are exactly 0.
+    intercept: whether there is one.
+    sample_weight: ``(n,)``, not negative; an integer is as good as so many
+      repetitions. ``None`` for ones.
+    batch_size: number of examples of a step of SAGA, ``None`` for 32, more for
+      sparse features.
+    tol: positive; stops when the norm of the gradient is at most this.
+    max_epochs: stops after about so many passes over the data.
+    seed: of the order of the examples.
+    progress: whether to show a progress bar with the gradient norm, which needs
+      ``rich`` or ``tqdm``.
+
+  Returns:
+    A :class:`LinearFit`.
+
+  Raises:
+    ImportError: if ``progress`` is set and neither package is installed.
+    TypeError: if an argument has the wrong type, or ``features`` no float
+      dtype.
+    ValueError: if an argument is out of range, there are no examples, lengths
+      differ, features or targets are not finite, or there is only one class.
+
+  Warns:
+    UserWarning: in one line if ``tol`` is not reached, with the reason and what
+      to do.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jax.random.normal(jax.random.key(0), (500, 4))
+    >>> y = jnp.argmax(x[:, :3], axis=1)
+    >>> loss = optax.losses.softmax_cross_entropy_with_integer_labels
+    >>> fit = optax_svrg.fit_linear(loss, x, y, l2=1e-2)
+    >>> print(fit.weights.shape, fit.converged, fit.gap < 1e-8)
+    (4, 3) True True
+    >>> labels = jnp.argmax(x @ fit.weights + fit.intercept, axis=1)
+    >>> print(jnp.mean(labels == y) > 0.95)
+    True
+
+  References:
+    Defazio et al., `SAGA: A Fast Incremental Gradient Method With Support for
+    Non-Strongly Convex Composite Objectives
+    <https://arxiv.org/abs/1407.0202>`_, 2014
+
+    Andrew and Gao, `Scalable Training of L1-Regularized Log-Linear Models
+    <https://dl.acm.org/doi/10.1145/1273496.1273501>`_, 2007, for the steps of
+    Newton's method with ``l1``
+
+    Eisenstat and Walker, `Choosing the Forcing Terms in an Inexact Newton
+    Method <https://doi.org/10.1137/0917003>`_, 1996
+
+  .. seealso:: :func:`optax_svrg.minimize`
+  """
   x = _check_features(features)
   n, d = x.shape
   dtype = _wide_dtype(x)

@@ -188,6 +188,7 @@ def minimize(
   batch_size = min(_checks.check_count(batch_size, "batch_size"), num_examples)
   batches, params = _arrange(data, params, num_examples, batch_size, rng)
   programs = _programs(loss_fn, _transformation(method), prox, batches.number)
+  _check_table(programs.init(params), batches.number)
   run = _Run(programs, params, batches, rng, tol, max_epochs)
   with bar as report:
     run.solve(report)
@@ -371,6 +372,17 @@ def _transformation(method: Any) -> Any:
   return method
 
 
+def _check_table(state: Any, number: int) -> None:
+  """Raises ValueError if a given SAGA is for another number of batches."""
+  for part in filter(_is_saga, jax.tree.leaves(state, is_leaf=_is_saga)):
+    for leaf in jax.tree.leaves(part.table):
+      if len(leaf) != number:
+        raise ValueError(
+          f"method must have a table of {number} batches, which batch_size gives,"
+          f" got one of {len(leaf)}."
+        )
+
+
 class _Programs(NamedTuple):
   """The compiled functions for one loss and method.
 
@@ -434,7 +446,9 @@ def _programs(
     return optax.tree.norm(grads)
 
   @jax.jit
-  def evaluate(params: Any, state: Any, batches: _Batches, step_size: Any):
+  def evaluate(
+    params: Any, state: Any, batches: _Batches, step_size: jax.Array
+  ) -> Any:
     uses_snapshot = _holds(state, _alpha_svrg.SVRGState)
     before = state
 
@@ -464,7 +478,14 @@ def _programs(
     return loss, mapping_norm(params, mean, step_size), state, table
 
   @jax.jit
-  def epoch(params, state, table, batches, order, step_size):
+  def epoch(
+    params: Any,
+    state: Any,
+    table: Any,
+    batches: _Batches,
+    order: jax.Array,
+    step_size: jax.Array,
+  ) -> Any:
     def step(carry: Any, i: jax.Array) -> Any:
       params, state = carry
       _, grads = weighted(params, batches, i)
@@ -621,7 +642,8 @@ def not_converged(
     advice = (
       "Increase max_epochs, or the regularisation."
       if count >= max_epochs
-      else "Rounding allows no more: use double precision, or a larger tol."
+      else "Steps make it no better: if the loss is smooth, rounding allows no"
+      " more, so use double precision, or a larger tol."
     )
   return (
     f"{name} did not converge in {count} epochs: gradient norm {norm:.1e} >"

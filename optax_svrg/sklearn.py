@@ -41,7 +41,7 @@ from sklearn.utils.validation import (
 from optax_svrg import _linear
 
 
-class _LinearModel(BaseEstimator):
+class _LinearModel(BaseEstimator):  # type: ignore[misc]
   """What the estimators have in common."""
 
   def _fit(
@@ -81,7 +81,7 @@ class _LinearModel(BaseEstimator):
     return tags
 
 
-class LogisticRegression(ClassifierMixin, _LinearModel):
+class LogisticRegression(ClassifierMixin, _LinearModel):  # type: ignore[misc]
   r"""Logistic regression, binomial or multinomial, as scikit-learn's.
 
   .. math::
@@ -208,7 +208,7 @@ class LogisticRegression(ClassifierMixin, _LinearModel):
     return np.log(self.predict_proba(X))
 
 
-class PoissonRegressor(RegressorMixin, _LinearModel):
+class PoissonRegressor(RegressorMixin, _LinearModel):  # type: ignore[misc]
   r"""Poisson regression with a logarithmic link, as scikit-learn's.
 
   .. math::
