@@ -39,7 +39,7 @@ _MAX_FORCING = 0.3
 _NEWTON_STEPS = 3
 _MAX_ATTEMPTS = 6  # At a step of Newton's method, with more and more damping.
 _DAMPING = 1e-6  # Of the first such attempt, relative to the curvature.
-_MAX_FAILURES = 40
+_MAX_FAILURES = 24
 _BLOCKS = (2, 4, 8)  # Epochs of SAGA between two evaluations.
 
 
@@ -375,7 +375,7 @@ class _Problem:
     scale, inverse, is_flat = 1.0, None, False
     slope = np.asarray(best.slope, np.float64)
     for _ in range(60):
-      if not np.abs(slope).max() > max(accuracy, 2 * eps) or scale < 1e-8:
+      if not np.abs(slope).max() > max(accuracy, eps / 8) or scale < 1e-8:
         break
       if inverse is None:
         found = self.programs.intercept_hessian(best.curve, best.table)
@@ -389,6 +389,8 @@ class _Problem:
       is_halved = np.abs(new_slope).max() < np.abs(slope).max() / 2
       slack = 4 * eps * abs(float(best.value))
       if not (is_halved or float(new.value) < float(best.value) - slack):
+        if np.abs(slope).max() < 64 * eps:
+          break  # It is but rounding.
         scale /= 4
         continue
       at, best, slope = at - scale * step, new, new_slope
@@ -803,7 +805,7 @@ def _match(
         f"num_outputs={number} must be the number of columns of targets,"
         f" {y.shape[1]}."
       )
-    return _check_loss(loss, y.astype(dtype), y.shape[1], False)
+    return _multiple(loss, y.astype(dtype), y.shape[1])
   if loss is optax.losses.sigmoid_binary_cross_entropy:
     _check_range(y, 0, 1)
     if y.min() == y.max() and y.max() in (0, 1):
@@ -811,10 +813,12 @@ def _match(
     loss = _binary_loss
   if number in (None, 1) and not is_labels:
     try:
-      return _check_loss(loss, y.astype(dtype), 1, True)
+      losses = _eval_shape(loss, y.astype(dtype), (len(y),))
     except Exception:
       if number == 1 or not is_integer:
         raise
+    else:
+      return _check_loss(losses, _Outputs(loss, y.astype(dtype), 1, True))
   if is_integer:
     number = int(y.max()) + 1 if number is None else number
     _check_range(y, 0, number - 1)
@@ -824,10 +828,15 @@ def _match(
       one_hot = np.zeros((len(y), number), dtype)
       one_hot[np.arange(len(y)), y] = 1
       loss, y = _softmax_loss, one_hot
-    return _check_loss(loss, y, number, False)
+    return _multiple(loss, y, number)
   if is_labels or number is None:
     raise TypeError(f"targets must be integer labels, got dtype {y.dtype}.")
-  return _check_loss(loss, y.astype(dtype), number, False)
+  return _multiple(loss, y.astype(dtype), number)
+
+
+def _multiple(loss: Loss, targets: np.ndarray, number: int) -> _Outputs:
+  losses = _eval_shape(loss, targets, (len(targets), number))
+  return _check_loss(losses, _Outputs(loss, targets, number, False))
 
 
 def _check_range(y: np.ndarray, low: int, high: int) -> None:
@@ -836,24 +845,25 @@ def _check_range(y: np.ndarray, low: int, high: int) -> None:
     raise ValueError(f"targets must be in [{low}, {high}], got {bad}.")
 
 
-def _check_loss(
-  loss: Loss, targets: np.ndarray, number: int, flat: bool
-) -> _Outputs:
-  """Raises unless there is a loss for each example."""
-  n = len(targets)
-  shape = (n,) if flat else (n, number)
+def _eval_shape(loss: Loss, targets: np.ndarray, shape: Any) -> Any:
   is_float = np.issubdtype(targets.dtype, np.floating)
-  losses = jax.eval_shape(
+  return jax.eval_shape(
     loss,
     jax.ShapeDtypeStruct(shape, targets.dtype if is_float else np.float32),
     jax.ShapeDtypeStruct(targets.shape, targets.dtype),
   )
+
+
+def _check_loss(losses: Any, outputs: _Outputs) -> _Outputs:
+  """Raises unless there is a loss for each example."""
+  n = len(outputs.targets)
+  shape = (n,) if outputs.flat else (n, outputs.number)
   if getattr(losses, "shape", None) not in ((n,), shape):
     raise ValueError(
       f"loss(outputs, targets) must return losses of examples, of shape ({n},),"
       f" for outputs of shape {shape}, got {losses}."
     )
-  return _Outputs(loss, targets, number, flat)
+  return outputs
 
 
 def fit_linear(

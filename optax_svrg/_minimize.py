@@ -378,8 +378,8 @@ def _check_table(state: Any, number: int) -> None:
     for leaf in jax.tree.leaves(part.table):
       if len(leaf) != number:
         raise ValueError(
-          f"method must have a table of {number} batches, which batch_size gives,"
-          f" got one of {len(leaf)}."
+          f"method must have a table of the {number} batches that batch_size"
+          f" gives, got one of {len(leaf)}."
         )
 
 
