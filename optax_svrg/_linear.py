@@ -459,8 +459,8 @@ class _Problem:
         self.data.weights,
         rng.permutation(self.num_batches).astype(np.int32),
         low(step_size),
-        low(1 / (1 + step_size * self.l2)),
-        low(step_size * self.l1),
+        low(1 / (1 + step_size * self.l2))[None],
+        low(step_size * self.l1)[None],
       )
     return np.asarray(carry[0]).astype(self.dtype)
 
@@ -476,7 +476,7 @@ class _Problem:
     v, count = self.programs.direction(
       self.data.low,
       point.local.curve,
-      low(self.l2 + damping),
+      low(self.l2 + damping)[None],
       low(-point.subgradient / point.norm),
       low(free),
       low(forcing),

@@ -29,7 +29,8 @@ import scipy.sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import d2_tweedie_score
-from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils import check_random_state
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.extmath import safe_sparse_dot, softmax
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
@@ -166,7 +167,12 @@ class LogisticRegression(ClassifierMixin, _LinearModel):  # type: ignore[misc]
       )
     weights = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if self.class_weight is not None:
-      weights = weights * compute_sample_weight(self.class_weight, y)
+      weights = (
+        weights
+        * compute_class_weight(
+          self.class_weight, classes=self.classes_, y=y, sample_weight=weights
+        )[labels]
+      )
     is_binary = len(self.classes_) == 2
     strength = 1 / (self.C * weights.sum())
     fit = self._fit(
