@@ -24,6 +24,7 @@ from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.sparse
 
 from optax_svrg import _checks, _minimize
 
@@ -37,6 +38,7 @@ _ACCELERATOR_OVERHEAD = 1e9
 _NEWTON_RATE = 0.05  # Expected of Newton's method before it has been tried.
 _MAX_FORCING = 0.3
 _NEWTON_STEPS = 3
+_NUM_ITERS = 8  # Of the power method.
 _MAX_ATTEMPTS = 6  # At a step of Newton's method, with more and more damping.
 _DAMPING = 1e-6  # Of the first such attempt, relative to the curvature.
 _MAX_FAILURES = 24
@@ -112,8 +114,8 @@ class _Data(NamedTuple):
     weights: ``(N,)``, of sum 1.
     penalised: ``(D,)``, 0 for the intercept, otherwise 1.
     num_batches: how many there are.
-    batch_rows: a function from the index of a batch to its features, as a NumPy
-      array without the columns that are 0 in all of them.
+    batch_rows: a function from the index of a batch to its features, an array
+      of NumPy or SciPy.
   """
 
   features: Any
@@ -123,7 +125,7 @@ class _Data(NamedTuple):
   weights: jax.Array
   penalised: np.ndarray
   num_batches: int
-  batch_rows: Callable[[int], np.ndarray]
+  batch_rows: Callable[[int], Any]
 
 
 class _Local(NamedTuple):
@@ -435,15 +437,12 @@ class _Problem:
   def curvature(self, point: _Point, chosen: np.ndarray) -> float:
     """The largest curvature of the chosen batches."""
     h = np.asarray(point.local.curvature).reshape(self.num_batches, -1)
-    largest = 0.0
-    for i in chosen:
-      x = self.data.batch_rows(i) * np.sqrt(np.maximum(h[i], 0))[:, None]
-      gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-      largest = max(largest, float(np.linalg.eigvalsh(gram)[-1]))
-    if not largest > 0:  # E.g. the tails of the Huber loss.
-      x = self.data.batch_rows(chosen[0])
-      largest = float(np.sum(x * x)) / len(self.data.weights)
-    return self.num_batches * largest
+    rows = self.data.batch_rows
+    largest = max(_largest_eigenvalue(rows(i), h[i]) for i in chosen)
+    if not largest > 0:  # E.g. in the tails of the Huber loss.
+      ones = np.full(h.shape[1], 1 / h.size, h.dtype)
+      largest = _largest_eigenvalue(rows(chosen[0]), ones)
+    return self.num_batches * max(largest, float(np.finfo(self.low).tiny))
 
   def saga(
     self, point: _Point, epochs: int, step_size: float, rng: Any
@@ -492,6 +491,18 @@ class _Problem:
     sign = np.where(point.w == 0, -point.subgradient, point.w)
     w = np.where((self.l1 > 0) & (w * sign <= 0), 0, w)
     return w.astype(self.dtype)
+
+
+def _largest_eigenvalue(x: Any, h: np.ndarray) -> float:
+  """Of ``x.T @ diag(h) @ x``, nearly, by the power method."""
+  v = x.T @ np.random.default_rng(0).normal(size=len(h)).astype(h.dtype)
+  norm = 0.0
+  for _ in range(_NUM_ITERS):
+    norm = float(np.linalg.norm(v))
+    if not norm > 0:
+      break
+    v = x.T @ (h * (x @ (v / norm)))
+  return float(np.linalg.norm(v)) if norm > 0 else 0.0
 
 
 class _Solver:
@@ -678,12 +689,10 @@ def _arrange_sparse(
   index = np.zeros((num_batches, most, 2), np.int32)
   index[batch, slot] = np.stack([rows % size, columns], axis=1)
 
-  def batch_rows(i: int) -> np.ndarray:
+  def batch_rows(i: int) -> Any:
     part = slice(starts[i], starts[i + 1])
-    used, column = np.unique(columns[part], return_inverse=True)
-    dense = np.zeros((size, len(used)))
-    np.add.at(dense, (rows[part] % size, column), values[part])
-    return dense
+    where = rows[part] % size, columns[part]
+    return scipy.sparse.csr_array((values[part], where), (size, shape[1]))
 
   return features, low, jax.device_put((data, index)), batch_rows
 
