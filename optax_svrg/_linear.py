@@ -546,36 +546,38 @@ class _Solver:
       self.rates["saga"] -= 0.01
 
   def newton(self) -> None:
-    """A few steps, damped until they make things better."""
-    start, cost, forcing = self.point.norm, 0, _MAX_FORCING
+    """A few steps, each of which is damped until it makes things better."""
+    start, passes, forcing = self.point.norm, self.passes, _MAX_FORCING
     for _ in range(_NEWTON_STEPS):
-      old = self.point
-      forcing = max(forcing, min(0.9, self.tol / old.norm / 2))
-      for _ in range(_MAX_ATTEMPTS):
-        direction, count = self.problem.newton_direction(
-          old,
-          forcing,
-          self.damping * self.curvature,
-          max(1, self.max_epochs - self.passes - 1),
-        )
-        self.passes, cost = self.passes + count, cost + count
-        for length in (1.0, 0.25):
-          self.passes, cost = self.passes + 1, cost + 1
-          if self.accept(self.problem.move(old, direction, length)):
-            break
-        if self.point is not old:
-          self.damping = self.damping / 4 if self.damping > 1e-8 else 0.0
-          break
-        self.damping = max(_DAMPING, 16 * self.damping)
-      else:
+      norm = self.point.norm
+      if not self.newton_step(max(forcing, min(0.9, self.tol / norm / 2))):
         self.rates["newton"], self.setbacks = 0.0, self.setbacks + 1
         return
       # Eisenstat and Walker: as exact as the model has turned out to be.
-      forcing = min(_MAX_FORCING, (self.point.norm / old.norm) ** 1.5)
+      forcing = min(_MAX_FORCING, (self.point.norm / norm) ** 1.5)
+      cost = self.passes - passes
       self.rates["newton"] = _rate(start, self.point.norm, cost)
       self.setbacks = 0
       if self.is_done():
         return
+
+  def newton_step(self, forcing: float) -> bool:
+    """A step, with more and more damping; returns whether there is a better."""
+    for _ in range(_MAX_ATTEMPTS):
+      direction, count = self.problem.newton_direction(
+        self.point,
+        forcing,
+        self.damping * self.curvature,
+        max(1, self.max_epochs - self.passes - 1),
+      )
+      self.passes += count
+      for length in (1.0, 0.25):
+        self.passes += 1
+        if self.accept(self.problem.move(self.point, direction, length)):
+          self.damping = self.damping / 4 if self.damping > 1e-8 else 0.0
+          return True
+      self.damping = max(_DAMPING, 16 * self.damping)
+    return False
 
   def accept(self, w: np.ndarray) -> bool:
     """Moves to a new point unless it is worse."""

@@ -578,6 +578,8 @@ class _Run:
     loss, norm, state, table = self.programs.evaluate(
       params, state, self.batches, np.float32(self.step_size)
     )
+    # Differences of the loss below this are rounding.
+    self.slack = 8 * float(jnp.finfo(loss.dtype).eps) * abs(float(loss))
     point = _Point(params, float(loss), float(norm), state, table)
     self.history.append(
       HistoryPoint(self.count, point.loss, point.norm, self.step_size)
@@ -600,8 +602,7 @@ class _Run:
       )
       self.count += 1
     new = self.evaluate(params, state)
-    slack = 8 * float(jnp.finfo(jnp.float32).eps) * abs(old.loss)
-    is_worse = new.loss > old.loss + slack and new.norm > old.norm
+    is_worse = new.loss > old.loss + self.slack and new.norm > old.norm
     if is_worse or not math.isfinite(new.loss + new.norm):
       self.failures += 1
       self.shortening /= 2

@@ -469,10 +469,12 @@ def test_a_loss_that_is_not_finite():
 
 
 def test_not_batched_sparse_features():
-  x = sparse.BCOO.fromdense(jnp.asarray(X), n_batch=1)
+  data, index = np.ones((203, 1)), np.zeros((203, 1, 1), np.int32)
+  x = sparse.BCOO((data, index), shape=X.shape)
   with pytest.raises(ValueError, match="n_batch = n_dense = 0"):
     optax_svrg.fit_linear(BINARY, x, TARGETS[BINARY])
-  bad = sparse.BCOO.fromdense(jnp.asarray(replaced((3, 1), np.nan)))
+  index = np.array([[0, 0], [3, 1]], np.int32)
+  bad = sparse.BCOO((np.array([1.0, np.nan]), index), shape=X.shape)
   with pytest.raises(
     ValueError, match=r"features.data must be finite, got nan"
   ):
