@@ -23,12 +23,8 @@ import jax
 from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
-import optax
-import scipy.sparse
 
-from optax_svrg import _checks, _minimize
-
-Loss = Callable[[Any, Any], Any]
+from optax_svrg import _checks, _linear_data, _minimize
 
 _BATCH_SIZE = 32
 # What a step of SAGA costs besides its arithmetic, in floating-point operations
@@ -68,64 +64,6 @@ class LinearFit(NamedTuple):
   gradient_norm: float
   gap: float
   converged: bool
-
-
-# Optax's two logistic losses in half of their operations: JAX does not know how
-# simple the second derivatives are.
-@jax.custom_jvp
-def _softplus(x: jax.Array) -> jax.Array:
-  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
-
-
-@_softplus.defjvp
-def _softplus_jvp(primals: Any, tangents: Any) -> Any:
-  return _softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0]
-
-
-@jax.custom_jvp
-def _logsumexp(x: jax.Array) -> jax.Array:
-  largest = jnp.max(x, axis=1)
-  return largest + jnp.log(jnp.sum(jnp.exp(x - largest[:, None]), axis=1))
-
-
-@_logsumexp.defjvp
-def _logsumexp_jvp(primals: Any, tangents: Any) -> Any:
-  slope = jax.nn.softmax(primals[0], axis=1)
-  return _logsumexp(*primals), jnp.sum(slope * tangents[0], axis=1)
-
-
-def _binary_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-  return _softplus(outputs) - targets * outputs
-
-
-def _softmax_loss(outputs: jax.Array, one_hot: jax.Array) -> jax.Array:
-  return _logsumexp(outputs) - jnp.sum(one_hot * outputs, axis=1)
-
-
-class _Data(NamedTuple):
-  """Examples in a random order, filled up to whole batches with weight 0.
-
-  Attributes:
-    features: ``(N, D)``, with a column of ones for the intercept.
-    low: the features in float32, for what need not be exact.
-    batches: ``low``, or for sparse features the data and indices of a BCOO of
-      shape ``(num_batches, b, D)``.
-    targets: leading axis N.
-    weights: ``(N,)``, of sum 1.
-    penalised: ``(D,)``, 0 for the intercept, otherwise 1.
-    num_batches: how many there are.
-    batch_rows: a function from the index of a batch to its features, an array
-      of NumPy or SciPy.
-  """
-
-  features: Any
-  low: Any
-  batches: Any
-  targets: jax.Array
-  weights: jax.Array
-  penalised: np.ndarray
-  num_batches: int
-  batch_rows: Callable[[int], Any]
 
 
 class _Local(NamedTuple):
@@ -206,88 +144,101 @@ def _to_dtype(targets: jax.Array, dtype: Any) -> jax.Array:
 
 # Bounded, as in mean_gradient: jax.jit would keep each closure for ever.
 @functools.lru_cache(maxsize=16)
-def _programs(loss: Loss, flat: bool) -> _Programs:
+def _programs(loss: _linear_data.Loss, flat: bool) -> _Programs:
   def total(z: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     losses = loss(z[:, 0] if flat else z, targets)
     losses = losses.sum(axis=1) if losses.ndim == 2 else losses
     return jnp.vdot(weights, losses)
 
-  residual = jax.grad(total)
+  return _Programs(
+    jax.jit(functools.partial(_local, total), static_argnames="low"),
+    jax.jit(functools.partial(_intercept_hessian)),
+    jax.jit(functools.partial(_direction)),
+    jax.jit(functools.partial(_epoch, jax.grad(total))),
+  )
 
-  @functools.partial(jax.jit, static_argnames="low")
-  def local(z: Any, shift: Any, targets: Any, weights: Any, low: Any) -> _Local:
-    z = z + shift[None]
-    value, r = jax.value_and_grad(total)(z, targets, weights)
-    targets, weights = _to_dtype(targets, low), weights.astype(low)
-    # The Hessian is symmetric, and a vjp is a tree that a program can return.
-    table, curve = jax.vjp(
-      lambda z: residual(z, targets, weights), z.astype(low)
-    )
-    square = jnp.sum(table * table, axis=1)
-    tiny = jnp.finfo(low).tiny
-    # Exact for one output, otherwise that in the direction of the residual.
-    bend = jnp.sum(table * curve(table)[0], axis=1) / jnp.maximum(square, tiny)
-    return _Local(value, r, table, curve, bend, jnp.sum(r, axis=0))
 
-  @jax.jit
-  def intercept_hessian(curve: Any, table: jax.Array) -> jax.Array:
-    return jax.vmap(
-      lambda e: jnp.sum(curve(jnp.broadcast_to(e, table.shape))[0], axis=0)
-    )(jnp.eye(table.shape[1], dtype=table.dtype))
+def _local(
+  total: Callable[..., jax.Array],
+  z: jax.Array,
+  shift: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  low: Any,
+) -> _Local:
+  """Value and derivatives of the mean loss at shifted outputs."""
+  z = z + shift[None]
+  value, r = jax.value_and_grad(total)(z, targets, weights)
+  targets, weights = _to_dtype(targets, low), weights.astype(low)
+  # The Hessian is symmetric, and a vjp is a tree that a program can return.
+  table, curve = jax.vjp(
+    lambda z: jax.grad(total)(z, targets, weights), z.astype(low)
+  )
+  square = jnp.maximum(jnp.sum(table * table, axis=1), jnp.finfo(low).tiny)
+  # Exact for one output, otherwise that in the direction of the residual.
+  curvature = jnp.sum(table * curve(table)[0], axis=1) / square
+  return _Local(value, r, table, curve, curvature, jnp.sum(r, axis=0))
 
-  @jax.jit
-  def direction(
-    x: Any,
-    curve: Any,
-    l2: jax.Array,
-    rhs: jax.Array,
-    free: jax.Array,
-    forcing: jax.Array,
-    max_products: int,
-  ) -> tuple[jax.Array, jax.Array]:
-    def hessian(v: jax.Array) -> jax.Array:
-      return free * (_adjoint(curve(_product(v, x))[0], x) + l2 * v)
 
-    return _conjugate_gradients(hessian, rhs, forcing, max_products)
+def _intercept_hessian(curve: Any, table: jax.Array) -> jax.Array:
+  return jax.vmap(
+    lambda e: jnp.sum(curve(jnp.broadcast_to(e, table.shape))[0], axis=0)
+  )(jnp.eye(table.shape[1], dtype=table.dtype))
 
-  @jax.jit
-  def epoch(
-    carry: Any,
-    batches: Any,
-    targets: jax.Array,
-    weights: jax.Array,
-    order: jax.Array,
-    step_size: jax.Array,
-    shrink: jax.Array,
-    clip: jax.Array,
-  ) -> Any:
-    num_batches = len(order)
-    dtype = carry[0].dtype
 
-    def batched(x: jax.Array) -> jax.Array:
-      return x.reshape(num_batches, -1, *x.shape[1:])
+def _direction(
+  x: Any,
+  curve: Any,
+  l2: jax.Array,
+  rhs: jax.Array,
+  free: jax.Array,
+  forcing: jax.Array,
+  max_products: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Newton's direction for the free weights, and the number of products."""
 
-    targets = batched(_to_dtype(targets, dtype))
-    weights = batched(weights.astype(dtype))
-    is_dense = isinstance(batches, jax.Array)
-    split = batched(batches) if is_dense else batches
+  def hessian(v: jax.Array) -> jax.Array:
+    return free * (_adjoint(curve(_product(v, x))[0], x) + l2 * v)
 
-    def step(carry: Any, i: jax.Array) -> Any:
-      w, mean, table = carry
-      x = jax.tree.map(lambda x: x[i], split)
-      if isinstance(x, tuple):
-        x = sparse.BCOO(x, shape=(weights.shape[1], w.shape[1]))
-      new = residual(_product(w, x), targets[i], weights[i])
-      change = _adjoint(new - table[i], x)
-      w = w - step_size * (num_batches * change + mean)
-      w = shrink * (w - jnp.clip(w, -clip, clip))
-      return (w, mean + change, table.at[i].set(new)), None
+  return _conjugate_gradients(hessian, rhs, forcing, max_products)
 
+
+def _epoch(
+  residual: Callable[..., jax.Array],
+  carry: tuple[jax.Array, jax.Array, jax.Array],
+  batches: Any,
+  targets: jax.Array,
+  weights: jax.Array,
+  order: jax.Array,
+  step_size: jax.Array,
+  shrink: jax.Array,
+  clip: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Steps of SAGA through all batches; carries weights, mean and table."""
+  w, mean, table = carry
+  num_batches = len(order)
+
+  def batched(x: jax.Array) -> jax.Array:
+    return x.reshape(num_batches, -1, *x.shape[1:])
+
+  targets = batched(_to_dtype(targets, w.dtype))
+  weights = batched(weights.astype(w.dtype))
+  is_dense = isinstance(batches, jax.Array)
+  split = batched(batches) if is_dense else batches
+
+  def step(carry: Any, i: jax.Array) -> Any:
     w, mean, table = carry
-    carry, _ = jax.lax.scan(step, (w, mean, batched(table)), order)
-    return *carry[:2], carry[2].reshape(table.shape)
+    x = jax.tree.map(lambda x: x[i], split)
+    if not is_dense:
+      x = sparse.BCOO(x, shape=(weights.shape[1], w.shape[1]))
+    new = residual(_product(w, x), targets[i], weights[i])
+    change = _adjoint(new - table[i], x)
+    w = w - step_size * (num_batches * change + mean)
+    w = shrink * (w - jnp.clip(w, -clip, clip))
+    return (w, mean + change, table.at[i].set(new)), None
 
-  return _Programs(local, intercept_hessian, direction, epoch)
+  carry, _ = jax.lax.scan(step, (w, mean, batched(table)), order)
+  return *carry[:2], carry[2].reshape(table.shape)
 
 
 def _conjugate_gradients(
@@ -324,8 +275,8 @@ class _Problem:
 
   def __init__(
     self,
-    loss: Loss,
-    data: _Data,
+    loss: _linear_data.Loss,
+    data: _linear_data.Data,
     num_outputs: int,
     flat: bool,
     intercept: bool,
@@ -619,266 +570,8 @@ def _rate(before: float, after: float, cost: float) -> float:
   return math.log10(before / max(after, 1e-300)) / cost
 
 
-def _arrange(
-  x: Any, y: np.ndarray, s: np.ndarray, intercept: bool, size: int, rng: Any
-) -> _Data:
-  """Shuffles the examples, fills up the last batch, adds the intercept."""
-  n, d = x.shape
-  num_batches = -(-n // size)
-  order = np.resize(rng.permutation(n), num_batches * size)
-  weights = s[order]
-  weights[n:] = 0
-  weights /= weights.sum()
-  arrange = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
-  features, low, batches, batch_rows = arrange(x, order, num_batches, intercept)
-  penalised = np.ones(d + intercept)
-  penalised[d:] = 0
-  return _Data(
-    features,
-    low,
-    batches,
-    jax.device_put(y[order]),
-    jax.device_put(weights.astype(features.dtype)),
-    penalised,
-    num_batches,
-    batch_rows,
-  )
-
-
-def _arrange_dense(
-  x: Any, order: np.ndarray, num_batches: int, intercept: bool
-) -> Any:
-  rows = np.ones((len(order), x.shape[1] + intercept), _wide_dtype(x))
-  rows[:, : x.shape[1]] = np.asarray(x)[order]
-  low = rows.astype(np.float32, copy=False)
-  features = jax.device_put(rows)
-  on_device = features if low is rows else jax.device_put(low)
-  batches = low.reshape(num_batches, -1, rows.shape[1])
-  return features, on_device, on_device, batches.__getitem__
-
-
-def _arrange_sparse(
-  x: sparse.BCOO, order: np.ndarray, num_batches: int, intercept: bool
-) -> Any:
-  n, d = x.shape
-  size = len(order) // num_batches
-  position = np.empty(n, np.int32)
-  position[order[:n]] = np.arange(n)
-  values, indices = np.asarray(x.data), np.asarray(x.indices)
-  inside = (indices < x.shape).all(axis=1)  # Others are padding.
-  values, rows, columns = values[inside], *indices[inside].T
-  rows = position[rows]
-  if intercept:
-    rows = np.concatenate([rows, np.arange(len(order))])
-    columns = np.concatenate([columns, np.full(len(order), d)])
-    values = np.concatenate([values, np.ones(len(order), values.dtype)])
-  by_row = np.argsort(rows, kind="stable")
-  rows, columns = rows[by_row].astype(np.int32), columns[by_row]
-  values = values[by_row].astype(_wide_dtype(x))
-  shape = (len(order), d + intercept)
-  where = np.stack([rows, columns.astype(np.int32)], axis=1)
-  features, low = (
-    sparse.BCOO(jax.device_put((values.astype(dtype), where)), shape=shape)
-    for dtype in (values.dtype, np.float32)
-  )
-
-  starts = np.searchsorted(rows, np.arange(num_batches + 1) * size)
-  most = max(1, int(np.diff(starts).max()))
-  batch = rows // size
-  slot = np.arange(len(rows)) - starts[batch]
-  data = np.zeros((num_batches, most), np.float32)
-  data[batch, slot] = values
-  index = np.zeros((num_batches, most, 2), np.int32)
-  index[batch, slot] = np.stack([rows % size, columns], axis=1)
-
-  def batch_rows(i: int) -> Any:
-    part = slice(starts[i], starts[i + 1])
-    where = rows[part] % size, columns[part]
-    return scipy.sparse.csr_array((values[part], where), (size, shape[1]))
-
-  return features, low, jax.device_put((data, index)), batch_rows
-
-
-def _wide_dtype(x: Any) -> Any:
-  """The dtype to compute in, at least float32."""
-  return jax.dtypes.canonicalize_dtype(_checks.wide_dtype(x.dtype))
-
-
-def _check_features(features: Any) -> Any:
-  """Returns a matrix with an axis of examples and one of features."""
-  if not isinstance(features, sparse.BCOO):
-    features = np.asarray(features)
-  if not jnp.issubdtype(features.dtype, jnp.floating):
-    raise TypeError(
-      f"features must have a float dtype, got {features.dtype}; write"
-      " features.astype(float)."
-    )
-  if features.ndim != 2 or not min(features.shape):
-    raise ValueError(
-      "features must have the shape (examples, features), at least one of"
-      f" each, got {features.shape}."
-    )
-  if isinstance(features, sparse.BCOO):
-    if features.n_batch or features.n_dense:
-      raise ValueError("features must be a BCOO with n_batch = n_dense = 0.")
-    _check_finite(features.data, "features.data")
-  else:
-    _check_finite(features, "features")
-  return features
-
-
-def _check_finite(x: Any, name: str) -> None:
-  x = np.asarray(x)
-  if x.dtype.kind in "iub" or np.isfinite(np.sum(x, dtype=np.float64)):
-    return  # The sum may overflow, but it cannot be finite by accident.
-  is_bad = ~np.isfinite(x.astype(np.float64))
-  if is_bad.any():
-    where = tuple(int(i) for i in np.argwhere(is_bad)[0])
-    raise ValueError(f"{name} must be finite, got {x[where]} at {list(where)}.")
-
-
-def _check_targets(targets: Any, num_examples: int) -> np.ndarray:
-  targets = np.asarray(targets)
-  if targets.ndim not in (1, 2) or len(targets) != num_examples:
-    raise ValueError(
-      f"targets must have the shape ({num_examples},) or ({num_examples}, k) to"
-      f" match features, got {targets.shape}."
-    )
-  if targets.dtype == bool:
-    targets = targets.astype(np.int32)
-  if not jnp.issubdtype(targets.dtype, jnp.floating) and not jnp.issubdtype(
-    targets.dtype, jnp.integer
-  ):
-    raise TypeError(f"targets must be numbers, got dtype {targets.dtype}.")
-  _check_finite(targets, "targets")
-  return targets
-
-
-def _check_weights(sample_weight: Any, num_examples: int) -> np.ndarray:
-  if sample_weight is None:
-    return np.ones(num_examples)
-  weights = np.array(sample_weight, np.float64)
-  if weights.shape != (num_examples,):
-    raise ValueError(
-      f"sample_weight must have the shape ({num_examples},) to match features,"
-      f" got {weights.shape}."
-    )
-  _check_finite(weights, "sample_weight")
-  if weights.min() < 0 or not weights.max() > 0:
-    raise ValueError(
-      "sample_weight must be at least 0, and not all 0, got"
-      f" {weights.min()} to {weights.max()}."
-    )
-  return weights
-
-
-def _scale_advice(x: Any, num_features: int) -> str | None:
-  """What to do about features whose scales, or means, are far apart."""
-  if isinstance(x, sparse.BCOO):
-    column = np.asarray(x.indices)[:, 1]
-    square = np.bincount(column, np.asarray(x.data, np.float64) ** 2)
-    largest, spread = np.sqrt(square), np.sqrt(square)
-  else:
-    x = np.asarray(x, np.float64)
-    largest, spread = np.abs(x).max(axis=0), x.std(axis=0)
-  largest, spread = largest[:num_features], spread[:num_features]
-  spread = spread[spread > 0]
-  if not len(spread) or largest.max() < 100 * spread.min():
-    return None
-  return (
-    f"Standardise the features: their scales are from {spread.min():.0e} to"
-    f" {largest.max():.0e}."
-  )
-
-
-class _Outputs(NamedTuple):
-  """How outputs meet targets: the loss to use, its targets, and ``k``."""
-
-  loss: Loss
-  targets: np.ndarray
-  number: int
-  flat: bool
-
-
-def _match(
-  loss: Loss, y: np.ndarray, number: int | None, dtype: Any
-) -> _Outputs:
-  """Infers the number of outputs from the loss and the targets."""
-  if not callable(loss):
-    raise TypeError(f"loss must be a function, got {loss!r}.")
-  if number is not None:
-    number = _checks.check_count(number, "num_outputs")
-  is_integer = np.issubdtype(y.dtype, np.integer)
-  is_labels = loss is optax.losses.softmax_cross_entropy_with_integer_labels
-  if y.ndim == 2:
-    if number not in (None, y.shape[1]):
-      raise ValueError(
-        f"num_outputs={number} must be the number of columns of targets,"
-        f" {y.shape[1]}."
-      )
-    return _multiple(loss, y.astype(dtype), y.shape[1])
-  if loss is optax.losses.sigmoid_binary_cross_entropy:
-    _check_range(y, 0, 1)
-    if y.min() == y.max() and y.max() in (0, 1):
-      raise ValueError(f"targets must have two classes, got only {y.max()}.")
-    loss = _binary_loss
-  if number in (None, 1) and not is_labels:
-    try:
-      losses = _eval_shape(loss, y.astype(dtype), (len(y),))
-    except Exception:
-      if number == 1 or not is_integer:
-        raise
-    else:
-      return _check_loss(losses, _Outputs(loss, y.astype(dtype), 1, True))
-  if is_integer:
-    number = int(y.max()) + 1 if number is None else number
-    _check_range(y, 0, number - 1)
-    if y.min() == y.max():
-      raise ValueError(f"targets must have two classes, got only {y.max()}.")
-    if is_labels:
-      one_hot = np.zeros((len(y), number), dtype)
-      one_hot[np.arange(len(y)), y] = 1
-      loss, y = _softmax_loss, one_hot
-    return _multiple(loss, y, number)
-  if is_labels or number is None:
-    raise TypeError(f"targets must be integer labels, got dtype {y.dtype}.")
-  return _multiple(loss, y.astype(dtype), number)
-
-
-def _multiple(loss: Loss, targets: np.ndarray, number: int) -> _Outputs:
-  losses = _eval_shape(loss, targets, (len(targets), number))
-  return _check_loss(losses, _Outputs(loss, targets, number, False))
-
-
-def _check_range(y: np.ndarray, low: int, high: int) -> None:
-  if y.min() < low or y.max() > high:
-    bad = y.min() if y.min() < low else y.max()
-    raise ValueError(f"targets must be in [{low}, {high}], got {bad}.")
-
-
-def _eval_shape(loss: Loss, targets: np.ndarray, shape: Any) -> Any:
-  is_float = np.issubdtype(targets.dtype, np.floating)
-  return jax.eval_shape(
-    loss,
-    jax.ShapeDtypeStruct(shape, targets.dtype if is_float else np.float32),
-    jax.ShapeDtypeStruct(targets.shape, targets.dtype),
-  )
-
-
-def _check_loss(losses: Any, outputs: _Outputs) -> _Outputs:
-  """Raises unless there is a loss for each example."""
-  n = len(outputs.targets)
-  shape = (n,) if outputs.flat else (n, outputs.number)
-  if getattr(losses, "shape", None) not in ((n,), shape):
-    raise ValueError(
-      f"loss(outputs, targets) must return losses of examples, of shape ({n},),"
-      f" for outputs of shape {shape}, got {losses}."
-    )
-  return outputs
-
-
 def fit_linear(
-  loss: Loss,
+  loss: _linear_data.Loss,
   features: Any,
   targets: Any,
   *,
@@ -987,11 +680,11 @@ def fit_linear(
 
   .. seealso:: :func:`optax_svrg.minimize`
   """
-  x = _check_features(features)
+  x = _linear_data.check_features(features)
   n, d = x.shape
-  dtype = _wide_dtype(x)
-  y = _check_targets(targets, n)
-  s = _check_weights(sample_weight, n)
+  dtype = _linear_data.wide_dtype(x)
+  y = _linear_data.check_targets(targets, n)
+  s = _linear_data.check_weights(sample_weight, n)
   l2 = _minimize.check_not_negative(l2, "l2")
   l1 = _minimize.check_not_negative(l1, "l1")
   _checks.check_positive(tol, "tol")
@@ -1002,10 +695,10 @@ def fit_linear(
       _BATCH_SIZE, 4 * n * d // max(1, stored) if stored < n * d else 0
     )
   batch_size = min(_checks.check_count(batch_size, "batch_size"), n)
-  outputs = _match(loss, y, num_outputs, dtype)
+  outputs = _linear_data.match(loss, y, num_outputs, dtype)
   rng = np.random.default_rng(_minimize.check_seed(seed))
   bar = _minimize.progress_bar(progress, "fit_linear", max_epochs)
-  data = _arrange(x, outputs.targets, s, intercept, batch_size, rng)
+  data = _linear_data.arrange(x, outputs.targets, s, intercept, batch_size, rng)
   problem = _Problem(
     outputs.loss, data, outputs.number, outputs.flat, intercept, l2, l1
   )
@@ -1022,13 +715,13 @@ def fit_linear(
         max_epochs,
         best.norm,
         tol,
-        _scale_advice(data.features, d),
+        _linear_data.scale_advice(data.features, d),
       ),
       stacklevel=2,
     )
   w = best.w[:, :d].T
   b = best.w[:, d] if intercept else np.zeros(len(best.w), dtype)
-  if outputs.loss is _softmax_loss:
+  if outputs.loss is _linear_data.softmax_loss:
     b = b - b.mean()  # It does not see the mean.
   if outputs.flat:
     w, b = w[:, 0], b[0]

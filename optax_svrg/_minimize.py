@@ -188,7 +188,7 @@ def minimize(
   batch_size = min(_checks.check_count(batch_size, "batch_size"), num_examples)
   batches, params = _arrange(data, params, num_examples, batch_size, rng)
   programs = _programs(loss_fn, _transformation(method), prox, batches.number)
-  _check_table(programs.init(params), batches.number)
+  _check_table(programs.tx.init(params), batches.number)
   run = _Run(programs, params, batches, rng, tol, max_epochs)
   with bar as report:
     run.solve(report)
@@ -383,122 +383,120 @@ def _check_table(state: Any, number: int) -> None:
         )
 
 
-class _Programs(NamedTuple):
-  """The compiled functions for one loss and method.
+class _Programs:
+  """The compiled functions for one loss and method."""
 
-  Attributes:
-    init: of the transformation.
-    gradient: of a batch, for the estimate of the step size.
-    evaluate: the point at parameters, the state made ready there, and a table.
-    epoch: steps through all batches.
-  """
+  def __init__(
+    self,
+    loss_fn: Callable[..., Any],
+    method: Any,
+    prox: Prox | None,
+    number: int,
+  ):
+    if method == "saga":
+      method = _alpha_saga.alpha_saga(1.0, number)
+    elif method == "svrg":
+      method = _alpha_svrg.alpha_svrg(1.0)
+    self.tx = optax.with_extra_args_support(method)
+    self.loss_fn, self.prox, self.number = loss_fn, prox, number
+    self.evaluate, self.epoch = jax.jit(self._evaluate), jax.jit(self._epoch)
 
-  init: Callable[..., Any]
-  gradient: Callable[..., Any]
-  evaluate: Callable[..., Any]
-  epoch: Callable[..., Any]
-
-
-# Bounded, as in mean_gradient: jax.jit would keep each closure for ever.
-@functools.lru_cache(maxsize=16)
-def _programs(
-  loss_fn: Callable[..., Any], method: Any, prox: Prox | None, number: int
-) -> _Programs:
-  if method == "saga":
-    method = _alpha_saga.alpha_saga(1.0, number)
-  elif method == "svrg":
-    method = _alpha_svrg.alpha_svrg(1.0)
-  tx = optax.with_extra_args_support(method)
-
-  def value_and_grad(params: Any, batch: Any) -> Any:
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+  def value_and_grad(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
+    loss, grads = jax.value_and_grad(self.loss_fn)(params, batch)
     return loss, jax.tree.map(jnp.conj, grads)  # Only of complex leaves.
 
-  def weighted(params: Any, batches: _Batches, i: jax.Array) -> Any:
+  def gradient(self, params: Any, batch: Any) -> Any:
+    return self.value_and_grad(params, batch)[1]
+
+  def weighted(self, params: Any, batches: _Batches, i: Any) -> Any:
     """Loss and gradient of a batch, times its weight."""
 
     def full() -> Any:
       batch = jax.tree.map(lambda x: x[i], batches.full)
-      return value_and_grad(params, _joined(batch, batches.shared))
+      return self.value_and_grad(params, _joined(batch, batches.shared))
 
     def short() -> Any:
-      return value_and_grad(params, _joined(batches.short, batches.shared))
+      batch = _joined(batches.short, batches.shared)
+      return self.value_and_grad(params, batch)
 
     if batches.short is None:
       loss, grads = full()
     else:
-      loss, grads = jax.lax.cond(i < number - 1, full, short)
-    weight = batches.weights[i]
+      loss, grads = jax.lax.cond(i < self.number - 1, full, short)
+    weight = jnp.asarray(batches.weights)[i]
     return jax.tree.map(lambda x: x * weight.astype(x.dtype), (loss, grads))
 
-  def proximal(params: Any, updates: Any, step_size: jax.Array) -> Any:
+  def step(self, params: Any, updates: Any, step_size: jax.Array) -> Any:
     params = jax.tree.map(
       lambda p, u: p - step_size.astype(p.real.dtype) * u, params, updates
     )
-    return params if prox is None else prox(params, step_size)
+    return params if self.prox is None else self.prox(params, step_size)
 
-  def mapping_norm(params: Any, grads: Any, step_size: jax.Array) -> Any:
-    if prox is not None:
-      new = proximal(params, grads, step_size)
+  def mapping_norm(self, params: Any, grads: Any, step_size: jax.Array) -> Any:
+    if self.prox is not None:
+      new = self.step(params, grads, step_size)
       grads = jax.tree.map(
         lambda p, q: (p - q) / step_size.astype(p.real.dtype), params, new
       )
     return optax.tree.norm(grads)
 
-  @jax.jit
-  def evaluate(
-    params: Any, state: Any, batches: _Batches, step_size: jax.Array
-  ) -> Any:
+  def _evaluate(
+    self, params: Any, state: Any, batches: _Batches, step_size: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """Loss, norm, the state made ready, and for SVRG the table of gradients."""
     uses_snapshot = _holds(state, _alpha_svrg.SVRGState)
-    before = state
 
     def add(carry: Any, i: jax.Array) -> Any:
       total, mean, state = carry
-      loss, grads = weighted(params, batches, i)
+      loss, grads = self.weighted(params, batches, i)
       if not uses_snapshot:
         # Fills the table of SAGA; the updates are dropped.
-        _, state = tx.update(grads, state, params, batch_index=i)
-      mean = jax.tree.map(lambda m, g: m + g / number, mean, grads)
-      return (total + loss / number, mean, state), (
-        grads if uses_snapshot else None
-      )
+        _, state = self.tx.update(grads, state, params, batch_index=i)
+      mean = jax.tree.map(lambda m, g: m + g / self.number, mean, grads)
+      carry = total + loss / self.number, mean, state
+      return carry, grads if uses_snapshot else None
 
-    zero = jnp.zeros([], jax.eval_shape(weighted, params, batches, 0)[0].dtype)
-    carry = zero, jax.tree.map(jnp.zeros_like, params), state
-    (loss, mean, state), table = jax.lax.scan(add, carry, jnp.arange(number))
+    loss_like = jax.eval_shape(self.weighted, params, batches, 0)[0]
+    zeros = jax.tree.map(jnp.zeros_like, (loss_like, params))
+    (loss, mean, filled), table = jax.lax.scan(
+      add, (*zeros, state), jnp.arange(self.number)
+    )
     if uses_snapshot:
       state = _alpha_svrg.take_snapshot(state, params, lambda _: mean)
     else:  # No steps have been made: the rest of a chain has seen nothing.
       state = jax.tree.map(
         lambda old, new: new if _is_saga(old) else old,
-        before,
         state,
+        filled,
         is_leaf=_is_saga,
       )
-    return loss, mapping_norm(params, mean, step_size), state, table
+    return loss, self.mapping_norm(params, mean, step_size), state, table
 
-  @jax.jit
-  def epoch(
+  def _epoch(
+    self,
     params: Any,
     state: Any,
     table: Any,
     batches: _Batches,
     order: jax.Array,
     step_size: jax.Array,
-  ) -> Any:
+  ) -> tuple[Any, Any]:
+    """Steps through all batches."""
+
     def step(carry: Any, i: jax.Array) -> Any:
       params, state = carry
-      _, grads = weighted(params, batches, i)
+      _, grads = self.weighted(params, batches, i)
       extra = {"batch_index": i}
       if table is not None:
         extra["snapshot_grads"] = jax.tree.map(lambda t: t[i], table)
-      updates, state = tx.update(grads, state, params, **extra)
-      return (proximal(params, updates, step_size), state), None
+      updates, state = self.tx.update(grads, state, params, **extra)
+      return (self.step(params, updates, step_size), state), None
 
     return jax.lax.scan(step, (params, state), order)[0]
 
-  gradient = lambda params, batch: value_and_grad(params, batch)[1]
-  return _Programs(tx.init, gradient, evaluate, epoch)
+
+# Bounded, as in mean_gradient: jax.jit would keep each closure for ever.
+_programs = functools.lru_cache(maxsize=16)(_Programs)
 
 
 def _joined(batch: Any, shared: Any) -> Any:
@@ -547,7 +545,7 @@ class _Run:
     self.shortening, self.step_size = 1.0, 1.0
     self.history: list[HistoryPoint] = []
     self.estimate_step_size(params)
-    self.point = self.best = self.evaluate(params, programs.init(params))
+    self.point = self.best = self.evaluate(params, programs.tx.init(params))
     if not math.isfinite(self.point.loss + self.point.norm):
       raise ValueError(
         "loss_fn must have a finite value and gradient at params, got"

@@ -24,7 +24,7 @@ import pytest
 from sklearn import linear_model
 
 import optax_svrg
-from optax_svrg import _linear
+from optax_svrg import _linear, _linear_data
 
 # Losses of Optax, and of users.
 pytestmark = pytest.mark.standard_promotion
@@ -354,7 +354,7 @@ def test_seeds_and_programs(x64):
   np.testing.assert_array_equal(fits[0].weights, fits[1].weights)
   assert (fits[0].weights != fits[2].weights).any()
   # A fold of about the size, or another l2, is compiled for already.
-  programs = _linear._programs(_linear._binary_loss, True)
+  programs = _linear._programs(_linear_data.binary_loss, True)
   before = programs.epoch._cache_size(), programs.direction._cache_size()
   optax_svrg.fit_linear(BINARY, X[:-2], y[:-2], l2=1e-2, l1=1e-3)
   assert before == (
@@ -453,7 +453,7 @@ def replaced(index, value):
 )
 def test_bad_input(change, error, message, monkeypatch):
   monkeypatch.setattr(
-    _linear, "_arrange", lambda *args: pytest.fail("something was computed")
+    _linear_data, "arrange", lambda *args: pytest.fail("something was computed")
   )
   args = {"loss": BINARY, "x": X, "y": TARGETS[BINARY]} | change
   with pytest.raises(error, match=message) as caught:
