@@ -189,6 +189,7 @@ def _intercept_hessian(curve: Any, table: jax.Array) -> jax.Array:
 def _direction(
   x: Any,
   curve: Any,
+  inverse: jax.Array | None,
   l2: jax.Array,
   rhs: jax.Array,
   free: jax.Array,
@@ -198,7 +199,11 @@ def _direction(
   """Newton's direction for the free weights, and the number of products."""
 
   def hessian(v: jax.Array) -> jax.Array:
-    return free * (_adjoint(curve(_product(v, x))[0], x) + l2 * v)
+    (r,) = curve(_product(v, x))
+    if inverse is not None:  # The intercept follows, so that their sum stays 0.
+      shift = jnp.sum(r, axis=0) @ inverse
+      r = r - curve(jnp.broadcast_to(shift, r.shape))[0]
+    return free * (_adjoint(r, x) + l2 * v)
 
   return _conjugate_gradients(hessian, rhs, forcing, max_products)
 
@@ -306,6 +311,12 @@ class _Problem:
       self.low,
     )
 
+  def inverse_hessian(self, local: _Local) -> np.ndarray:
+    """That for the intercept alone."""
+    hessian = self.programs.intercept_hessian(local.curve, local.table)
+    # Singular for softmax, which does not see equal shifts.
+    return np.linalg.pinv(np.asarray(hessian, np.float64), rcond=1e-6)
+
   def _best_intercept(
     self, w: np.ndarray, accuracy: float
   ) -> tuple[np.ndarray, _Local, float]:
@@ -331,11 +342,8 @@ class _Problem:
       if not np.abs(slope).max() > max(accuracy, eps / 8) or scale < 1e-8:
         break
       if inverse is None:
-        found = self.programs.intercept_hessian(best.curve, best.table)
-        hessian = np.asarray(found, np.float64)
-        is_flat = not hessian.any()  # As in the tails of Huber's loss.
-        # Singular for softmax, which does not see equal shifts.
-        inverse = np.linalg.pinv(hessian, rcond=1e-6)
+        inverse = self.inverse_hessian(best)
+        is_flat = not inverse.any()  # As in the tails of Huber's loss.
       step = slope if is_flat else inverse @ slope
       new = self._local(z, at - scale * step)
       new_slope = np.asarray(new.slope, np.float64)
@@ -423,11 +431,17 @@ class _Problem:
     """
     free = (self.l1 == 0) | (point.w != 0) | (point.subgradient != 0)
     low = functools.partial(np.asarray, dtype=self.low)
+    inverse = None
+    if self.intercept:
+      # Eliminated, as it is optimised after each step.
+      free[:, -1] = False
+      inverse = low(self.inverse_hessian(point.local))
     v, count = self.programs.direction(
       self.data.low,
       point.local.curve,
+      inverse,
       low(self.l2 + damping)[None],
-      low(-point.subgradient / point.norm),
+      low(-point.subgradient / point.norm * free),
       low(free),
       low(forcing),
       max_products,
@@ -720,7 +734,8 @@ def fit_linear(
       stacklevel=2,
     )
   w = best.w[:, :d].T
-  b = best.w[:, d] if intercept else np.zeros(len(best.w), dtype)
+  b = best.w[:, d] - data.center @ w if intercept else np.zeros(len(best.w))
+  b = b.astype(dtype)
   if outputs.loss is _linear_data.softmax_loss:
     b = b - b.mean()  # It does not see the mean.
   if outputs.flat:

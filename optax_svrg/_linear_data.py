@@ -65,6 +65,7 @@ class Data(NamedTuple):
 
   Attributes:
     features: ``(N, D)``, with a column of ones for the intercept.
+    center: ``(d,)``, what has been subtracted from the features.
     low: the features in float32, for what need not be exact.
     batches: ``low``, or for sparse features the data and indices of a BCOO of
       shape ``(num_batches, b, D)``.
@@ -77,6 +78,7 @@ class Data(NamedTuple):
   """
 
   features: Any
+  center: np.ndarray
   low: Any
   batches: Any
   targets: jax.Array
@@ -96,12 +98,21 @@ def arrange(
   weights = s[order]
   weights[n:] = 0
   weights /= weights.sum()
-  split = _arrange_sparse if isinstance(x, sparse.BCOO) else _arrange_dense
-  features, low, batches, batch_rows = split(x, order, num_batches, intercept)
+  dtype = wide_dtype(x)
+  center = np.zeros(d, dtype)
+  if isinstance(x, sparse.BCOO):
+    parts = _arrange_sparse(x, order, num_batches, intercept)
+  else:
+    if intercept:
+      # The intercept makes up for it, and the curvature is far smaller.
+      center = (s / s.sum()).astype(dtype) @ x.astype(dtype, copy=False)
+    parts = _arrange_dense(x, order, num_batches, center, intercept)
+  features, low, batches, batch_rows = parts
   penalised = np.ones(d + intercept)
   penalised[d:] = 0
   return Data(
     features,
+    center,
     low,
     batches,
     jax.device_put(y[order]),
@@ -113,10 +124,15 @@ def arrange(
 
 
 def _arrange_dense(
-  x: Any, order: np.ndarray, num_batches: int, intercept: bool
+  x: np.ndarray,
+  order: np.ndarray,
+  num_batches: int,
+  center: np.ndarray,
+  intercept: bool,
 ) -> Any:
-  rows = np.ones((len(order), x.shape[1] + intercept), wide_dtype(x))
-  rows[:, : x.shape[1]] = np.asarray(x)[order]
+  rows = np.ones((len(order), x.shape[1] + intercept), center.dtype)
+  rows[:, : x.shape[1]] = x[order]
+  rows[:, : x.shape[1]] -= center
   low = rows.astype(np.float32, copy=False)
   features = jax.device_put(rows)
   on_device = features if low is rows else jax.device_put(low)

@@ -553,7 +553,8 @@ class _Run:
       )
 
   def full_batch(self, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], self.batches.full)
+    index = jnp.asarray(i)  # A number would be compiled in.
+    return jax.tree.map(lambda x: x[index], self.batches.full)
 
   def estimate_step_size(self, params: optax.Params) -> None:
     """One over the largest curvature of a sample of the full batches."""

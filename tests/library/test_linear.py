@@ -282,6 +282,22 @@ def test_hard_cases(loss, x, y, x64):
   assert fit.gap < 1e-8
 
 
+@pytest.mark.parametrize("loss", [BINARY, SOFTMAX, SQUARED])
+def test_means_of_features_cost_nothing(loss, x64):
+  """The intercept is optimised apart, and dense features are centred."""
+  fits = [
+    optax_svrg.fit_linear(loss, X + shift, TARGETS[loss], l2=1e-2, tol=1e-8)
+    for shift in (0.0, 1e3)
+  ]
+  assert fits[1].num_epochs < 1.5 * fits[0].num_epochs
+  np.testing.assert_allclose(fits[0].weights, fits[1].weights, atol=1e-6)
+  np.testing.assert_allclose(
+    fits[0].intercept,
+    fits[1].intercept + 1e3 * fits[1].weights.sum(axis=0),
+    atol=1e-3,
+  )
+
+
 def test_separable_classes_without_regularisation(x64):
   fit = optax_svrg.fit_linear(BINARY, X, (X[:, 0] > 0).astype(int))
   assert fit.converged

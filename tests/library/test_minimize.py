@@ -197,7 +197,7 @@ def test_never_worse_and_never_nan(x64):
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     result = optax_svrg.minimize(
-      wild, jnp.full(5, 0.1), LOGISTIC, max_epochs=30
+      wild, jnp.full(5, 0.1), LOGISTIC, max_epochs=12
     )
   assert np.isfinite(result.params).all()
   assert result.gradient_norm <= result.history[0].gradient_norm
@@ -213,7 +213,7 @@ def test_a_net(x64):
   params = {"in": rng.normal(size=(5, 8)), "out": rng.normal(size=8)}
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    result = optax_svrg.minimize(net, params, LOGISTIC, max_epochs=100)
+    result = optax_svrg.minimize(net, params, LOGISTIC, max_epochs=60)
   assert min(p.loss for p in result.history) < 0.2 * result.history[0].loss
 
 
