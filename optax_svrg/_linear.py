@@ -550,7 +550,7 @@ class _Solver:
     new = self.problem.assess(w, accuracy=old.norm / 100)
     if new.norm <= self.tol:
       new = self.problem.assess(new.w)
-    slack = 8 * float(np.finfo(self.problem.dtype).eps) * (1 + abs(old.value))
+    slack = self.rounding(old)
     if not (
       new.value < old.value - slack
       or (new.value <= old.value + slack and new.norm < old.norm)
@@ -561,6 +561,10 @@ class _Solver:
     if new.norm < self.best.norm:
       self.best = new
     return True
+
+  def rounding(self, point: _Point) -> float:
+    """Differences of the objective below this are not seen."""
+    return 8 * float(np.finfo(self.problem.dtype).eps) * (1 + abs(point.value))
 
   def is_done(self) -> bool:
     """Whether it has converged, makes no progress, or must stop."""
@@ -576,7 +580,10 @@ class _Solver:
       getattr(self, max(self.rates, key=self.rates.__getitem__))()
       report(self.passes, self.best.norm)
     if not self.best.norm <= self.tol:
-      self.best = self.problem.assess(self.best.w)  # The gap shall be a bound.
+      # The last point is the one of least value. The gap shall be a bound.
+      is_less = self.point.value < self.best.value - self.rounding(self.best)
+      best = self.point if is_less else self.best
+      self.best = self.problem.assess(best.w)
 
 
 def _rate(before: float, after: float, cost: float) -> float:
@@ -635,7 +642,8 @@ def fit_linear(
     features: ``(n, d)`` with a float dtype, an array or a
       :class:`jax.experimental.sparse.BCOO`, which is never made dense. Results
       have its dtype, as far as ``jax_enable_x64`` allows, or float32 if that is
-      wider. A copy is kept, and for float64 one in float32.
+      wider. A copy is kept, centred if there is an intercept, and for float64
+      another one in float32.
     targets: ``(n,)`` or ``(n, k)``. Integers are labels from 0 if there is more
       than one output.
     num_outputs: ``k``. With ``None``, it is the number of columns of
