@@ -27,6 +27,8 @@ from optax_svrg import _checks
 
 Loss = Callable[[Any, Any], Any]
 
+_SMALL = 300_000  # Numbers that are not worth another dtype.
+
 
 # Optax's two logistic losses in half of their operations: JAX does not know how
 # simple the second derivatives are.
@@ -66,7 +68,8 @@ class Data(NamedTuple):
   Attributes:
     features: ``(N, D)``, with a column of ones for the intercept.
     center: ``(d,)``, what has been subtracted from the features.
-    low: the features in float32, for what need not be exact.
+    low: the features in float32, for what need not be exact; if they are few,
+      in their own dtype.
     batches: ``low``, or for sparse features the data and indices of a BCOO of
       shape ``(num_batches, b, D)``.
     targets: leading axis N.
@@ -133,7 +136,8 @@ def _arrange_dense(
   rows = np.ones((len(order), x.shape[1] + intercept), center.dtype)
   rows[:, : x.shape[1]] = x[order]
   rows[:, : x.shape[1]] -= center
-  low = rows.astype(np.float32, copy=False)
+  low_dtype = np.float32 if rows.size > _SMALL else rows.dtype
+  low = rows.astype(low_dtype, copy=False)
   features = jax.device_put(rows)
   on_device = features if low is rows else jax.device_put(low)
   batches = low.reshape(num_batches, -1, rows.shape[1])
