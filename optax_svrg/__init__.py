@@ -16,10 +16,18 @@
 import importlib
 import types
 
+from optax_svrg._linear import fit_linear as fit_linear
+from optax_svrg._linear import LinearFit as LinearFit
 from optax_svrg._lockstep import lockstep as lockstep
 from optax_svrg._mean_gradient import gradient_table as gradient_table
 from optax_svrg._mean_gradient import GradientTable as GradientTable
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
+from optax_svrg._minimize import HistoryPoint as HistoryPoint
+from optax_svrg._minimize import minimize as minimize
+from optax_svrg._minimize import MinimizeResult as MinimizeResult
+from optax_svrg._minimize import prox_elastic_net as prox_elastic_net
+from optax_svrg._minimize import prox_l1 as prox_l1
+from optax_svrg._minimize import prox_nonnegative as prox_nonnegative
 from optax_svrg._moments import Payoff as Payoff
 from optax_svrg._moments import RunningMoments as RunningMoments
 from optax_svrg._saga import adaptive_saga as adaptive_saga
@@ -43,7 +51,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> types.ModuleType:
-  # Flax is optional: it is imported when optax_svrg.flax is first used.
-  if name == "flax":
-    return importlib.import_module("optax_svrg.flax")
+  # Flax and scikit-learn are optional: they are imported when first used.
+  if name in ("flax", "sklearn"):
+    return importlib.import_module(f"optax_svrg.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -460,6 +460,7 @@ def _loop(
     fn,
     ("mean_gradient", donate, *jax.tree.leaves(shardings)),
     lambda call: _accumulation(call, shardings, donate),
+    warns=True,
   )
   for index, batch in enumerate(batches):
     batch = _sharding.owned(batch)

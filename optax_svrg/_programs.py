@@ -28,7 +28,7 @@ class _Uses:
 
 
 class _Program(NamedTuple):
-  run: Callable[..., Any]
+  run: Any
   uses: _Uses
 
 
@@ -57,8 +57,10 @@ class _Reference(NamedTuple):
 def program(
   fn: Callable[..., Any],
   key: Hashable,
-  make: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> Callable[..., Any]:
+  make: Callable[[Callable[..., Any]], Any],
+  *,
+  warns: bool = False,
+) -> Any:
   """Returns ``make(fn)``, the same object as long as ``fn`` is alive.
 
   A cache of :func:`jax.jit` functions that keeps neither ``fn`` nor what it
@@ -69,6 +71,7 @@ def program(
     fn: the function; it must be alive whenever the result is called.
     key: what else the result depends on.
     make: makes the result from a function that calls ``fn``.
+    warns: whether to warn of functions that are made for a single use.
   """
   reference = _reference(fn)
   if reference is None:  # Cannot be referred to weakly.
@@ -88,7 +91,8 @@ def program(
       return get()(*args, **kwargs)
 
     owned[full_key] = _Program(make(call), _Uses())
-    _warn_if_made_again(fn, key, owned[full_key].uses)
+    if warns:
+      _warn_if_made_again(fn, key, owned[full_key].uses)
   owned[full_key].uses.count += 1
   return owned[full_key].run
 
@@ -107,7 +111,7 @@ def _warn_if_made_again(
 ) -> None:
   """Warns, once for each piece of code, of functions made for a single use."""
   code = getattr(inspect.unwrap(fn), "__code__", None)
-  if code is None:
+  if code is None or inspect.ismethod(fn):
     return
   of_code = _last_uses.setdefault(code, {})
   before, of_code[key] = of_code.get(key), uses
@@ -118,5 +122,5 @@ def _warn_if_made_again(
       f" {code.co_filename}, line {code.co_firstlineno}), so it is compiled"
       " each time. Make it once, outside of the training loop, and pass values"
       " that change through jax.tree_util.Partial(fn, values).",
-      stacklevel=4,
+      stacklevel=5,
     )

@@ -120,26 +120,7 @@ def smoothness(
     and Lanczos Algorithms with a Random Start
     <https://doi.org/10.1137/0613066>`_, 1992
   """
-  if not callable(grad_fn):
-    raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
-  _checks.check_inexact(params, "params")
-  _checks.check_batches(batches)
-  num_iters = _checks.check_count(num_iters, "num_iters")
-  fn, args, kwargs = _mean_gradient.split_partial(grad_fn)
-  estimate = _programs.program(
-    fn,
-    ("smoothness", num_iters),
-    lambda call: jax.jit(
-      functools.partial(_largest_curvature, call, num_iters)
-    ),
-  )
-  largest = None
-  for index, batch in enumerate(batches):
-    _checks.check_batch(batch, f"batches[{index}]", is_first=not index)
-    curvature = estimate(args, kwargs, params, _sharding.owned(batch))
-    largest = curvature if largest is None else jnp.maximum(largest, curvature)
-  if largest is None:
-    raise ValueError("batches must hold at least one batch, got none.")
+  largest = estimate(grad_fn, params, batches, num_iters)
   if not isinstance(largest, jax.core.Tracer) and largest == 0:
     raise ValueError(
       "the losses of all batches have no curvature at params, as hinge and"
@@ -147,6 +128,37 @@ def smoothness(
       " hand."
     )
   return jnp.where(largest == 0, jnp.nan, largest)
+
+
+def estimate(
+  grad_fn: Callable[[optax.Params, Any], optax.Updates],
+  params: optax.Params,
+  batches: Iterable[Any],
+  num_iters: int,
+) -> jax.Array:
+  """As :func:`smoothness`, but 0 without curvature."""
+  if not callable(grad_fn):
+    raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
+  _checks.check_inexact(params, "params")
+  _checks.check_batches(batches)
+  num_iters = _checks.check_count(num_iters, "num_iters")
+  fn, args, kwargs = _mean_gradient.split_partial(grad_fn)
+  of_batch = _programs.program(
+    fn,
+    ("smoothness", num_iters),
+    lambda call: jax.jit(
+      functools.partial(_largest_curvature, call, num_iters)
+    ),
+    warns=True,
+  )
+  largest = None
+  for index, batch in enumerate(batches):
+    _checks.check_batch(batch, f"batches[{index}]", is_first=not index)
+    curvature = of_batch(args, kwargs, params, _sharding.owned(batch))
+    largest = curvature if largest is None else jnp.maximum(largest, curvature)
+  if largest is None:
+    raise ValueError("batches must hold at least one batch, got none.")
+  return largest
 
 
 def _largest_curvature(
