@@ -1,25 +1,15 @@
-# Copyright 2026 The optax_svrg Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The parts of JAX that have no public name, each behind one function.
 
 What another version of JAX lacks falls back or fails here, with a message, and
 not in the middle of a training.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 
 
 def varying_axes(x: Any) -> frozenset[Any]:
@@ -61,6 +51,41 @@ def on_host(x: Any) -> bool:
 def is_committed(x: jax.Array) -> bool:
   """Whether an array is tied to its devices instead of following others."""
   return getattr(x, "committed", True)
+
+
+def outside_of_branches(fn: Callable[[], Any]) -> Callable[[], Any]:
+  """Computes ahead of a branch what XLA for CPU is slow at inside of one.
+
+  It does not bring convolutions there into the form that its fast
+  implementation has (JAX 0.10 to 0.12: 3 to 8 times the time).
+
+  Args:
+    fn: a function that would be called in a branch of :func:`jax.lax.cond`.
+
+  Returns:
+    A function to call there, which has the result if ``fn`` has convolutions.
+  """
+  if jax.default_backend() != "cpu":
+    return fn
+  program, result = jax.make_jaxpr(fn, return_shape=True)()
+  treedef = jax.tree.structure(result)
+  run = jax.extend.core.jaxpr_as_fun(program)
+  if not _has_primitive(program.jaxpr, "conv_general_dilated"):
+    return lambda: jax.tree.unflatten(treedef, run())
+  leaves = run()
+  return lambda: jax.tree.unflatten(treedef, leaves)
+
+
+def _has_primitive(jaxpr: Any, name: str) -> bool:
+  """Whether a program has a primitive, also inside of its operations."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == name:
+      return True
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns") and _has_primitive(inner, name):
+        return True
+  return False
 
 
 def coordination_client() -> Any:

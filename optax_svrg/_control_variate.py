@@ -1,16 +1,4 @@
-# Copyright 2026 The optax_svrg Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """A control variate, and its coefficient: given, or estimated online.
 
 For gradients g, the control variate s and its exact mean m, the variance of
@@ -253,18 +241,21 @@ def correct(
     return corrected.astype(g.dtype)
 
   corrected = jax.tree.map(subtract, updates, control, mean)
-  usable = all_finite(corrected, sum_axes) | ~jnp.isfinite(coefficient)
-  used = active & (coefficient != 0) & usable
-  seen = None
-  if estimate is not None:
+  got = None
+  if estimate is None:
+    is_finite = all_finite(corrected, sum_axes)
+  else:
     trees = updates, control, mean
     products = functools.partial(
-      _products, *trees, coefficient, sum_axes=sum_axes
+      _products, *trees, corrected, coefficient, sum_axes=sum_axes
     )
     got = products(estimate.unit)
+    is_finite = got.defect == 0
     if not fixed_unit:
       got = _in_fitting_unit(got, products, trees, sum_axes)
-    seen = _observation(got, active, usable)
+  usable = is_finite | ~jnp.isfinite(coefficient)
+  used = active & (coefficient != 0) & usable
+  seen = None if got is None else _observation(got, active, usable)
   return Correction(
     jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
     jnp.where(used, coefficient, 0),
@@ -294,11 +285,8 @@ def no_correction(
 
 def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
   """Whether all numbers of a tree of arrays are finite, a scalar."""
-  # Not isfinite(x).all(), for which XLA for CPU writes to memory whether each
-  # number is.
-  return everywhere(
-    [jnp.sum(x - x) == 0 for x in jax.tree.leaves(tree)], sum_axes
-  )
+  defects = [jnp.sum(_defect(x)) for x in jax.tree.leaves(tree)]
+  return _total(defects, jnp.float32, sum_axes) == 0
 
 
 def everywhere(conditions: list[jax.Array], sum_axes: Any) -> jax.Array:
@@ -325,7 +313,7 @@ def averaged(
 
   def square(g: jax.Array, m: jax.Array) -> jax.Array:
     difference = _scaled(g, seen.unit) - _scaled(m, seen.unit)
-    return _dot(difference, difference)
+    return jnp.sum(_real_product(difference, difference))
 
   squares = map(square, jax.tree.leaves(updates), jax.tree.leaves(mean))
   return Observation(
@@ -484,6 +472,7 @@ class _Products(NamedTuple):
     variance: ||s - m||^2.
     moment: ||g - alpha (s - m) - m||^2.
     rounding: what ``variance`` may be by rounding alone.
+    defect: 0, or NaN where a component of the corrected gradient is not finite.
     unit: a power of two.
   """
 
@@ -491,6 +480,7 @@ class _Products(NamedTuple):
   variance: jax.Array
   moment: jax.Array
   rounding: jax.Array
+  defect: jax.Array
   unit: jax.Array
 
 
@@ -498,28 +488,64 @@ def _products(
   grads: Any,
   control: Any,
   mean: Any,
+  corrected: Any,
   coefficient: jax.Array,
   unit: jax.Array,
   *,
   sum_axes: Any,
 ) -> _Products:
-  covariance, variance, moment, rounding = [], [], [], []
-  leaves = map(jax.tree.leaves, (grads, control, mean))
-  for g, s, m in zip(*leaves, strict=True):
+  sums = []
+  leaves = map(jax.tree.leaves, (grads, control, mean, corrected))
+  for g, s, m, c in zip(*leaves, strict=True):
     # As far as the gradient is rounded, not as widely as sums are formed.
     eps = _ROUNDINGS * float(jnp.finfo(g.dtype).eps)
-    g, s, m = (_scaled(x, unit, _checks.wide_dtype(g.dtype)) for x in (g, s, m))
-    covariance.append(_dot(g - m, s - m))
-    # The other way round: XLA for CPU would write s - m to memory if both had
-    # it.
-    variance.append(_dot(m - s, m - s))
-    corrected = (g - m) + coefficient.astype(g.dtype) * (m - s)
-    moment.append(_dot(corrected, corrected))
-    rounding.append(eps**2 * _dot(m, m))
+    wide = _checks.wide_dtype(g.dtype)
+    g, s, m = (_scaled(x, unit, wide) for x in (g, s, m))
+    rest = (g - m) + coefficient.astype(wide) * (m - s)
+    sums.append(
+      _sums(
+        _real_product(g - m, s - m),
+        _real_product(s - m, s - m),
+        _real_product(rest, rest),
+        eps**2 * _real_product(m, m),
+        _defect(c).astype(rest.real.dtype),
+      )
+    )
   total = functools.partial(_total, dtype=unit.dtype, sum_axes=sum_axes)
-  return _Products(
-    total(covariance), total(variance), total(moment), total(rounding), unit
+  covariance, variance, moment, rounding, defect = (
+    total([x[i] for x in sums]) for i in range(5)
   )
+  return _Products(covariance, variance, moment, rounding, defect, unit)
+
+
+def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
+  """The sums of arrays of one shape, in one sweep."""
+
+  def one_by_one() -> tuple[jax.Array, ...]:
+    return tuple(map(jnp.sum, terms))
+
+  def together() -> tuple[jax.Array, ...]:
+    zeros = tuple(jnp.zeros([], x.dtype) for x in terms)
+    rows = jax.lax.reduce(
+      terms,
+      _compat.vary_like(zeros, terms),
+      lambda x, y: tuple(map(jnp.add, x, y)),
+      (terms[0].ndim - 1,),
+    )
+    return tuple(map(jnp.sum, rows))
+
+  if not terms[0].ndim:
+    return terms
+  # XLA for CPU does not fuse sums into one loop, unless they are one operation.
+  return jax.lax.platform_dependent(cpu=together, default=one_by_one)
+
+
+def _defect(x: jax.Array) -> jax.Array:
+  """Zeros, but NaN where a number is not finite."""
+  # Not isfinite(x), for which XLA for CPU writes to memory whether each number
+  # is.
+  x = x - x
+  return x.real + x.imag if jnp.iscomplexobj(x) else x
 
 
 def _fitting_unit(
@@ -612,9 +638,9 @@ def _scalar_dtype(params: optax.Params) -> Any:
   return max(dtypes, key=lambda d: d.itemsize, default=np.dtype(np.float32))
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The real inner product of two arrays."""
-  return jnp.sum((x * y.conj()).real)
+def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Component by component, the real part of the product with a conjugate."""
+  return (x * y.conj()).real
 
 
 def _widen(x: jax.Array, dtype: Any) -> jax.Array:

@@ -1,16 +1,4 @@
-# Copyright 2026 The optax_svrg Authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """alpha-SVRG (Yin et al., 2025), also with a coefficient estimated online."""
 
 from collections.abc import Callable
@@ -21,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_svrg import _checks, _control_variate, _sharding, _snapshot
+from optax_svrg import (
+  _checks,
+  _compat,
+  _control_variate,
+  _sharding,
+  _snapshot,
+)
 
 _MASKED_HINT = (
   "the snapshot holds optax.MaskedNode placeholders: alpha_svrg is wrapped in"
@@ -66,8 +60,9 @@ def alpha_svrg(
   ``axis_name``, a device falls back by itself, which ``alpha`` does not show.)
 
   Under :func:`jax.jit`, the gradient at the snapshot is computed only in steps
-  that use it; under :func:`jax.vmap`, which turns branches into selections, in
-  all of them.
+  that use it. In all steps it is computed under :func:`jax.vmap`, which turns
+  branches into selections, and on CPU if it has convolutions, at which XLA for
+  CPU is several times slower inside a branch.
 
   Args:
     alpha: the coefficient: a finite real number, a scalar array, or a schedule,
@@ -362,9 +357,9 @@ def _svrg(
         fixed_unit=axis_name is not None,
       )
 
-    def evaluate() -> _control_variate.Correction:
+    def second_gradient() -> optax.Updates:
       snapshot = _for_grad_fn(state, params, updates, snapshot_dtype)
-      return correct(_second_gradient(grad_fn, snapshot, updates, axis_name))
+      return _second_gradient(grad_fn, snapshot, updates, axis_name)
 
     def skip() -> _control_variate.Correction:
       return _control_variate.no_correction(
@@ -379,14 +374,15 @@ def _svrg(
       alpha = jnp.zeros_like(coefficient)
       correction = _control_variate.Correction(updates, alpha, None)
       if not rule.always_off and not state.num_snapshots:
-        once.before_the_first_snapshot(value, grad_fn and evaluate)
+        once.before_the_first_snapshot(value, grad_fn and second_gradient)
     elif grad_fn is None:
       correction = correct(snapshot_grads)
     elif needed is True:
-      correction = evaluate()
+      correction = correct(second_gradient())
     else:
+      gradient = _compat.outside_of_branches(second_gradient)
       # As a whole, so that nothing is read while it is not needed.
-      correction = jax.lax.cond(needed, evaluate, skip)
+      correction = jax.lax.cond(needed, lambda: correct(gradient()), skip)
     if axis_name is not None:
       correction = _average(
         correction, coefficient, state, axis_name, shard_axes
@@ -414,7 +410,8 @@ class _Once:
 
     Args:
       coefficient: the coefficient that there would be.
-      evaluate: corrects by ``grad_fn``; ``None`` without one.
+      evaluate: computes the gradient at the snapshot by ``grad_fn``; ``None``
+        without one.
     """
     if evaluate is not None and not self._checked:
       self._checked = True
