@@ -9,6 +9,7 @@ method that was tried with more of them.
 
 from collections.abc import Hashable, Mapping, Sequence
 import dataclasses
+import itertools
 import math
 import statistics
 
@@ -201,7 +202,7 @@ def over_plain(
   inside = min(max(gradients, curve[0][0]), curve[-1][0])
   if abs(inside / gradients - 1) > 0.03:
     return None
-  for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+  for (x0, y0), (x1, y1) in itertools.pairwise(curve):
     if inside <= x1:
       share = math.log(inside / x0) / math.log(x1 / x0)
       return loss / (y0 ** (1 - share) * y1**share)
