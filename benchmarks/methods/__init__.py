@@ -5,10 +5,8 @@ from typing import Any
 
 import optax
 
-from benchmarks.methods.coefficients import coefficient
+from benchmarks.methods import coefficients, saga_variants, snapshots
 from benchmarks.methods.method import Context, Factory, Method
-from benchmarks.methods.saga_variants import saga_variant
-from benchmarks.methods.snapshots import snapshots
 import optax_svrg
 
 __all__ = ["MAIN", "METHODS", "Context", "Factory", "Method", "make"]
@@ -75,9 +73,9 @@ MAIN: dict[str, Factory] = {
 }
 METHODS: dict[str, Factory] = {
   **MAIN,
-  "coefficient": coefficient,
-  "saga-variant": saga_variant,
-  "snapshots": snapshots,
+  "coefficient": coefficients.method,
+  "saga-variant": saga_variants.method,
+  "snapshots": snapshots.method,
 }
 
 

@@ -119,6 +119,6 @@ def subtract(
   )
 
 
-def coefficient(context: Context, **settings: Any) -> Method:
+def method(context: Context, **settings: Any) -> Method:
   """SVRG with another estimate of the coefficient, see :func:`transform`."""
   return Method(transform(**settings), optax.constant_schedule(1.0))

@@ -235,7 +235,7 @@ def entries(saga: optax_svrg.SAGAState, num_batches: int) -> optax.Updates:
   )
 
 
-def saga_variant(context: Context, **settings: Any) -> Method:
+def method(context: Context, **settings: Any) -> Method:
   """Adaptive SAGA with an addition, see :class:`Variant`."""
   variant = Variant(**settings)
   return Method(

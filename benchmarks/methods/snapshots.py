@@ -3,7 +3,7 @@
 
 A strategy says when a snapshot is taken, and what its mean gradient is made of.
 Both are data: ``STRATEGIES`` has the settings of those under study, which
-:func:`snapshots` turns into a method.
+:func:`method` turns into a method.
 """
 
 from collections.abc import Callable, Mapping
@@ -190,7 +190,7 @@ class Table(Pass):
     )
     mean = jax.tree.map(lambda t: t.mean(axis=0), table)
     svrg = optax_svrg.take_snapshot(svrg, params, lambda _: mean)
-    return svrg, table, at.num_steps
+    return svrg, table, jnp.int32(at.num_steps)
 
   def correct(
     self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
@@ -216,7 +216,7 @@ class PreviousEpoch(Pass):
     mean_params, mean_grads = optax.tree.scale(1 / at.num_steps, memory)
     taken = optax_svrg.take_snapshot(svrg, mean_params, lambda _: mean_grads)
     svrg = optax.tree.where(at.epoch > 0, taken, svrg)
-    return svrg, optax.tree.zeros_like(memory), 0
+    return svrg, optax.tree.zeros_like(memory), jnp.int32(0)
 
   def correct(
     self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
@@ -235,7 +235,8 @@ class RunningMean(Pass):
   ) -> tuple[Any, Any, Any]:
     """Takes a snapshot without a pass, whose mean becomes known later."""
     zeros = optax.tree.zeros_like(params)
-    return optax_svrg.take_snapshot(svrg, params, lambda _: zeros), memory, 0
+    svrg = optax_svrg.take_snapshot(svrg, params, lambda _: zeros)
+    return svrg, memory, jnp.int32(0)
 
   def correct(
     self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
@@ -339,7 +340,7 @@ def transform(
     before, memory, passed = jax.lax.cond(
       decision.due,
       lambda: mean.take(state.mean, enabled, params, at),
-      lambda: (enabled, state.mean, 0),
+      lambda: (enabled, state.mean, jnp.int32(0)),
     )
     step = Step(svrg.update, updates, grad_fn, batch_index)
     corrected, after, memory, computed = mean.correct(
@@ -353,7 +354,7 @@ def transform(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def snapshots(
+def method(
   context: Context,
   when: str = "epochs",
   mean: str = "pass",
