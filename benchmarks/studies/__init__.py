@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module for each study: its experiments, and a table and figure of them."""
+"""One module for each study: what is specific to it."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import models
+from benchmarks.models import small as models
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros_init()
