@@ -23,7 +23,7 @@ class Experiment:
     model: name of the model, a key of :data:`benchmarks.models.MODELS`.
     method: name of the method, a key of :data:`benchmarks.methods.METHODS`.
     optimizer: name of the optimizer, a key of
-      :data:`benchmarks.harness.trainer.OPTIMIZERS`.
+      :data:`benchmarks.harness.program.OPTIMIZERS`.
     epochs: number of epochs.
     batch_size: examples of a batch, of all devices.
     lr: peak learning rate.
@@ -40,7 +40,7 @@ class Experiment:
     schedule: ``"cosine"`` or ``"constant"``.
     warmup_epochs: epochs during which the learning rate rises; ``None`` for a
       tenth of all steps.
-    final_lr: learning rate at the end of the cosine.
+    final_lr_share: learning rate at the end of the cosine, relative to ``lr``.
     snapshot_every: epochs between snapshots.
     keeps_table: whether ``"streams"`` keeps the gradients at the snapshot from
       the pass, instead of computing them again.
@@ -66,7 +66,7 @@ class Experiment:
   method_settings: Settings = dataclasses.field(default_factory=dict)
   schedule: str = "cosine"
   warmup_epochs: int | None = None
-  final_lr: float = 0.0
+  final_lr_share: float = 0.0
   snapshot_every: int = 1
   keeps_table: bool = True
   data_sha256: str = ""
@@ -194,7 +194,7 @@ class Run:
     return not all(math.isfinite(point.train_loss) for point in self.history)
 
   def as_json(self) -> dict[str, Any]:
-    """Returns the run as JSON, with ``null`` for numbers that are not finite."""
+    """Returns the run as JSON, numbers that are not finite as ``null``."""
     return {
       "experiment": self.experiment.identity(),
       "finished": self.finished,

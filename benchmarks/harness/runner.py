@@ -4,12 +4,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness.experiment import Experiment, Point, Run
+from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.store import Store
-from benchmarks.harness.trainer import Observer, shared, Trainer
-
-# Called with a run and its latest state.
-OnEpoch = Callable[[Run, Point], None]
+from benchmarks.harness.trainer import load, Observer, OnEpoch, shared, Trainer
 
 
 def run_all(
@@ -17,13 +14,13 @@ def run_all(
   store: Store,
   *,
   data_dir: Path | None = None,
-  progress: OnEpoch | None = None,
+  progress: OnEpoch = lambda run, point: None,
   observers: Callable[[Experiment], Sequence[Observer]] = lambda _: (),
 ) -> list[Run]:
   """Trains each experiment that the store lacks, and stores it as it ends.
 
-  Experiments that differ in method, learning rate and seed alone share a
-  trainer: its data and compiled functions.
+  Experiments on the same data and model share a trainer, and those that differ
+  in learning rate and seed alone its compiled functions.
 
   Args:
     experiments: the experiments.
@@ -39,17 +36,15 @@ def run_all(
     benchmarks.UserError: if data or the store cannot be used.
   """
   experiments = list(experiments)
-  missing = [e for e in dict.fromkeys(experiments) if store.get(e) is None]
+  found = {experiment: store.get(experiment) for experiment in experiments}
   groups: dict[Experiment, list[Experiment]] = {}
-  for experiment in missing:
-    groups.setdefault(shared(experiment), []).append(experiment)
+  for experiment, run in found.items():
+    if run is None:
+      groups.setdefault(shared(experiment), []).append(experiment)
   for common, group in groups.items():
-    trainer = Trainer(common, data_dir)
+    trainer = Trainer(common, load(common.dataset, common.feed, data_dir))
     for experiment in group:
-      run = Run(experiment)
-      on_epoch = (
-        (lambda point, run=run: progress(run, point)) if progress else None
-      )
-      trainer.fit(run, observers=observers(experiment), on_epoch=on_epoch)
+      run = found[experiment] = Run(experiment)
+      trainer.fit(run, observers=observers(experiment), on_epoch=progress)
       store.put(run)
-  return [_stored(store, experiment) for experiment in experiments]
+  return [found[experiment] for experiment in experiments]
