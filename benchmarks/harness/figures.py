@@ -5,7 +5,7 @@ A study computes a :class:`Figure` from stored runs; it is published as JSON
 beside the drawing, so that it can be checked without comparing pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import math
@@ -78,6 +78,15 @@ class Figure:
   def as_json(self) -> dict[str, Any]:
     """The figure as JSON, with four significant digits."""
     return _rounded(dataclasses.asdict(self))
+
+
+def from_json(saved: Mapping[str, Any]) -> Figure:
+  """Makes a figure from :meth:`Figure.as_json`."""
+  panels = [
+    Panel(**{**panel, "lines": [Line(**line) for line in panel["lines"]]})
+    for panel in saved["panels"]
+  ]
+  return Figure(saved["title"], panels)
 
 
 def family(label: str) -> str:

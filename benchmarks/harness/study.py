@@ -19,24 +19,37 @@ from typing import Any
 import click
 
 from benchmarks import cli
-from benchmarks.harness import comparison, figures, report
+from benchmarks.harness import comparison, figures, publishing, report
 from benchmarks.harness.experiment import Experiment, Point, Run
 
-PUBLISHED = Path(__file__).parent.parent / "results"
-_FIELDS = (
-  "epoch",
-  "train_loss",
-  "validation_accuracy",
-  "gradients_per_example",
-  "alpha",
-  "variance_ratio",
-)
+# Around what suits the plain optimizer, for all methods alike.
+LEARNING_RATES = {
+  ("logreg", "sgd"): (0.1, 0.3, 1.0),
+  ("logreg", "adamw"): (0.01, 0.03, 0.1),
+  ("mlp2", "sgd"): (0.15, 0.3, 0.6),
+  ("mlp2", "momentum"): (0.02, 0.05, 0.1),
+  ("mlp2", "adamw"): (0.003, 0.01, 0.03),
+  ("mlp4", "sgd"): (0.15, 0.3, 0.6),
+  ("mlp4", "momentum"): (0.05, 0.1, 0.2),
+  ("mlp4", "adamw"): (0.0025, 0.005, 0.01),
+}
+NOTES = f"""\
+Final train losses are means over the seeds ± sample standard deviation, with
+the learning rate in brackets (`*`: at an end of its grid). Where several
+learning rates were tried, each method has the one of least loss over
+{len(comparison.TUNING_SEEDS)} seeds that take no part in the verdicts. A
+verdict is by a paired t-test over the seeds at 5 %, after Holm's correction
+over all comparisons of its table. The percentage is the mean difference from
+the rival's mean loss; in square brackets is its 95 % interval, that of the
+single comparison."""
 
 # Makes the experiments of a method from the template of a problem.
 Arm = Callable[[Experiment], Experiment]
 
 
-def arm(method: str, *, changes: Mapping[str, Any] | None = None, **settings: Any) -> Arm:
+def arm(
+  method: str, *, changes: Mapping[str, Any] | None = None, **settings: Any
+) -> Arm:
   """A method with settings, and changes of the experiment's other fields."""
   return lambda template: template.replace(
     method=method, method_settings=settings, **(changes or {})
@@ -60,18 +73,43 @@ class Cell:
   arms: Sequence[str] | None = None
   num_seeds: int = len(comparison.VERDICT_SEEDS)
 
+  @property
+  def name(self) -> str:
+    """Name of the problem, from what differs within a study."""
+    e = self.template
+    parts = [e.dataset, e.model, e.optimizer]
+    parts += [f"noise-{e.label_noise:g}"] if e.label_noise else []
+    parts += [e.augment] if e.augment != "none" else []
+    return "-".join(parts)
+
+
+def cells(*problems: Cell) -> dict[str, Cell]:
+  """Problems by their names."""
+  return {problem.name: problem for problem in problems}
+
 
 def cell(
   dataset: str,
   model: str,
   optimizer: str,
-  learning_rates: Sequence[float],
   *,
+  lr: float | None = None,
   arms: Sequence[str] | None = None,
   num_seeds: int = len(comparison.VERDICT_SEEDS),
   **changes: Any,
 ) -> Cell:
-  """A problem of the size that most studies have."""
+  """A problem of the size that most studies have.
+
+  Args:
+    dataset: name of the data set.
+    model: name of the model.
+    optimizer: name of the optimizer.
+    lr: the learning rate; if ``None``, those of ``LEARNING_RATES`` are tried.
+    arms: names of the methods, all of the study by default.
+    num_seeds: number of the verdict's seeds.
+    **changes: other fields of the experiments.
+  """
+  rates = LEARNING_RATES[model, optimizer] if lr is None else (lr,)
   sizes: dict[str, Any] = {"train_examples": 4_000, "batch_size": 64}
   if dataset == "fashion-mnist":
     sizes = {
@@ -84,10 +122,10 @@ def cell(
     model=model,
     optimizer=optimizer,
     method="plain",
-    lr=learning_rates[0],
+    lr=rates[0],
     **{"epochs": 12, **sizes, **changes},
   )
-  return Cell(template, learning_rates, arms, num_seeds)
+  return Cell(template, rates, arms, num_seeds)
 
 
 class Results:
@@ -111,7 +149,9 @@ class Results:
   @property
   def cells(self) -> list[str]:
     """Names of the problems that have runs of each method."""
-    return [c for c in self._cells if all(self.runs(c, a) for a in self.arms(c))]
+    return [
+      c for c in self._cells if all(self.runs(c, a) for a in self.arms(c))
+    ]
 
   def arms(self, cell: str) -> list[str]:
     """Names of the methods of a problem."""
@@ -180,8 +220,18 @@ class Results:
 
   def compare(self, cell: str, arm: str, rival: str) -> comparison.Comparison:
     """A method against a rival."""
-    return comparison.compare(
-      self.losses(cell, arm), self.losses(cell, rival)
+    return comparison.compare(self.losses(cell, arm), self.losses(cell, rival))
+
+  def verdicts(
+    self, pairs: Sequence[tuple[str, str]], cells: Iterable[str] | None = None
+  ) -> dict[tuple[str, str, str], str]:
+    """Verdicts of one table, by problem, method and rival."""
+    chosen = self.cells if cells is None else cells
+    return comparison.verdicts(
+      {
+        (c, arm, rival): self.compare(c, arm, rival)
+        for c, (arm, rival) in itertools.product(chosen, pairs)
+      }
     )
 
   def ratios(self, arm: str, base: str, cells: Iterable[str]) -> list[float]:
@@ -234,7 +284,8 @@ class Study:
     arms: the methods.
     table: makes the tables of the results, in Markdown.
     figure: makes the figure.
-    has_curves: whether whole histories are published, and not the last points.
+    has_curve: whether the whole history of an experiment is published, and not
+      the last point alone.
   """
 
   name: str
@@ -243,7 +294,7 @@ class Study:
   arms: Mapping[str, Arm]
   table: Callable[[Results], str]
   figure: Callable[[Results], figures.Figure] | None = None
-  has_curves: bool = False
+  has_curve: Callable[[Experiment], bool] = lambda experiment: False
 
   def results(self, runs: Iterable[Run], cells: Iterable[str] = ()) -> Results:
     """Orders runs by problem and method."""
@@ -259,8 +310,14 @@ class Study:
     Returns:
       Contents by name of the file: the table, and the figure as data.
     """
-    results = self.results(_unpack(document))
-    files = {"table.md": f"# {self.title}\n\n{self.table(results)}\n"}
+    results = self.results(publishing.unpack(document))
+    parts = [
+      f"# {self.title}",
+      f"    {document['command']}",
+      self.table(results),
+      NOTES,
+    ]
+    files = {"table.md": "\n\n".join(parts) + "\n"}
     if self.figure is not None:
       data = self.figure(results).as_json()
       files["figure.json"] = json.dumps(data, ensure_ascii=False) + "\n"
@@ -278,7 +335,9 @@ class Study:
     @click.option("--epochs", type=cli.positive, help="For a quick look.")
     @click.option("--examples", type=cli.positive, help="For a quick look.")
     @cli.out_option(self.name)
-    @click.option("--publish", is_flag=True, help=f"Write to {PUBLISHED.name}/.")
+    @click.option(
+      "--publish", is_flag=True, help="Write to benchmarks/results, too."
+    )
     def main(
       data_dir: Path | None,
       cells: Sequence[str],
@@ -302,10 +361,10 @@ class Study:
         )
       study = dataclasses.replace(self, cells=chosen)
       runs = study.train(out, data_dir)
-      document = study.pack(runs)
+      document = publishing.pack(self.name, runs, self.has_curve)
       click.echo(study.render(document)["table.md"])
       if publish:
-        publish_document(self.name, document)
+        publishing.publish(self.name, document)
 
     return main
 
@@ -315,119 +374,22 @@ class Study:
 
     stored = store.Store(out)
     runs: dict[Experiment, Run] = {}
-    for _ in range(2):
+    for cell, _ in itertools.product(self.cells, range(2)):
       results = self.results(runs.values())
-      wanted = dict.fromkeys(
+      wanted = [
         experiment
-        for name in self.cells
-        for arm in results.arms(name)
-        for experiment in results.experiments(name, arm)
-      )
-      progress = functools.partial(_tell, len(wanted))
+        for arm in results.arms(cell)
+        for experiment in results.experiments(cell, arm)
+      ]
+      progress = functools.partial(_tell, f"{self.name}, {cell}")
       made = runner.run_all(
         wanted, stored, data_dir=data_dir, progress=progress
       )
       runs |= {run.experiment: run for run in made}
     return list(runs.values())
 
-  def pack(self, runs: Sequence[Run]) -> dict[str, Any]:
-    """Makes the contents of ``runs.json``: compact, and all that is needed."""
-    identities = [run.experiment.identity() for run in runs]
-    common = {
-      name: value
-      for name, value in identities[0].items()
-      if all(identity[name] == value for identity in identities)
-    }
-    origins = {
-      name: _distinct(run.origin.get(name) for run in runs)
-      for name in ("commit", "versions", "machine")
-    }
-    return {
-      "module": f"benchmarks.studies.{self.name}",
-      "command": f"python -m benchmarks {self.name.replace('_', '-')}",
-      **origins,
-      "fields": _FIELDS,
-      "common": common,
-      "runs": [
-        {
-          "changes": {k: v for k, v in identity.items() if k not in common},
-          "diverged": run.diverged,
-          "history": [
-            [_rounded(getattr(point, name)) for name in _FIELDS]
-            for point in (run.history if self.has_curves else run.history[-1:])
-          ],
-        }
-        for identity, run in zip(identities, runs, strict=True)
-      ],
-    }
 
-
-def _unpack(document: Mapping[str, Any]) -> list[Run]:
-  runs = []
-  for saved in document["runs"]:
-    experiment = Experiment.from_identity(
-      {**document["common"], **saved["changes"]}
-    )
-    history = [
-      Point(**{"seconds": 0.0, **dict(zip(document["fields"], values, strict=True))})
-      for values in saved["history"]
-    ]
-    if saved["diverged"]:
-      history[-1] = history[-1]._replace(train_loss=math.nan)
-    runs.append(Run(experiment, history, finished=True))
-  return runs
-
-
-def publish_document(name: str, document: Mapping[str, Any]) -> None:
-  """Writes the runs of a study, and what is made of them.
-
-  Args:
-    name: name of the folder below ``benchmarks/results``.
-    document: contents of ``runs.json``.
-  """
-  folder = PUBLISHED / name
-  folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-  (folder / "runs.json").write_text(text.replace('{"changes"', '\n{"changes"') + "\n")
-  write_files(folder)
-
-
-def write_files(folder: Path) -> list[Path]:
-  """Makes the table and the figure of a folder of ``runs.json`` again."""
-  written = []
-  for name, text in render(folder).items():
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    written.append(path)
-    if name == "figure.json":
-      path = folder / "figure.svg"
-      path.write_bytes(figures.draw(figures.from_json(json.loads(text))))
-      written.append(path)
-  return written
-
-
-def render(folder: Path) -> dict[str, str]:
-  """The files of a folder, as its module makes them of ``runs.json``."""
-  import importlib
-
-  document = json.loads((folder / "runs.json").read_text("utf-8"))
-  return importlib.import_module(document["module"]).render(document)
-
-
-def _distinct(values: Iterable[Any]) -> list[Any]:
-  distinct: list[Any] = []
-  for value in values:
-    if value not in distinct:
-      distinct.append(value)
-  return distinct
-
-
-def _rounded(value: Any) -> Any:
-  if not isinstance(value, float):
-    return value
-  return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _tell(total: int, run: Run, point: Point) -> None:
+def _tell(where: str, run: Run, point: Point) -> None:
   if run.finished:
-    click.echo(f"{run.experiment.name} of {total}", err=True)
+    e = run.experiment
+    click.echo(f"{where}: {e.method}, lr {e.lr:g}, seed {e.seed}", err=True)

@@ -13,7 +13,6 @@ import optax_svrg
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
   "decay 0.8": {"decay": 0.8},
-  "decay 0.97": {},
   "decay 0.99": {"decay": 0.99},
   "with the current batch": {"current": True},
   "per array": {"per_leaf": True},
