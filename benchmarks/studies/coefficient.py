@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coefficient of SVRG: given by a schedule, or estimated in many ways."""
 
-from benchmarks.harness import figures, report
+from benchmarks.harness import figures, report, study
 from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
 from benchmarks.methods import coefficients
 
 PLAIN, ADAPTIVE = "plain", "adaptive SVRG"
-GIVEN: dict[str, Arm] = {
-  PLAIN: arm("plain"),
-  "SVRG": arm("svrg"),
-  "α-SVRG, linear from 0.5": arm("alpha-svrg", alpha0=0.5),
-  "α-SVRG, linear from 0.75": arm("alpha-svrg", alpha0=0.75),
-  ADAPTIVE: arm("adaptive"),
+GIVEN: dict[str, study.Arm] = {
+  PLAIN: study.arm("plain"),
+  "SVRG": study.arm("svrg"),
+  "alpha-SVRG, linear from 0.5": study.arm("alpha-svrg", alpha0=0.5),
+  "alpha-SVRG, linear from 0.75": study.arm("alpha-svrg", alpha0=0.75),
+  ADAPTIVE: study.arm("adaptive"),
 }
-VARIANTS: dict[str, Arm] = {
-  name: arm("coefficient", **settings)
+VARIANTS: dict[str, study.Arm] = {
+  name: study.arm("coefficient", **settings)
   for name, settings in coefficients.VARIANTS.items()
 }
 RIVALS = [name for name in GIVEN if name != ADAPTIVE]
-GRID = cells(
-  cell("mnist-5k", "logreg", "adamw", arms=list(GIVEN)),
-  cell("mnist-5k", "mlp2", "sgd", arms=list(GIVEN)),
-  cell("fashion-mnist", "mlp2", "adamw", arms=list(GIVEN)),
-  cell("fashion-mnist", "mlp4", "sgd", arms=list(GIVEN)),
-  cell("fashion-mnist", "mlp4", "adamw", arms=list(GIVEN)),
+GRID = study.cells(
+  study.cell("mnist-5k", "logreg", "adamw", arms=list(GIVEN)),
+  study.cell("mnist-5k", "mlp2", "sgd", arms=list(GIVEN)),
+  study.cell("fashion-mnist", "mlp2", "adamw", arms=list(GIVEN)),
+  study.cell("fashion-mnist", "mlp4", "sgd", arms=list(GIVEN)),
+  study.cell("fashion-mnist", "mlp4", "adamw", arms=list(GIVEN)),
 )
 # At about the best learning rate of plain.
 ESTIMATES = {
   f"{problem.name}-estimates": problem
   for problem in (
-    cell("mnist-5k", "mlp2", "sgd", lr=0.3, arms=[PLAIN, ADAPTIVE, *VARIANTS]),
-    cell(
+    study.cell(
+      "mnist-5k", "mlp2", "sgd", lr=0.3, arms=[PLAIN, ADAPTIVE, *VARIANTS]
+    ),
+    study.cell(
       *("fashion-mnist", "mlp4", "adamw"),
       lr=0.005,
       arms=[PLAIN, ADAPTIVE, *VARIANTS],
@@ -41,7 +42,7 @@ ESTIMATES = {
 SHOWN = "fashion-mnist-mlp4-adamw"
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Adaptive SVRG against given coefficients, and its variants."""
   grid = [c for c in results.cells if c in GRID]
   verdicts = results.verdicts([(ADAPTIVE, rival) for rival in RIVALS], grid)
@@ -58,7 +59,7 @@ def table(results: Results) -> str:
   return "\n\n".join(parts)
 
 
-def _variants(results: Results, cell: str) -> str:
+def _variants(results: study.Results, cell: str) -> str:
   verdicts = results.verdicts([(name, ADAPTIVE) for name in VARIANTS], [cell])
   names = (PLAIN, ADAPTIVE, *VARIANTS)
   rows = [
@@ -74,7 +75,7 @@ def _variants(results: Results, cell: str) -> str:
   return f"Other estimates: {cell}\n\n{report.markdown_table(columns, rows)}"
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """Loss and accuracy over the training of one problem."""
   panels = [
     figures.Panel(
@@ -97,7 +98,7 @@ def _is_shown(experiment: Experiment) -> bool:
   )
 
 
-STUDY = Study(
+STUDY = study.Study(
   "coefficient",
   "Coefficients of SVRG, given and estimated",
   {**GRID, **ESTIMATES},

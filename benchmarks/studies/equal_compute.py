@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods at the same number of gradients: what else could be bought."""
 
-from benchmarks.harness import comparison, figures, report
+from benchmarks.harness import comparison, figures, report, study
 from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
 
 LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
 TRIPLE = "plain, 3x the epochs"
 
 
-def _longer(factor: int) -> Arm:
+def _longer(factor: int) -> study.Arm:
   return lambda e: e.replace(method="plain", epochs=factor * e.epochs)
 
 
@@ -22,25 +21,25 @@ def _larger(template: Experiment) -> Experiment:
   )
 
 
-ARMS: dict[str, Arm] = {
+ARMS: dict[str, study.Arm] = {
   **{name: _longer(factor) for name, factor in LENGTHS.items()},
   "plain, 3x the batch": _larger,
-  "SVRG": arm("svrg"),
-  "α-SVRG, linear from 0.75": arm("alpha-svrg", alpha0=0.75),
-  "adaptive SVRG": arm("adaptive"),
-  "adaptive SVRG, gradient table": arm("snapshots", mean="table"),
-  "SAGA": arm("saga"),
-  "adaptive SAGA": arm("adaptive-saga"),
+  "SVRG": study.arm("svrg"),
+  "alpha-SVRG, linear from 0.75": study.arm("alpha-svrg", alpha0=0.75),
+  "adaptive SVRG": study.arm("adaptive"),
+  "adaptive SVRG, gradient table": study.arm("snapshots", mean="table"),
+  "SAGA": study.arm("saga"),
+  "adaptive SAGA": study.arm("adaptive-saga"),
 }
-CELLS = cells(
-  cell("mnist-5k", "logreg", "adamw"),
-  cell("fashion-mnist", "mlp4", "sgd"),
-  cell("fashion-mnist", "mlp4", "adamw"),
+CELLS = study.cells(
+  study.cell("mnist-5k", "logreg", "adamw"),
+  study.cell("fashion-mnist", "mlp4", "sgd"),
+  study.cell("fashion-mnist", "mlp4", "adamw"),
 )
 # Each against plain with at least as many gradients.
 RIVALS = {
   "SVRG": TRIPLE,
-  "α-SVRG, linear from 0.75": TRIPLE,
+  "alpha-SVRG, linear from 0.75": TRIPLE,
   "adaptive SVRG": TRIPLE,
   "plain, 3x the batch": TRIPLE,
   "adaptive SVRG, gradient table": "plain, 2x the epochs",
@@ -49,14 +48,14 @@ RIVALS = {
 }
 
 
-def _point(results: Results, cell: str, name: str) -> tuple[float, float]:
+def _point(results: study.Results, cell: str, name: str) -> tuple[float, float]:
   return (
     results.mean(cell, name, "gradients_per_example"),
     results.mean(cell, name),
   )
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Each method against plain with as many gradients."""
   verdicts = results.verdicts(list(RIVALS.items()))
   parts = []
@@ -86,7 +85,7 @@ def table(results: Results) -> str:
   return "\n\n".join(parts)
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """Loss against gradients."""
   panels = []
   for cell in results.cells:
@@ -104,7 +103,7 @@ def figure(results: Results) -> figures.Figure:
   return figures.Figure("Means over the seeds", panels)
 
 
-STUDY = Study(
+STUDY = study.Study(
   "equal_compute", "Equal numbers of gradients", CELLS, ARMS, table, figure
 )
 render, main = STUDY.render, STUDY.command()

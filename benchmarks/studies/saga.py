@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAGA and plain training at the same number of gradients."""
 
-from benchmarks.harness import comparison, figures, report
+from benchmarks.harness import comparison, figures, report, study
 from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
 
 PLAIN = ("plain", "plain, fixed batches")
 ADAPTIVE, ROUNDED = "adaptive SAGA", "adaptive SAGA, bfloat16 table"
-ARMS: dict[str, Arm] = {
-  PLAIN[0]: arm("plain"),
-  PLAIN[1]: arm("plain-fixed"),
-  "SAGA": arm("saga"),
-  ADAPTIVE: arm("adaptive-saga"),
-  ROUNDED: arm("adaptive-saga", table_dtype="bfloat16"),
+ARMS: dict[str, study.Arm] = {
+  PLAIN[0]: study.arm("plain"),
+  PLAIN[1]: study.arm("plain-fixed"),
+  "SAGA": study.arm("saga"),
+  ADAPTIVE: study.arm("adaptive-saga"),
+  ROUNDED: study.arm("adaptive-saga", table_dtype="bfloat16"),
 }
-CELLS = cells(
-  cell("mnist-5k", "mlp2", "adamw"),
-  cell("fashion-mnist", "mlp2", "adamw"),
-  cell("fashion-mnist", "mlp4", "sgd"),
-  cell("fashion-mnist", "mlp4", "momentum"),
-  cell("fashion-mnist", "mlp4", "adamw"),
-  cell("fashion-mnist", "mlp4", "adamw", label_noise=0.3),
-  cell("fashion-mnist", "mlp4", "adamw", augment="shift-flip"),
+CELLS = study.cells(
+  study.cell("mnist-5k", "mlp2", "adamw"),
+  study.cell("fashion-mnist", "mlp2", "adamw"),
+  study.cell("fashion-mnist", "mlp4", "sgd"),
+  study.cell("fashion-mnist", "mlp4", "momentum"),
+  study.cell("fashion-mnist", "mlp4", "adamw"),
+  study.cell("fashion-mnist", "mlp4", "adamw", label_noise=0.3),
+  study.cell("fashion-mnist", "mlp4", "adamw", augment="shift-flip"),
 )
 PAIRS = [(ADAPTIVE, p) for p in PLAIN] + [
   (ADAPTIVE, "SAGA"),
@@ -30,7 +29,7 @@ PAIRS = [(ADAPTIVE, p) for p in PLAIN] + [
 SHOWN = "fashion-mnist-mlp4-sgd"
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Losses, verdicts and accuracies, problem by problem."""
   verdicts = results.verdicts(PAIRS)
   losses, against, accuracies = [], [], []
@@ -58,7 +57,7 @@ def table(results: Results) -> str:
   )
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """Loss and accuracy over the training of one problem."""
   names = [name for name in ARMS if name != ROUNDED]
   return figures.Figure(
@@ -84,7 +83,7 @@ def _is_shown(experiment: Experiment) -> bool:
   )
 
 
-STUDY = Study(
+STUDY = study.Study(
   "saga",
   "SAGA against plain training, one gradient per step for all",
   CELLS,

@@ -1,39 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive SAGA with additions, at the same number of gradients."""
 
-from benchmarks.harness import comparison, report
+from benchmarks.harness import comparison, report, study
 from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
 from benchmarks.methods import saga_variants
 
 BASE = "adaptive SAGA"
 
 
-def _variant(name: str) -> Arm:
+def _variant(name: str) -> study.Arm:
   settings = saga_variants.VARIANTS[name]
 
   def make(template: Experiment) -> Experiment:
     epochs = saga_variants.equal_epochs(settings, template.epochs)
-    return arm("saga-variant", changes={"epochs": epochs}, **settings)(template)
+    return study.arm("saga-variant", changes={"epochs": epochs}, **settings)(
+      template
+    )
 
   return make
 
 
-ARMS: dict[str, Arm] = {
-  BASE: arm("adaptive-saga"),
-  "plain, fixed batches": arm("plain-fixed"),
-  "plain, fixed batches and order": arm("plain-fixed", fixed_order=True),
-  "adaptive SAGA, fixed order": arm("adaptive-saga", fixed_order=True),
+ARMS: dict[str, study.Arm] = {
+  BASE: study.arm("adaptive-saga"),
+  "plain, fixed batches": study.arm("plain-fixed"),
+  "plain, fixed batches and order": study.arm("plain-fixed", fixed_order=True),
+  "adaptive SAGA, fixed order": study.arm("adaptive-saga", fixed_order=True),
   **{name: _variant(name) for name in saga_variants.VARIANTS},
 }
 # At about the best learning rate of adaptive SAGA.
-CELLS = cells(
-  cell("fashion-mnist", "mlp4", "sgd", lr=0.3),
-  cell("fashion-mnist", "mlp2", "adamw", lr=0.01),
+CELLS = study.cells(
+  study.cell("fashion-mnist", "mlp4", "sgd", lr=0.3),
+  study.cell("fashion-mnist", "mlp2", "adamw", lr=0.01),
 )
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Losses over that of adaptive SAGA, and verdicts against it."""
   verdicts = results.verdicts([(name, BASE) for name in ARMS if name != BASE])
   rows = []
@@ -45,5 +46,7 @@ def table(results: Results) -> str:
   return report.markdown_table(columns, rows)
 
 
-STUDY = Study("saga_variants", "Additions to adaptive SAGA", CELLS, ARMS, table)
+STUDY = study.Study(
+  "saga_variants", "Additions to adaptive SAGA", CELLS, ARMS, table
+)
 render, main = STUDY.render, STUDY.command()

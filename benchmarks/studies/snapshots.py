@@ -1,45 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshot strategies: what cheaper snapshots cost in loss."""
 
-from benchmarks.harness import comparison, figures, report
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
+from benchmarks.harness import comparison, figures, report, study
 from benchmarks.methods import snapshots
 
 LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
 BASE = "full pass"
 
 
-def _longer(factor: int) -> Arm:
+def _longer(factor: int) -> study.Arm:
   return lambda e: e.replace(method="plain", epochs=factor * e.epochs)
 
 
-ARMS: dict[str, Arm] = {
+ARMS: dict[str, study.Arm] = {
   **{name: _longer(factor) for name, factor in LENGTHS.items()},
   **{
-    name: arm("snapshots", **settings)
+    name: study.arm("snapshots", **settings)
     for name, settings in snapshots.STRATEGIES.items()
   },
 }
 # At about the best learning rate of plain.
-CELLS = cells(
-  cell("mnist-5k", "logreg", "adamw", lr=0.03),
-  cell("fashion-mnist", "mlp4", "adamw", lr=0.005),
+CELLS = study.cells(
+  study.cell("mnist-5k", "logreg", "adamw", lr=0.03),
+  study.cell("fashion-mnist", "mlp4", "adamw", lr=0.005),
 )
 
 
-def _point(results: Results, cell: str, name: str) -> tuple[float, float]:
+def _point(results: study.Results, cell: str, name: str) -> tuple[float, float]:
   return (
     results.mean(cell, name, "gradients_per_example"),
     results.mean(cell, name),
   )
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Gradients and loss of each strategy, problem by problem."""
   return "\n\n".join(f"{c}\n\n{_table(results, c)}" for c in results.cells)
 
 
-def _table(results: Results, cell: str) -> str:
+def _table(results: study.Results, cell: str) -> str:
   strategies = list(snapshots.STRATEGIES)
   pairs = [(name, BASE) for name in strategies if name != BASE]
   verdicts = results.verdicts(pairs, [cell])
@@ -64,7 +63,7 @@ def _table(results: Results, cell: str) -> str:
   return report.markdown_table(columns, rows)
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """Loss against gradients, the six strategies of least loss."""
   panels = []
   for cell in results.cells:
@@ -84,7 +83,7 @@ def figure(results: Results) -> figures.Figure:
   return figures.Figure("The six snapshot strategies of least loss", panels)
 
 
-STUDY = Study(
+STUDY = study.Study(
   "snapshots",
   "Snapshot strategies of adaptive SVRG",
   CELLS,

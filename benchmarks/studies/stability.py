@@ -4,18 +4,17 @@
 import math
 import statistics
 
-from benchmarks.harness import figures, report
-from benchmarks.harness.study import arm, Arm, cell, Results, Study
+from benchmarks.harness import figures, report, study
 
 LEARNING_RATES = (0.3, 0.4, 0.5, 0.6, 0.7)
-ARMS: dict[str, Arm] = {
-  "plain": arm("plain"),
-  "plain, fixed batches": arm("plain-fixed"),
-  "adaptive SVRG": arm("adaptive"),
-  "adaptive SAGA": arm("adaptive-saga"),
+ARMS: dict[str, study.Arm] = {
+  "plain": study.arm("plain"),
+  "plain, fixed batches": study.arm("plain-fixed"),
+  "adaptive SVRG": study.arm("adaptive"),
+  "adaptive SAGA": study.arm("adaptive-saga"),
 }
 CELLS = {
-  f"learning-rate-{lr:g}": cell(
+  f"learning-rate-{lr:g}": study.cell(
     "fashion-mnist", "mlp4", "sgd", lr=lr, num_seeds=10
   )
   for lr in LEARNING_RATES
@@ -24,11 +23,11 @@ CELLS = {
 _FAILED = math.log(10) / 2
 
 
-def _good(results: Results, cell: str, name: str) -> list[float]:
+def _good(results: study.Results, cell: str, name: str) -> list[float]:
   return [x for x in results.losses(cell, name).values() if x < _FAILED]
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """How many runs have not failed, and their median loss."""
   rows = []
   for cell in results.cells:
@@ -45,7 +44,7 @@ def table(results: Results) -> str:
   )
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """The same numbers as curves."""
   cells = results.cells
   rates = [CELLS[cell].learning_rates[0] for cell in cells]
@@ -68,7 +67,7 @@ def figure(results: Results) -> figures.Figure:
   )
 
 
-STUDY = Study(
+STUDY = study.Study(
   "stability",
   "Large learning rates",
   CELLS,

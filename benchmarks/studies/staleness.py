@@ -3,30 +3,31 @@
 
 import functools
 
-from benchmarks.harness import figures, report
-from benchmarks.harness.study import arm, Arm, cell, cells, Results, Study
+from benchmarks.harness import figures, report, study
 
 EPOCHS = 16
 # The last one takes a single snapshot, at the start.
 EVERY = (1, 4, EPOCHS)
 METHODS = {
-  "SVRG": functools.partial(arm, "svrg"),
-  "α-SVRG, linear from 0.75": functools.partial(arm, "alpha-svrg", alpha0=0.75),
-  "adaptive SVRG": functools.partial(arm, "adaptive"),
+  "SVRG": functools.partial(study.arm, "svrg"),
+  "alpha-SVRG, linear from 0.75": functools.partial(
+    study.arm, "alpha-svrg", alpha0=0.75
+  ),
+  "adaptive SVRG": functools.partial(study.arm, "adaptive"),
 }
-ARMS: dict[str, Arm] = {"plain": arm("plain")} | {
+ARMS: dict[str, study.Arm] = {"plain": study.arm("plain")} | {
   f"{name}, every {every}": make(changes={"snapshot_every": every})
   for name, make in METHODS.items()
   for every in EVERY
 }
 # At about the best learning rate of plain.
-CELLS = cells(
-  cell("fashion-mnist", "mlp4", "sgd", lr=0.3, epochs=EPOCHS),
-  cell("fashion-mnist", "mlp4", "adamw", lr=0.005, epochs=EPOCHS),
+CELLS = study.cells(
+  study.cell("fashion-mnist", "mlp4", "sgd", lr=0.3, epochs=EPOCHS),
+  study.cell("fashion-mnist", "mlp4", "adamw", lr=0.005, epochs=EPOCHS),
 )
 
 
-def table(results: Results) -> str:
+def table(results: study.Results) -> str:
   """Losses by epochs between snapshots, and verdicts against plain."""
   pairs = [(name, "plain") for name in ARMS if name != "plain"]
   verdicts = results.verdicts(pairs)
@@ -46,7 +47,7 @@ def table(results: Results) -> str:
   )
 
 
-def figure(results: Results) -> figures.Figure:
+def figure(results: study.Results) -> figures.Figure:
   """Loss by epochs between snapshots."""
   panels = []
   for cell in results.cells:
@@ -69,5 +70,5 @@ def figure(results: Results) -> figures.Figure:
   return figures.Figure("Mean and range over the seeds", panels)
 
 
-STUDY = Study("staleness", "Stale snapshots", CELLS, ARMS, table, figure)
+STUDY = study.Study("staleness", "Stale snapshots", CELLS, ARMS, table, figure)
 render, main = STUDY.render, STUDY.command()
