@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains what a store lacks."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.store import Store
-from benchmarks.harness.trainer import load, Observer, OnEpoch, shared, Trainer
+from benchmarks.harness.trainer import load, OnEpoch, shared, Trainer
 
 
 def run_all(
@@ -18,7 +18,6 @@ def run_all(
   *,
   data_dir: Path | None = None,
   progress: OnEpoch = lambda run, point: None,
-  observers: Callable[[Experiment], Sequence[Observer]] = lambda _: (),
   checkpoint_dir: Path | None = None,
   **options: Any,
 ) -> list[Run]:
@@ -32,7 +31,6 @@ def run_all(
     store: where runs are looked up and stored.
     data_dir: folder of the data sets that need one.
     progress: called with each run and its state after each epoch.
-    observers: makes the observers of an experiment, which must follow from it.
     checkpoint_dir: folder to which each epoch is saved, and from which a run
       that was stopped goes on.
     **options: of the trainers; results do not depend on them.
@@ -55,12 +53,7 @@ def run_all(
     for experiment in group:
       run = found[experiment] = Run(experiment)
       with _checkpoints(checkpoint_dir, experiment) as checkpoints:
-        trainer.fit(
-          run,
-          observers=observers(experiment),
-          on_epoch=progress,
-          checkpoints=checkpoints,
-        )
+        trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
       store.put(run)
   return [found[experiment] for experiment in experiments]
 
