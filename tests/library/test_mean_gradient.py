@@ -63,7 +63,7 @@ def test_weights_batches_by_their_size(x64, sizes, make):
   helpers.assert_close(got, GRAD(params, batch), rtol=1e-14)
 
 
-@pytest.mark.parametrize("tree", helpers.TREES)
+@pytest.mark.parametrize("tree", helpers.tree_names())
 def test_dtypes_and_structure(tree):
   make, x64 = helpers.TREES[tree]
   with jax.enable_x64(x64):
@@ -366,7 +366,7 @@ class TestGradientTable:
         helpers.assert_equal(read(table, index), table[i])
     assert [len(jax.tree.leaves(entry)) for entry in table] == [2] * len(sizes)
 
-  @pytest.mark.parametrize("tree", helpers.TREES)
+  @pytest.mark.parametrize("tree", helpers.tree_names())
   def test_dtypes_and_structure(self, tree):
     make, x64 = helpers.TREES[tree]
     with jax.enable_x64(x64):

@@ -27,19 +27,33 @@ CHILD = FLAG in os.environ.get("XLA_FLAGS", "")
 eight_devices = pytest.mark.skipif(not CHILD, reason="runs in its own process")
 
 
-@pytest.mark.skipif(CHILD, reason="this is the process")
-def test_in_a_process_with_eight_devices():
+def run_with_eight_devices(tier):
+  """Runs the tests of this file, those that a marker expression selects."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
   result = subprocess.run(
-    [sys.executable, "-m", "pytest", __file__, "-q", "-o", "addopts="],
+    [
+      *(sys.executable, "-m", "pytest", __file__, "-q"),
+      *("-o", "addopts=", "-m", tier, "--durations=10"),
+    ],
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
-    timeout=600,
+    timeout=900,
     check=False,
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert re.search(r"\d\d passed, 1 skipped", result.stdout), result.stdout
+
+
+@pytest.mark.skipif(CHILD, reason="this is the process")
+def test_in_a_process_with_eight_devices():
+  run_with_eight_devices("not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHILD, reason="this is the process")
+def test_the_rest_in_a_process_with_eight_devices():
+  run_with_eight_devices("slow")
 
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,14 @@ def run(num_processes, out, method, how, precision):
   """How each process has ended: exit status and output."""
   return helpers.in_processes(
     lambda process, port: [
-      *("-m", "tests.process_worker", method, how, num_processes, process),
+      *(
+        "-m",
+        "tests.workers.process_worker",
+        method,
+        how,
+        num_processes,
+        process,
+      ),
       *(port, precision, out / f"{process}.npz"),
     ],
     num_processes,

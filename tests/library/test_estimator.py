@@ -15,7 +15,7 @@ import pytest
 import optax_svrg
 from tests import helpers
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 shapes = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 trees = st.recursive(

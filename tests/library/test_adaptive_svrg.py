@@ -15,7 +15,7 @@ from tests import helpers
 PROBLEM = helpers.finite_sum([3, 4, 1])
 
 
-@pytest.fixture(params=helpers.TREES)
+@pytest.fixture(params=helpers.tree_names())
 def params(request: pytest.FixtureRequest) -> Any:
   make, x64 = helpers.TREES[request.param]
   with jax.enable_x64(x64):
