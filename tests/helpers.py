@@ -36,7 +36,10 @@ def _params(dtype: Any) -> dict[str, Any]:
 # Name to (make parameters, whether double precision is needed).
 TREES: dict[str, tuple[Callable[[], Any], bool]] = {
   "mixed": (
-    lambda: {"a": _params(jnp.float32), "b": _params(jnp.bfloat16)},
+    lambda: {
+      "a": _params(jnp.float32),
+      "b": jnp.asarray([[0.7, -1.3]], jnp.bfloat16),
+    },
     False,
   ),
   "complex64": (lambda: _params(jnp.complex64), False),
@@ -51,7 +54,12 @@ TREES: dict[str, tuple[Callable[[], Any], bool]] = {
     False,
   ),
 }
-_FAST_TREES = ("mixed", "complex64", "float64", "numpy")
+_FAST_TREES = ("mixed", "complex128", "numpy")
+
+
+def slow(*values: Any) -> Any:
+  """Parameters of a test in the slow tier."""
+  return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def tree_names(*fast: str, without: Sequence[str] = ()) -> list[Any]:
@@ -62,9 +70,7 @@ def tree_names(*fast: str, without: Sequence[str] = ()) -> list[Any]:
     without: names to leave out.
   """
   return [
-    pytest.param(
-      name, marks=() if name in (fast or _FAST_TREES) else pytest.mark.slow
-    )
+    name if name in (fast or _FAST_TREES) else slow(name)
     for name in TREES
     if name not in without
   ]

@@ -15,7 +15,7 @@ from tests import helpers
 
 PROBLEM = helpers.finite_sum([3, 4, 1])
 SNAPSHOT_ARGS = ("grad_fn", "snapshot_grads")
-EAGERLY_IS_SLOW = [True, pytest.param(False, marks=pytest.mark.slow)]
+EAGERLY_IS_SLOW = [True, helpers.slow(False)]
 
 
 @pytest.fixture(params=helpers.tree_names())
@@ -97,7 +97,7 @@ class TestInvariants:
       np.testing.assert_array_less(np.abs(got - want), bound)
 
   @pytest.mark.parametrize("arg", SNAPSHOT_ARGS)
-  @pytest.mark.parametrize("jit", [False, True])
+  @pytest.mark.parametrize("jit", EAGERLY_IS_SLOW)
   def test_exact_at_the_snapshot(self, params, arg, jit):
     tx = optax_svrg.alpha_svrg(1.0)
     state = helpers.with_snapshot(tx, params, PROBLEM)
@@ -118,9 +118,7 @@ class TestInvariants:
     helpers.assert_equal(new_state.snapshot_params, state.snapshot_params)
     helpers.assert_equal(new_state.mean_grads, state.mean_grads)
 
-  @pytest.mark.parametrize(
-    "snapshot_dtype", [None, pytest.param("float16", marks=pytest.mark.slow)]
-  )
+  @pytest.mark.parametrize("snapshot_dtype", [None, helpers.slow("float16")])
   def test_types_never_change(self, params, snapshot_dtype):
     if snapshot_dtype and any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
       pytest.skip("A real dtype cannot hold complex parameters.")
@@ -323,8 +321,7 @@ class TestCoefficient:
         correct(tx, jnp.ones(2), tx.init(jnp.ones(2)), PROBLEM.batches[0])
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_vmap_over_an_ensemble(jit):
+def test_vmap_over_an_ensemble():
   """Members at different points, of which some have no snapshot yet."""
   tx = optax_svrg.alpha_svrg(0.75)
   members = [
@@ -344,8 +341,8 @@ def test_vmap_over_an_ensemble(jit):
 
   has_snapshot = jnp.array([True, False, True])
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-  vmapped = jax.vmap(train)
-  got = (jax.jit(vmapped) if jit else vmapped)(stacked, has_snapshot)
+  got = jax.jit(jax.vmap(train))(stacked, has_snapshot)
+  train = jax.jit(train)
   np.testing.assert_array_equal(got[1].alpha, [0.75, 0, 0.75])
   for i, member in enumerate(members):
     helpers.assert_close(
@@ -422,7 +419,10 @@ class TestBuffers:
       if isinstance(x, jax.Array)
     ]
 
-  @pytest.mark.parametrize("when", ["init", "jitted_init", "eager", "jitted"])
+  @pytest.mark.parametrize(
+    "when",
+    ["eager", "init", helpers.slow("jitted_init"), helpers.slow("jitted")],
+  )
   @pytest.mark.standard_promotion
   def test_params_and_state_can_be_donated(self, params, when):
     tx = optax.chain(optax_svrg.alpha_svrg(0.5), optax.trace(0.9))
@@ -462,7 +462,7 @@ class TestBuffers:
 
 
 class TestTakeSnapshot:
-  @pytest.mark.parametrize("jit", [False, True])
+  @pytest.mark.parametrize("jit", EAGERLY_IS_SLOW)
   def test_values(self, params, jit):
     tx = optax_svrg.alpha_svrg(0.5)
     point = helpers.perturbed(params)

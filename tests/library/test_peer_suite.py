@@ -67,6 +67,7 @@ def run(suite: str, factory: str, folder: pathlib.Path) -> dict[str, str]:
   return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", TABLES)
 def test_passes_what_sgd_passes(suite, tmp_path):
   reference = run(suite, "plain", tmp_path)
