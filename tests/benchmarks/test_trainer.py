@@ -327,7 +327,7 @@ class TestStreams:
     assert tuple(stream_feed.divided(mesh, leaf).spec) == spec
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
   """Ends a training."""
 
 
@@ -344,7 +344,7 @@ class Stop:
     self._checkpoints.save(*args)
     self._left -= 1
     if not self._left:
-      raise Stopped
+      raise StoppedError
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_run_that_was_stopped_goes_on(
   whole = fit(trainer, experiment)
   identity = experiment.identity()
   saved = Checkpoints(tmp_path / "saved", every, identity, False)
-  with pytest.raises(Stopped):
+  with pytest.raises(StoppedError):
     fit(trainer, experiment, checkpoints=Stop(saved, number))
   saved.close()
   resumed = Checkpoints(tmp_path / "saved", every, identity, True)
