@@ -100,7 +100,7 @@ class _Subset:
   They are drawn, as the first ones may be of one class.
   """
 
-  def __init__(self, source: streams.Source, size: int | None):
+  def __init__(self, source: sources.Source, size: int | None):
     self._source = source
     order = np.random.default_rng(0).permutation(len(source))
     self._indices = np.sort(order[:size])
@@ -383,7 +383,7 @@ class StreamFeed:
       *(jnp.sum(jnp.where(batch.weights > 0, x, 0)) for x in (losses, is_right))
     )
 
-  def _mean(self, params: optax.Params, source: streams.Source) -> Evaluation:
+  def _mean(self, params: optax.Params, source: sources.Source) -> Evaluation:
     """Over the images of a source, as they are."""
     batches = streams.validation_batches(
       source,
