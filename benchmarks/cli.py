@@ -45,6 +45,30 @@ COMMANDS: dict[str, Entry] = {
   "variance": Entry(
     "benchmarks.studies.variance", "Gradient variance and best coefficient."
   ),
+  "coefficient": Entry(
+    "benchmarks.studies.coefficient",
+    "Coefficients of SVRG, given and estimated.",
+  ),
+  "staleness": Entry(
+    "benchmarks.studies.staleness",
+    "Snapshots that are renewed ever more rarely.",
+  ),
+  "stability": Entry(
+    "benchmarks.studies.stability", "Learning rates near SGD's stability limit."
+  ),
+  "saga": Entry("benchmarks.studies.saga", "SAGA against plain training."),
+  "saga-variants": Entry(
+    "benchmarks.studies.saga_variants", "Additions to adaptive SAGA."
+  ),
+  "snapshots": Entry(
+    "benchmarks.studies.snapshots", "Snapshot strategies: gradients and loss."
+  ),
+  "equal-compute": Entry(
+    "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
+  ),
+  "report": Entry(
+    "benchmarks.studies.report", "Make published tables and figures again."
+  ),
 }
 
 

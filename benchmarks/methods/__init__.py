@@ -5,10 +5,11 @@ from typing import Any
 
 import optax
 
+from benchmarks.methods import coefficients, saga_variants, snapshots
 from benchmarks.methods.method import Context, Factory, Method
 import optax_svrg
 
-__all__ = ["METHODS", "Context", "Factory", "Method", "make"]
+__all__ = ["MAIN", "METHODS", "Context", "Factory", "Method", "make"]
 
 
 _ALWAYS = optax.constant_schedule(1.0)  # Also where it is estimated.
@@ -19,9 +20,11 @@ def plain(context: Context) -> Method:
   return Method(optax.identity())
 
 
-def plain_fixed(context: Context) -> Method:
-  """No variance reduction, on fixed batches."""
-  return Method(optax.identity(), has_fixed_batches=True)
+def plain_fixed(context: Context, fixed_order: bool = False) -> Method:
+  """No variance reduction, on fixed batches, in an order fixed or not."""
+  return Method(
+    optax.identity(), has_fixed_batches=True, has_fixed_order=fixed_order
+  )
 
 
 def svrg(context: Context) -> Method:
@@ -48,15 +51,18 @@ def saga(context: Context) -> Method:
   return Method(transform, has_fixed_batches=True)
 
 
-def adaptive_saga(context: Context, table_dtype: str | None = None) -> Method:
+def adaptive_saga(
+  context: Context, table_dtype: str | None = None, fixed_order: bool = False
+) -> Method:
   """SAGA with a coefficient that is estimated."""
   transform = optax_svrg.adaptive_saga(
     context.num_fixed_batches, table_dtype=table_dtype
   )
-  return Method(transform, has_fixed_batches=True)
+  return Method(transform, has_fixed_batches=True, has_fixed_order=fixed_order)
 
 
-METHODS: dict[str, Factory] = {
+# The methods to compare by default.
+MAIN: dict[str, Factory] = {
   "plain": plain,
   "plain-fixed": plain_fixed,
   "svrg": svrg,
@@ -64,6 +70,12 @@ METHODS: dict[str, Factory] = {
   "adaptive": adaptive,
   "saga": saga,
   "adaptive-saga": adaptive_saga,
+}
+METHODS: dict[str, Factory] = {
+  **MAIN,
+  "coefficient": coefficients.method,
+  "saga-variant": saga_variants.method,
+  "snapshots": snapshots.method,
 }
 
 
