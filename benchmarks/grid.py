@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks import data, reporting, train
+from benchmarks import reporting, train
+from benchmarks.data import arrays as data
 
 LINEAR = ("linear 0.5", "linear 0.75", "linear 1")
 ADAPTIVE = "adaptive"

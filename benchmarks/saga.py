@@ -16,7 +16,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from benchmarks import grid, models, reporting, train
+from benchmarks import grid, reporting, train
+from benchmarks.models import small as models
 
 PLAIN = ("plain", "plain-fixed")
 ADAPTIVE, ROUNDED = "adaptive-saga", "adaptive-saga-bfloat16"

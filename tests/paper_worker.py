@@ -13,7 +13,8 @@ import sys
 import jax
 import numpy as np
 
-from benchmarks import paper, reporting, sources
+from benchmarks import paper, reporting
+from benchmarks.data import sources
 
 SMOKE = paper.SCALES["smoke"]
 

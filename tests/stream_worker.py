@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from benchmarks import recipe as recipe_lib
-from benchmarks import streams
+from benchmarks.data import recipe as recipe_lib
+from benchmarks.data import streams
 
 RECIPE = recipe_lib.Recipe(image_size=12, num_channels=3, num_classes=5)
 BATCH_SIZE = 8

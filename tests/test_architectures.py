@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import architectures, models
-from benchmarks.architectures import ARCHITECTURES
+from benchmarks.models import architectures
+from benchmarks.models import small as models
+from benchmarks.models.architectures import ARCHITECTURES
 
 CLASSES = 10
 

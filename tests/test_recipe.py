@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from benchmarks import recipe as recipe_lib
+from benchmarks.data import recipe as recipe_lib
 
 _OFF = {
   "padding": 0,

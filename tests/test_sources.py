@@ -18,7 +18,8 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from benchmarks import data, sources
+from benchmarks.data import arrays as data
+from benchmarks.data import sources
 from tests import helpers
 
 # Published numbers of classes, the height and width of images where they are
@@ -321,7 +322,7 @@ class TestTFDS:
 from pathlib import Path
 import sys
 
-from benchmarks import sources
+from benchmarks.data import sources
 
 assert "tensorflow_datasets" not in sys.modules
 loaded = sources.load("cifar100", Path({str(tmp_path)!r}))

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import recipe as recipe_lib
-from benchmarks import streams
-import benchmarks.data
+from benchmarks.data import recipe as recipe_lib
+from benchmarks.data import streams
+from benchmarks.data.arrays import DataError
 from tests import helpers
 from tests.stream_worker import BATCH_SIZE, RECIPE, Source, visits
 
@@ -22,7 +22,7 @@ class Broken(Source):
 
   def __getitem__(self, index):
     if index == 20:
-      raise benchmarks.data.DataError("part.array_record: ends early.")
+      raise DataError("part.array_record: ends early.")
     return super().__getitem__(index)
 
 
@@ -175,9 +175,7 @@ def test_workers():
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_errors_of_a_source(num_workers):
-  with pytest.raises(
-    benchmarks.data.DataError, match=r"part\.array_record: ends"
-  ):
+  with pytest.raises(DataError, match=r"part\.array_record: ends"):
     list(
       streams.validation_batches(Broken(), RECIPE, 8, num_workers=num_workers)
     )
@@ -322,7 +320,7 @@ def test_no_tensorflow():
   """Neither module needs it, nor do their imports."""
   code = (
     "import sys; sys.modules['tensorflow'] = None;"
-    " import benchmarks.recipe, benchmarks.streams"
+    " import benchmarks.data.recipe, benchmarks.data.streams"
   )
   ((status, output),) = helpers.in_processes(lambda *_: ["-c", code], 1)
   assert status == 0, output

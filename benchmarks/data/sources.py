@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
 import numpy as np
 import PIL.Image
 
-from benchmarks import data
+from benchmarks.data import arrays as data
 
 
 class _Splits(NamedTuple):

@@ -28,7 +28,9 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks import data, grid, models, reporting, train
+from benchmarks import grid, reporting, train
+from benchmarks.data import arrays as data
+from benchmarks.models import small as models
 import optax_svrg
 
 TOLERANCES = (1e-6, 1e-8, 1e-12)

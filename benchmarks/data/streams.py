@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from benchmarks import recipe as recipe_lib
+from benchmarks.data import recipe as recipe_lib
 
 _NUM_THREADS = 4  # Each reads a batch.
 _BUFFER_SIZE = 2  # Batches ahead of the training, on the device.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves trainings, so that one that was killed goes on as if it had not been.
 
-A folder holds one training of ``benchmarks.train``: a file that says which, and
-a folder of Orbax checkpoints for each run.
+A folder holds one training: a file that says which, and a folder of Orbax
+checkpoints for each run.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks import reporting
+import benchmarks
+from benchmarks.harness.experiment import point_from_json, Run
+from benchmarks.harness.store import StoreError, write_json
 
 _IDENTITY = "training.json"
 
 
-class CheckpointError(Exception):
+class CheckpointError(benchmarks.UserError):
   """A checkpoint cannot be used; the message is one line."""
 
 
@@ -86,15 +88,12 @@ class Checkpoints:
     ocp.multihost.sync_global_processes("checkpoints")
     if jax.process_index() == 0:
       try:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        reporting.write_json(path, self._identity)
-      except OSError as e:
-        raise CheckpointError(
-          f"--checkpoint-dir {folder}: {e.strerror}."
-        ) from e
+        write_json(path, self._identity)
+      except StoreError as e:
+        raise CheckpointError(f"--checkpoint-dir {e}") from e
     ocp.multihost.sync_global_processes("checkpoints")
 
-  def position(self, run: reporting.Run) -> Position:
+  def position(self, run: Run) -> Position:
     """How far a run has been saved; its history is filled in.
 
     Args:
@@ -110,18 +109,18 @@ class Checkpoints:
     if manager.latest_step() is None:
       return START
     saved = self._load(manager, "progress", ocp.args.JsonRestore())
-    owner = f"{saved.get('method')}, seed {saved.get('seed')}"
-    if saved.get("identity") != self._identity or owner != _name(run):
+    found, wanted = saved.get("experiment"), run.experiment.identity()
+    if saved.get("identity") != self._identity or found != wanted:
       raise CheckpointError(
-        f"{self._latest(manager)}: is of another training, or of another run"
-        f" ({owner})."
+        f"{self._latest(manager)}: is of another training, or of another run:"
+        f" {difference(found, wanted)}."
       )
-    run.history[:] = [reporting.Point(**point) for point in saved["history"]]
-    run.finished = saved["finished"]
+    run.history[:] = [point_from_json(point) for point in saved["history"]]
+    run.finished, run.measured = saved["finished"], saved["measured"]
     self._checksum = saved["sha256"]
     return Position(**saved["position"])
 
-  def restore(self, run: reporting.Run, target: Any) -> Any:
+  def restore(self, run: Run, target: Any) -> Any:
     """The state at the position of a run.
 
     Args:
@@ -155,9 +154,7 @@ class Checkpoints:
     """Whether to save at the end of an epoch."""
     return self._every is None or (epoch + 1) * num_steps % self._every == 0
 
-  def save(
-    self, run: reporting.Run, state: Any, at: Position, num_steps: int
-  ) -> None:
+  def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:
     """Saves a run.
 
     Args:
@@ -168,11 +165,8 @@ class Checkpoints:
     """
     progress = {
       "identity": self._identity,
-      "method": run.method,
-      "seed": run.seed,
+      **run.as_json(),
       "position": at._asdict(),
-      "history": [point._asdict() for point in run.history],
-      "finished": run.finished,
       "sha256": _sha256(state),
     }
     self._open(run).save(
@@ -190,7 +184,7 @@ class Checkpoints:
       self._manager.close()
       self._manager = None
 
-  def _open(self, run: reporting.Run) -> ocp.CheckpointManager:
+  def _open(self, run: Run) -> ocp.CheckpointManager:
     folder = self._folder / f"{run.method}-{run.seed}"
     if self._manager is None or self._manager.directory != folder:
       self.close()
@@ -228,8 +222,7 @@ class Checkpoints:
     except (OSError, ValueError) as e:
       reason = getattr(e, "strerror", None) or e
       raise CheckpointError(
-        f"--resume: {path.parent} holds no training of benchmarks.train:"
-        f" {_IDENTITY}: {reason}."
+        f"--resume: {path.parent} holds no training: {_IDENTITY}: {reason}."
       ) from e
     if found != self._identity:
       raise CheckpointError(
@@ -246,10 +239,6 @@ def difference(found: Any, wanted: Any) -> str:
     if found.get(key) != wanted.get(key):
       return f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
   return "it has nothing"
-
-
-def _name(run: reporting.Run) -> str:
-  return f"{run.method}, seed {run.seed}"
 
 
 def _sha256(state: Any) -> str:
