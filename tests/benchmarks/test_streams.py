@@ -14,7 +14,7 @@ from benchmarks.data import recipe as recipe_lib
 from benchmarks.data import streams
 from benchmarks.data.arrays import DataError
 from tests import helpers
-from tests.stream_worker import BATCH_SIZE, RECIPE, Source, visits
+from tests.workers.stream_worker import BATCH_SIZE, RECIPE, Source, visits
 
 
 class Broken(Source):
