@@ -153,6 +153,10 @@ class Results:
       c for c in self._cells if all(self.runs(c, a) for a in self.arms(c))
     ]
 
+  def shown(self, cell: str) -> str:
+    """The problem if it has been run, otherwise the first one that has."""
+    return cell if cell in self.cells else self.cells[0]
+
   def arms(self, cell: str) -> list[str]:
     """Names of the methods of a problem."""
     return list(self._cells[cell].arms or self._all_arms)

@@ -77,16 +77,17 @@ def _variants(results: study.Results, cell: str) -> str:
 
 def figure(results: study.Results) -> figures.Figure:
   """Loss and accuracy over the training of one problem."""
+  shown = results.shown(SHOWN)
   panels = [
     figures.Panel(
-      "", "epochs", label, results.curves(SHOWN, GIVEN, field), log_y=log
+      "", "epochs", label, results.curves(shown, GIVEN, field), log_y=log
     )
     for label, field, log in (
       ("train loss", "train_loss", True),
       ("validation accuracy", "validation_accuracy", False),
     )
   ]
-  return figures.Figure(f"{SHOWN}: mean and range over the seeds", panels)
+  return figures.Figure(f"{shown}: mean and range over the seeds", panels)
 
 
 def _is_shown(experiment: Experiment) -> bool:

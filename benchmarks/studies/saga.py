@@ -59,16 +59,17 @@ def table(results: study.Results) -> str:
 
 def figure(results: study.Results) -> figures.Figure:
   """Loss and accuracy over the training of one problem."""
+  shown = results.shown(SHOWN)
   names = [name for name in ARMS if name != ROUNDED]
   return figures.Figure(
-    f"{SHOWN}: mean and range over the seeds",
+    f"{shown}: mean and range over the seeds",
     [
       figures.Panel(
-        "", "epochs", "train loss", results.curves(SHOWN, names, "train_loss")
+        "", "epochs", "train loss", results.curves(shown, names, "train_loss")
       ),
       figures.Panel(
         *("", "epochs", "validation accuracy"),
-        results.curves(SHOWN, names, "validation_accuracy"),
+        results.curves(shown, names, "validation_accuracy"),
         log_y=False,
       ),
     ],
