@@ -72,7 +72,6 @@ from optax_svrg._minimize import MinimizeResult as MinimizeResult
 from optax_svrg._minimize import prox_elastic_net as prox_elastic_net
 from optax_svrg._minimize import prox_l1 as prox_l1
 from optax_svrg._minimize import prox_nonnegative as prox_nonnegative
-from optax_svrg._moments import Payoff as Payoff
 from optax_svrg._moments import RunningMoments as RunningMoments
 from optax_svrg._saga import adaptive_saga as adaptive_saga
 from optax_svrg._saga import alpha_saga as alpha_saga
