@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's architectures: numbers of parameters, shapes, what is dropped."""
+"""The models: numbers of parameters, shapes, what is dropped."""
 
 import itertools
 
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.models import architectures
-from benchmarks.models import small as models
-from benchmarks.models.architectures import ARCHITECTURES
+import benchmarks
+from benchmarks import models
+from benchmarks.models import convnext, layers, MODELS, swin
 
 CLASSES = 10
 
@@ -20,6 +20,9 @@ CLASSES = 10
 SMALL = {
   "logreg": ("logreg", 28, 1, {}),
   "mlp4": ("mlp4", 16, 3, {}),
+  "convnet": ("convnet", 16, 3, {}),
+  "vit": ("vit", 14, 1, {}),
+  "mixer": ("mixer", 14, 1, {}),
   "convnext-28": (
     "convnext-femto",
     *(28, 1, {"patch_size": 2, "depths": (1, 1), "widths": (4, 8)}),
@@ -59,7 +62,7 @@ def make(case, **options):
   name, size, channels, changes = SMALL[case]
   graphdef, shapes = nnx.split(
     nnx.eval_shape(
-      lambda: ARCHITECTURES[name](
+      lambda: MODELS[name](
         size, channels, CLASSES, rngs=nnx.Rngs(0), **changes, **options
       )
     ),
@@ -154,9 +157,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_number_of_parameters(name):
-  model = nnx.eval_shape(
-    lambda: ARCHITECTURES[name](224, 3, 1000, rngs=nnx.Rngs(0))
-  )
+  model = nnx.eval_shape(lambda: MODELS[name](224, 3, 1000, rngs=nnx.Rngs(0)))
   _, params, rest = nnx.split(model, nnx.Param, ...)
   assert not jax.tree.leaves(rest)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -254,7 +255,7 @@ def test_nothing_is_dropped_without_a_key_or_a_rate():
 
 def test_drop():
   x = jnp.ones((20_000, 2, 3))
-  y = architectures._drop(x, 0.25, jax.random.key(0))
+  y = layers.drop(x, 0.25, jax.random.key(0))
   # By example, all or nothing, scaled by the probability of being kept.
   kept = np.asarray(y[:, 0, 0]) != 0
   want = np.where(kept, np.float32(1) / np.float32(0.75), np.float32(0))
@@ -264,12 +265,12 @@ def test_drop():
   # Five standard deviations of the share.
   assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / len(kept)) ** 0.5
   for rate, key in ((0.0, jax.random.key(0)), (0.5, None)):
-    np.testing.assert_array_equal(architectures._drop(x, rate, key), x)
+    np.testing.assert_array_equal(layers.drop(x, rate, key), x)
 
 
 def test_rates_rise_linearly_over_all_blocks():
   model = nnx.eval_shape(
-    lambda: ARCHITECTURES["convnext-femto"](
+    lambda: MODELS["convnext-femto"](
       *(8, 1, CLASSES),
       rngs=nnx.Rngs(0),
       drop_path=0.3,
@@ -300,10 +301,10 @@ def test_initial_weights():
   def modules():
     rngs = nnx.Rngs(0)
     return (
-      architectures._Cut(7, 1, 32, jnp.float32, rngs=rngs),
-      architectures._Attention(32, 2, jnp.float32, rngs=rngs),
-      architectures._ConvNeXtBlock(1, 0.0, jnp.float32, rngs=rngs),
-      ARCHITECTURES["mixer-s32"](
+      layers.Cut(7, 1, 32, jnp.float32, rngs=rngs),
+      layers.Attention(32, 2, jnp.float32, rngs=rngs),
+      convnext._ConvNeXtBlock(1, 0.0, jnp.float32, rngs=rngs),
+      MODELS["mixer-s32"](
         8, 1, CLASSES, rngs=rngs, patch_size=4, width=8, depth=1
       ),
     )
@@ -330,8 +331,8 @@ def test_depthwise_by_matrix():
   kernel = jax.random.normal(jax.random.key(2), (7, 7, shape[-1]))
   results = []
   for convolve in (
-    architectures._depthwise_by_matrix,
-    architectures._depthwise_by_convolution,
+    convnext._depthwise_by_matrix,
+    convnext._depthwise_by_convolution,
   ):
     value, pull = jax.vjp(convolve, x, kernel)
     results.append((value, *pull(target)))
@@ -340,7 +341,7 @@ def test_depthwise_by_matrix():
 
 
 def swin_block(size, window, shifted):
-  return architectures._SwinBlock(
+  return swin._SwinBlock(
     *(4, 2, 0.0, jnp.float32),
     size=size,
     window=window,
@@ -369,7 +370,7 @@ def test_attention_stays_in_its_window(shifted):
 
 def test_the_bias_is_by_relative_position():
   window = 3
-  relative = architectures._relative(window)
+  relative = swin._relative(window)
   positions = list(np.ndindex(window, window))
   numbers = {}
   for (i, a), (j, b) in itertools.product(enumerate(positions), repeat=2):
@@ -385,7 +386,7 @@ def test_a_window_as_large_as_the_map_is_not_shifted():
 
 def test_cut():
   image = np.arange(4 * 6 * 2).reshape(4, 6, 2)
-  squares = models.cut(image, 2)
+  squares = layers.cut(image, 2)
   assert squares.shape == (2, 3, 2, 2, 2)
   np.testing.assert_array_equal(squares[1, 2], image[2:4, 4:6])
 
@@ -393,7 +394,6 @@ def test_cut():
 @pytest.mark.parametrize(
   ("name", "size", "changes", "message"),
   [
-    ("mlp2", 28, {"drop_path": 0.1}, "drop_path must be 0.*got 0.1"),
     ("vit-tiny", 28, {}, "image_size must be.*16, got 28"),
     ("vit-tiny", 32, {"drop_path": 1.0}, r"drop_path must be in.*got 1\.0"),
     ("vit-tiny", 32, {"heads": 5}, "heads must divide.*192.*got 5"),
@@ -409,7 +409,7 @@ def test_cut():
 def test_arguments_that_do_not_fit(name, size, changes, message):
   with pytest.raises(ValueError, match=message):
     nnx.eval_shape(
-      lambda: ARCHITECTURES[name](size, 3, 10, rngs=nnx.Rngs(0), **changes)
+      lambda: MODELS[name](size, 3, 10, rngs=nnx.Rngs(0), **changes)
     )
 
 
@@ -417,3 +417,33 @@ def test_arguments_that_do_not_fit(name, size, changes, message):
 def test_images_of_another_shape(case):
   with pytest.raises(ValueError, match=r"images must be.*28, 28, 1.*\(3, 784"):
     apply(*make(case), images_of(case).reshape(3, 784))
+
+
+@pytest.mark.parametrize(
+  ("num_layers", "num_inputs", "want"),
+  [
+    (1, 784, [784, 10]),
+    (4, 3072, [3072, 733, 175, 41, 10]),  # The paper's, for CIFAR-10.
+  ],
+)
+def test_widths(num_layers, num_inputs, want):
+  assert models.widths(num_layers, num_inputs, 10) == want
+
+
+def test_mlp():
+  model = models.MLP([36, 20, 15, 10], rngs=nnx.Rngs(0))
+  x = np.random.default_rng(0).normal(size=(4, 36)).astype(np.float32)
+  want = x
+  for layer in model.layers:
+    want = np.asarray(want @ layer.kernel[...] + layer.bias[...])
+    if layer is not model.layers[-1]:
+      want = np.maximum(want, 0)
+  np.testing.assert_allclose(model(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_do_not_suit_a_model():
+  make = models.maker("vit", (3, 32, 32), 10, {})
+  with pytest.raises(benchmarks.UserError, match="vit: image_size must be"):
+    make(nnx.Rngs(0))
+  with pytest.raises(benchmarks.UserError, match="square, got 28 x 30"):
+    models.maker("mlp2", (1, 28, 30), 10, {})
