@@ -117,6 +117,13 @@ CELL = study.Cell(
 )
 
 
+TUNED = {
+  ("plain", lr, seed): loss
+  for lr, loss in ((0.1, 3.0), (0.3, 1.0), (1.0, 2.0))
+  for seed in comparison.TUNING_SEEDS
+}
+
+
 class TestTuning:
   def results(self, losses):
     """From losses by method, learning rate and seed."""
@@ -125,12 +132,6 @@ class TestTuning:
       experiment = ARMS[name](CELL.template).replace(lr=lr, seed=seed)
       runs.append(Run(experiment, [Point(2, loss, 0.5, 2.0, 1.0)], True))
     return study.Results({"x": CELL}, ARMS, runs)
-
-  TUNED = {
-    ("plain", lr, seed): loss
-    for lr, loss in ((0.1, 3.0), (0.3, 1.0), (1.0, 2.0))
-    for seed in comparison.TUNING_SEEDS
-  }
 
   def test_first_all_rates_on_the_tuning_seeds(self):
     results = self.results({})
@@ -143,7 +144,7 @@ class TestTuning:
     assert results.cells == []
 
   def test_then_the_best_rate_on_those_of_the_verdict(self):
-    results = self.results(self.TUNED)
+    results = self.results(TUNED)
     wanted = results.experiments("x", "plain")
     assert [(e.lr, e.seed) for e in wanted] == [
       (0.3, seed) for seed in comparison.VERDICT_SEEDS
@@ -151,13 +152,13 @@ class TestTuning:
 
   def test_tuning_takes_no_part_in_the_verdict(self):
     verdict = {("plain", 0.3, seed): 7.0 + seed for seed in range(5)}
-    results = self.results(self.TUNED | verdict)
+    results = self.results(TUNED | verdict)
     assert results.losses("x", "plain") == {i: 7.0 + i for i in range(5)}
     assert results.mean("x", "plain") == 9.0
     assert results.lr_text("x", "plain") == "0.3"
 
   def test_the_end_of_a_grid_is_marked(self):
-    tuned = self.TUNED | {
+    tuned = TUNED | {
       ("plain", 1.0, seed): 0.5 for seed in comparison.TUNING_SEEDS
     }
     assert self.results(tuned).lr_text("x", "plain") == "1*"
@@ -165,7 +166,7 @@ class TestTuning:
   def test_divergence(self):
     verdict = {("plain", 0.3, seed): 7.0 for seed in range(4)}
     lost = verdict | {("plain", 0.3, 4): math.nan}
-    results = self.results(self.TUNED | lost)
+    results = self.results(TUNED | lost)
     assert results.losses("x", "plain")[4] == math.inf
     assert results.mean("x", "plain") == math.inf
     assert results.loss_text("x", "plain") == "diverged (1 of 5) (0.3)"
