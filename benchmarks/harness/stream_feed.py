@@ -307,27 +307,25 @@ class StreamFeed:
 
     def update(state, loss_and_grads, index, snapshot, lr):
       loss, grads = loss_and_grads
-      is_computed = not isinstance(snapshot, optax_svrg.GradientTable)
+      extra_gradients = 0
       if snapshot is None:
         snapshot = grads  # There is none yet, or no method that would use it.
-      elif not is_computed:
+      elif isinstance(snapshot, optax_svrg.GradientTable):
         snapshot = snapshot[index]
-      after = program.update(
+      else:
+        extra_gradients = 1
+      after, _ = program.update(
         method,
         make(lr),
         state,
         grads,
-        loss,
         snapshot_grads=snapshot,
         batch_index=index,
       )
-      if is_computed:
-        return after
-      # The pass has computed them already.
-      extra_gradients = state.observed.extra_gradients
-      return after._replace(
-        observed=after.observed._replace(extra_gradients=extra_gradients)
-      )
+      alpha = optax.tree.get(after.opt_state, "alpha", jnp.zeros(()))
+      seen = Observed(loss, extra_gradients, alpha, 0, 0)
+      observed = jax.tree.map(jnp.add, state.observed, seen)
+      return after._replace(observed=observed)
 
     return (
       jax.jit(tx.init, out_shardings=shardings),

@@ -65,5 +65,5 @@ def test_the_gate_opens():
 def test_set_up_is_two_commands():
   commands = re.findall(r"```sh\n(.*?)```", README, re.S)
   assert [command.count("\n") for command in commands] == [1, 1]
-  assert commands[0].endswith("&& python -m benchmarks.train\n")
+  assert commands[0].endswith("&& python -m benchmarks train\n")
   assert commands[1].endswith("&& python -m pytest\n")
