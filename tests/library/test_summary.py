@@ -156,9 +156,7 @@ class TestWarning:
   )
   def test_of_eager_updates_once(self, make):
     tx = make()
-    with pytest.warns(
-      UserWarning, match=r"no snapshot .*take_snapshot"
-    ) as got:
+    with pytest.warns(UserWarning, match=r"no snapshot .*take_snapshot") as got:
       state = step(tx, step(tx, tx.init(PARAMS)))
     assert len(got) == 1
     assert got[0].filename == __file__
