@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks import models, reporting, train
+from benchmarks import reporting, train
+from benchmarks.models import small as models
 import optax_svrg
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "other")

@@ -44,17 +44,11 @@ import optax
 import rich.console
 import rich.progress
 
-from benchmarks import (
-  architectures,
-  checkpointing,
-  grid,
-  models,
-  recipe,
-  reporting,
-  sources,
-  streams,
-  train,
-)
+from benchmarks import grid, reporting, train
+from benchmarks.data import recipe, sources, streams
+from benchmarks.harness import checkpoints as checkpointing
+from benchmarks.models import architectures
+from benchmarks.models import small as models
 import optax_svrg
 
 METHODS = ("plain", "svrg", "alpha-svrg", "adaptive", "adaptive-saga")

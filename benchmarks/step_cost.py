@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks import grid, models, reporting, train
+from benchmarks import grid, reporting, train
+from benchmarks.models import small as models
 import optax_svrg
 
 IMAGE_SHAPE, NUM_CLASSES = (1, 28, 28), 10

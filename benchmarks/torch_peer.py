@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import grid, models, reporting, step_cost, train
+from benchmarks import grid, reporting, step_cost, train
+from benchmarks.models import small as models
 
 ALPHA, LR = 0.75, 0.05
 # Of the authors' code, and what each is called in benchmarks.step_cost.

@@ -29,7 +29,11 @@ import optax
 import rich.console
 import rich.progress
 
-from benchmarks import checkpointing, data, models, placement, reporting
+from benchmarks import reporting
+from benchmarks.data import arrays as data
+from benchmarks.harness import checkpoints as checkpointing
+from benchmarks.harness import placement
+from benchmarks.models import small as models
 import optax_svrg
 
 _INTERRUPTED = 128 + 2  # The exit status of a shell command ended by SIGINT.

@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 
-from benchmarks import data, models, reporting, train
+from benchmarks import reporting, train
+from benchmarks.data import arrays as data
+from benchmarks.models import small as models
 import optax_svrg
 
 # Constant over training; what the paper's analysis had is not known.

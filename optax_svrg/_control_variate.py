@@ -26,6 +26,8 @@ from optax_svrg import _checks, _compat
 
 # Deviations below this many roundings of the mean are treated as zero.
 _ROUNDINGS = 4
+# float32 sums of more terms, one after the other, lose digits that matter.
+_LONGEST_SEQUENTIAL_SUM = 8192
 
 
 class CoefficientEstimate(NamedTuple):
@@ -231,16 +233,20 @@ def correct(
     finite is not hidden.
   """
 
-  def subtract(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+  def subtract(
+    alpha: jax.Array, g: jax.Array, s: jax.Array, m: jax.Array
+  ) -> jax.Array:
     dtype = _checks.wide_dtype(g.dtype)
-    a = coefficient.astype(dtype)
+    a = alpha.astype(dtype)
     # In this order g = s and a = 1 give the mean to the last bit.
     corrected = (
       _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
     ) + a * m.astype(dtype)
     return corrected.astype(g.dtype)
 
-  corrected = jax.tree.map(subtract, updates, control, mean)
+  corrected = jax.tree.map(
+    functools.partial(subtract, coefficient), updates, control, mean
+  )
   got = None
   if estimate is None:
     is_finite = all_finite(corrected, sum_axes)
@@ -256,11 +262,14 @@ def correct(
   usable = is_finite | ~jnp.isfinite(coefficient)
   used = active & (coefficient != 0) & usable
   seen = None if got is None else _observation(got, active, usable)
-  return Correction(
-    jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
-    jnp.where(used, coefficient, 0),
-    seen,
-  )
+  # Subtracted once more, by another coefficient to XLA: otherwise it keeps the
+  # corrected gradient in memory from the sums to the result.
+  applied = jnp.where(used, coefficient, 0)
+
+  def result(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+    return jnp.where(used, subtract(applied, g, s, m), g)
+
+  return Correction(jax.tree.map(result, updates, control, mean), applied, seen)
 
 
 def no_correction(
@@ -536,7 +545,10 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
 
   if not terms[0].ndim:
     return terms
-  # XLA for CPU does not fuse sums into one loop, unless they are one operation.
+  # XLA for CPU does not fuse sums into one loop, unless they are one operation,
+  # which it then adds up in order: not accurate along a long axis.
+  if terms[0].shape[-1] > _LONGEST_SEQUENTIAL_SUM:
+    return one_by_one()
   return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 
 

@@ -23,7 +23,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import data, models, reporting, train
+from benchmarks import reporting, train
+from benchmarks.data import arrays as data
+from benchmarks.models import small as models
 import optax_svrg
 from tests import helpers
 

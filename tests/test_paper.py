@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import architectures, paper, reporting, sources
+from benchmarks import paper, reporting
+from benchmarks.data import sources
+from benchmarks.models import architectures
 import optax_svrg
 from tests import helpers
 from tests.paper_worker import make_images, make_settings

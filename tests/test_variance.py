@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import data, variance
+from benchmarks import variance
+from benchmarks.data import arrays as data
 import optax_svrg
 
 pytestmark = pytest.mark.standard_promotion
