@@ -15,7 +15,7 @@ import pytest
 import optax_svrg
 from tests import helpers
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 
 shapes = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 trees = st.recursive(
@@ -62,7 +62,6 @@ class TestProperties:
   """Over random trees, batch splits and coefficients."""
 
   @hypothesis.given(trees, sizes, alphas, st.integers(0, 99), st.booleans())
-  @hypothesis.settings(max_examples=60)
   def test_unbiased(self, tree, sizes, alpha, seed, jit):
     problem = helpers.finite_sum(sizes, seed)
     snapshot, params = draw_params(tree, seed), draw_params(tree, seed + 1)
@@ -176,7 +175,8 @@ def logistic(params, batch):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-  ("loss", "learning_rate"), [(least_squares, 0.05), (logistic, 0.2)]
+  ("loss", "learning_rate"),
+  [(least_squares, 0.05), helpers.slow(logistic, 0.2)],
 )
 def test_linear_convergence_with_a_constant_step(loss, learning_rate):
   """SVRG and adaptive reach the optimum; at the same step SGD stalls far above.

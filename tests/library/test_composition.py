@@ -109,9 +109,16 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("jit", [False, True])
-def test_the_optimizer_sees_the_corrected_gradient(name, jit):
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    if name in ("adamw", "lbfgs", "muon", "partition")
+    else helpers.slow(name)
+    for name in OPTIMIZERS
+  ],
+)
+def test_the_optimizer_sees_the_corrected_gradient(name):
   """A chain equals the optimizer alone, fed with the formula by hand."""
   alpha = optax_svrg.linear_decay(0.75, 2, 3)
   tx = optax.chain(optax_svrg.alpha_svrg(alpha), OPTIMIZERS[name]())
@@ -149,8 +156,7 @@ def test_the_optimizer_sees_the_corrected_gradient(name, jit):
     updates, state = reference.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 
-  if jit:
-    step, reference_step = jax.jit(step), jax.jit(reference_step)
+  step, reference_step = jax.jit(step), jax.jit(reference_step)
   params = want = PARAMS
   state, want_state = tx.init(params), reference.init(want)
   for epoch in range(2):
@@ -166,11 +172,9 @@ def test_the_optimizer_sees_the_corrected_gradient(name, jit):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("jit", [False, True])
-def test_take_snapshot_finds_the_state(name, jit):
+def test_take_snapshot_finds_the_state(name):
   tx = WRAPPERS[name](optax_svrg.alpha_svrg(0.5))
-  take = lambda s, p: optax_svrg.take_snapshot(s, p, mean_grad)
-  take = jax.jit(take) if jit else take
+  take = jax.jit(lambda s, p: optax_svrg.take_snapshot(s, p, mean_grad))
   before = tx.init(PARAMS)
   params = helpers.perturbed(PARAMS)
   state = take(take(before, PARAMS), params)
@@ -188,13 +192,19 @@ def test_take_snapshot_finds_the_state(name, jit):
   # And the wrapper passes grad_fn on (MultiSteps shows it at every second).
   batch = BATCHES[0]
   grad_fn = lambda p: GRAD(p, batch)
+  update = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=grad_fn))
   for _ in range(2):
-    _, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    _, state = update(grad_fn(params), state, params)
   assert helpers.svrg_state(state).alpha == 0.5
 
 
 @pytest.mark.parametrize(
-  "name", sorted(WRAPPERS.keys() - {"inject_hyperparams", "MultiSteps"})
+  "name",
+  [
+    name if name == "chain" else helpers.slow(name)
+    for name in WRAPPERS
+    if name not in ("inject_hyperparams", "MultiSteps")
+  ],
 )
 def test_adaptive_in_every_wrapper(name):
   """The estimate goes on there, and a snapshot begins it anew."""
@@ -258,7 +268,7 @@ def partition(**kwargs):
   )
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [True, helpers.slow(False)])
 def test_snapshot_and_arrays_inside_partition(jit):
   """Masked snapshots take the array form, where the wrapper masks it alike."""
   tx = partition(mask_compatible_extra_args=True)
@@ -551,7 +561,7 @@ def saga_grads(step):
   return i, GRAD(helpers.perturbed(PARAMS, 0.02 * step), BATCHES[i])
 
 
-@pytest.mark.parametrize("kind", SAGA)
+@pytest.mark.parametrize("kind", ["adaptive", helpers.slow("alpha")])
 class TestSAGA:
   """The transformations with a table, where alpha_svrg is tested above."""
 
@@ -569,7 +579,8 @@ class TestSAGA:
     return history, state
 
   @pytest.mark.parametrize(
-    "name", ["adamw", "clip_by_global_norm", "partition", "schedule_free"]
+    "name",
+    ["adamw", *map(helpers.slow, ("clip_by_global_norm", "schedule_free"))],
   )
   def test_the_optimizer_sees_the_corrected_gradient(self, kind, name):
     corrected, _ = self.run(SAGA[kind]())
@@ -626,7 +637,9 @@ class TestSAGA:
       helpers.assert_equal(updates["layer"]["b"], grads["layer"]["b"])
     assert want_state.alpha > 0
 
-  @pytest.mark.parametrize("mask_compatible_extra_args", [False, True])
+  @pytest.mark.parametrize(
+    "mask_compatible_extra_args", [False, helpers.slow(True)]
+  )
   def test_partition(self, kind, mask_compatible_extra_args):
     tx = optax.partition(
       {
@@ -661,7 +674,7 @@ class TestSAGA:
         atol=1e-6,
       )
 
-  @pytest.mark.parametrize("table_dtype", [None, "bfloat16"])
+  @pytest.mark.parametrize("table_dtype", ["bfloat16", helpers.slow(None)])
   def test_inject_hyperparams(self, kind, table_dtype):
     """The coefficients are numbers to it; the size of the table is not."""
     factory = {
@@ -733,7 +746,7 @@ class TestSAGA:
     )
     assert state[0] == want
 
-  @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
+  @pytest.mark.parametrize("table_dtype", [jnp.bfloat16, helpers.slow(None)])
   def test_checkpoint(self, kind, table_dtype, tmp_path):
     """A run that was saved within an epoch goes on to the last bit."""
     if kind == "alpha":

@@ -85,8 +85,10 @@ def snapshot(optimizer, model, data):
   )
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize(
+  ("jit", "has_aux"),
+  [(True, True), helpers.slow(True, False), helpers.slow(False, True)],
+)
 class TestStep:
   def test_gradients_are_bit_equal_at_the_snapshot(self, jit, has_aux):
     model, _ = make()
@@ -130,7 +132,7 @@ class TestStep:
       assert helpers.svrg_state(nnx.as_pure(optimizer.opt_state)).count == count
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [True, helpers.slow(False)])
 def test_snapshot_moves_nothing(jit):
   model, optimizer = make()
   loss_fn(model, batches()[0])  # Away from the initial values.
@@ -318,7 +320,7 @@ def test_donation():
   assert jnp.isfinite(step(model, optimizer, batches()[0]))
 
 
-@pytest.mark.parametrize("kind", ["alpha", "adaptive"])
+@pytest.mark.parametrize("kind", ["adaptive", helpers.slow("alpha")])
 def test_saga(kind):
   """One gradient per step: nnx.grad and batch_index are all it needs."""
   data = batches()

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import optax
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Inserted before the first test class. FACTORY is peer_adapter.<name>.
 TABLES = {
@@ -47,7 +47,7 @@ def run(suite: str, factory: str, folder: pathlib.Path) -> dict[str, str]:
   table = TABLES[suite].replace("FACTORY", f"peer_adapter.{factory}")
   path = folder / f"test_{factory}.py"
   path.write_text(
-    f"{head}\nfrom tests import peer_adapter\n{table}\n\nclass {body}"
+    f"{head}\nfrom tests.workers import peer_adapter\n{table}\n\nclass {body}"
   )
   report = folder / f"{factory}.xml"
   command = [sys.executable, "-m", "pytest", path, f"--junit-xml={report}"]
@@ -67,6 +67,7 @@ def run(suite: str, factory: str, folder: pathlib.Path) -> dict[str, str]:
   return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", TABLES)
 def test_passes_what_sgd_passes(suite, tmp_path):
   reference = run(suite, "plain", tmp_path)

@@ -27,19 +27,33 @@ CHILD = FLAG in os.environ.get("XLA_FLAGS", "")
 eight_devices = pytest.mark.skipif(not CHILD, reason="runs in its own process")
 
 
-@pytest.mark.skipif(CHILD, reason="this is the process")
-def test_in_a_process_with_eight_devices():
+def run_with_eight_devices(tier):
+  """Runs the tests of this file, those that a marker expression selects."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
   result = subprocess.run(
-    [sys.executable, "-m", "pytest", __file__, "-q", "-o", "addopts="],
+    [
+      *(sys.executable, "-m", "pytest", __file__, "-q"),
+      *("-o", "addopts=", "-m", tier, "--durations=10"),
+    ],
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
-    timeout=600,
+    timeout=900,
     check=False,
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert re.search(r"\d\d passed, 1 skipped", result.stdout), result.stdout
+
+
+@pytest.mark.skipif(CHILD, reason="this is the process")
+def test_in_a_process_with_eight_devices():
+  run_with_eight_devices("not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHILD, reason="this is the process")
+def test_the_rest_in_a_process_with_eight_devices():
+  run_with_eight_devices("slow")
 
 
 RNG = np.random.default_rng(0)
@@ -83,6 +97,11 @@ def make(axis_name=None, alpha=0.75):
 local_grad = optax_svrg.device_local(GRAD, "data")
 
 
+# To map over devices.
+AXIS_TYPES = [AxisType.Explicit, helpers.slow(AxisType.Auto)]
+WAYS = ["shard_map", helpers.slow("unchecked"), "pmap", helpers.slow("vmap")]
+
+
 def make_mesh(axis_type=AxisType.Auto):
   return jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
 
@@ -99,8 +118,17 @@ def want():
 
 @eight_devices
 class TestAxisName:
-  @pytest.mark.parametrize("check_vma", [True, False])
-  @pytest.mark.parametrize("alpha", [0, 0.0 * jnp.ones(()), 0.75])
+  @pytest.mark.parametrize(
+    ("alpha", "check_vma"),
+    [
+      (0.75, True),
+      *(
+        helpers.slow(alpha, check_vma)
+        for alpha in (0, 0.0 * jnp.ones(()), 0.75)
+        for check_vma in (False, True)
+      ),
+    ],
+  )
   def test_shard_map(self, check_vma, alpha):
     sharded = jax.jit(
       jax.shard_map(
@@ -234,7 +262,7 @@ class TestAdaptive:
     alpha = np.clip(covariance / variance, 0, 1)
     return g[1].mean(axis=0) - alpha * (s[1].mean(axis=0) - mean), alpha
 
-  @pytest.mark.parametrize("kind", ["shard_map", "unchecked", "pmap", "vmap"])
+  @pytest.mark.parametrize("kind", WAYS)
   def test_values(self, kind):
     tx = optax_svrg.adaptive_svrg(axis_name="data")
     grad = local_grad if kind == "shard_map" else GRAD
@@ -283,7 +311,7 @@ class TestAdaptive:
     shapes = sorted(re.findall(r"\w+\[[\d,]*\]", " ".join(reduced)))
     assert shapes == ["f32[16,8]", "f32[]", "f32[]"]
 
-  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+  @pytest.mark.parametrize("axis_type", AXIS_TYPES)
   def test_sharded_jit(self, axis_type):
     """Global gradients: the estimate of one device with whole batches."""
     mesh = make_mesh(axis_type)
@@ -304,7 +332,7 @@ class TestDeviceLocal:
     parts = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES[0])
     return parts, jax.vmap(GRAD, (None, 0))(PARAMS, parts)["w"]
 
-  @pytest.mark.parametrize("how", ["shard_map", "unchecked", "pmap", "vmap"])
+  @pytest.mark.parametrize("how", WAYS)
   def test_gradients_of_each_device(self, how):
     parts, want = self.want()
     grad = optax_svrg.device_local(GRAD, "data")
@@ -362,16 +390,20 @@ class TestDeviceLocal:
 class TestFaults:
   """Snapshot gradients that are not finite, of one device and of all."""
 
-  METHODS = ("alpha", "adaptive")
-
   @staticmethod
   def make(method, axis_name=None):
     if method == "alpha":
       return optax_svrg.alpha_svrg(0.75, axis_name=axis_name)
     return optax_svrg.adaptive_svrg(decay=0.9, axis_name=axis_name)
 
-  @pytest.mark.parametrize("bad", [np.nan, np.inf])
-  @pytest.mark.parametrize("method", METHODS)
+  @pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+      ("adaptive", np.nan),
+      helpers.slow("alpha", np.nan),
+      helpers.slow("adaptive", np.inf),
+    ],
+  )
   def test_a_device_that_fails_is_plain(self, method, bad):
     tx = self.make(method, "data")
 
@@ -415,9 +447,9 @@ class TestFaults:
     )
     assert np.all(np.isfinite(helpers.flat((second, state))))
 
-  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-  @pytest.mark.parametrize("method", METHODS)
-  @pytest.mark.parametrize("of_mean", [False, True])
+  @pytest.mark.parametrize("axis_type", AXIS_TYPES)
+  @pytest.mark.parametrize("method", ["adaptive", helpers.slow("alpha")])
+  @pytest.mark.parametrize("of_mean", [True, helpers.slow(False)])
   def test_sharded_jit(self, method, axis_type, of_mean):
     """A bad number lies on one device only, and all know of it."""
     mesh = make_mesh(axis_type)
@@ -503,8 +535,8 @@ class TestDiagnostics:
   def want(self):
     return optax_svrg.per_example_grads(loss)(PARAMS, BATCHES[0])
 
-  @pytest.mark.parametrize("chunk_size", [None, 1, 3])
-  @pytest.mark.parametrize("check_vma", [True, False])
+  @pytest.mark.parametrize("chunk_size", [3, *map(helpers.slow, (None, 1))])
+  @pytest.mark.parametrize("check_vma", [True, helpers.slow(False)])
   def test_shard_map(self, want, check_vma, chunk_size):
     """No example is mixed with those of other devices."""
     grads = jax.jit(
@@ -565,6 +597,7 @@ class TestDiagnostics:
     )
     helpers.assert_close(got, want, rtol=1e-5)
 
+  @pytest.mark.slow
   @pytest.mark.parametrize("chunk_size", [None, 3])
   def test_pmap(self, want, chunk_size):
     split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES[0])
@@ -573,6 +606,7 @@ class TestDiagnostics:
     got = jax.tree.map(lambda x: x.reshape(32, 16, 8), got)
     helpers.assert_close(got, want, rtol=1e-6)
 
+  @pytest.mark.slow
   @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
   def test_sharded_jit(self, want, axis_type):
     mesh = make_mesh(axis_type)
@@ -638,9 +672,22 @@ TWO_AXES = {
 }
 
 
+def fast_placements(*fast, specs=(*SPECS, *TWO_AXES)):
+  """Types of mesh and names of specifications; the product is slow."""
+  return pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [
+      (kind, spec) if (kind, spec) in fast else helpers.slow(kind, spec)
+      for kind in (AxisType.Auto, AxisType.Explicit)
+      for spec in specs
+    ],
+  )
+
+
 @eight_devices
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [*SPECS, *TWO_AXES])
+@fast_placements(
+  (AxisType.Auto, "fsdp"), (AxisType.Explicit, "tensor and fsdp")
+)
 class TestShardedJit:
   """Without axis_name: global arrays, gradients averaged by the compiler."""
 
@@ -720,7 +767,7 @@ SAGA = {
 
 
 @eight_devices
-@pytest.mark.parametrize("kind", SAGA)
+@pytest.mark.parametrize("kind", ["adaptive", helpers.slow("alpha")])
 class TestSAGA:
   """A table of averaged gradients, alike on all devices."""
 
@@ -745,7 +792,7 @@ class TestSAGA:
     assert want[1].alpha > 0
     return want
 
-  @pytest.mark.parametrize("how", ["shard_map", "unchecked", "pmap", "vmap"])
+  @pytest.mark.parametrize("how", WAYS)
   def test_axis_name(self, kind, how):
     want = self.want(kind)
     tx = SAGA[kind](axis_name="data")
@@ -807,9 +854,8 @@ class TestSAGA:
     with pytest.raises(ValueError, match="axis_name='data' is not an axis of"):
       step(PARAMS, BATCHES[0])
 
-  @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-  @pytest.mark.parametrize("spec", SPECS)
-  @pytest.mark.parametrize("jit", [False, True])
+  @fast_placements((AxisType.Explicit, "columns"), specs=SPECS)
+  @pytest.mark.parametrize("jit", [False, helpers.slow(True)])
   def test_sharded_jit(self, kind, axis_type, spec, jit):
     """The table is as sharded as the parameters, over an axis of its own."""
     want = self.want(kind)
@@ -872,7 +918,9 @@ TRANSFORMS = {
 
 
 @eight_devices
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize(
+  "kind", ["saga", *map(helpers.slow, ("alpha", "adaptive"))]
+)
 class TestStateShardings:
   @staticmethod
   def make(kind):
@@ -890,7 +938,11 @@ class TestStateShardings:
     return jax.jit(step, donate_argnums=(0, 1))
 
   @pytest.mark.parametrize(
-    "spec", [P(), P("data"), P("data", "model"), P(("data", "model"))]
+    "spec",
+    [
+      P("data", "model"),
+      *map(helpers.slow, (P(), P("data"), P(("data", "model")))),
+    ],
   )
   def test_init_inside_jit(self, kind, spec):
     """On a mesh of the type Auto, with donated steps afterwards."""
@@ -988,8 +1040,14 @@ class TestStateShardings:
 
 
 @eight_devices
-@pytest.mark.parametrize("spec", [P(), P("data")])
-@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize(
+  ("kind", "spec"),
+  [
+    ("adaptive", P("data")),
+    *(helpers.slow(kind, P()) for kind in ("alpha", "adaptive", "saga")),
+    helpers.slow("saga", P("data")),
+  ],
+)
 class TestOffload:
   """The state in the memory of the host."""
 

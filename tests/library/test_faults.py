@@ -15,8 +15,8 @@ METHODS = {
   "adaptive": lambda: optax_svrg.adaptive_svrg(decay=0.9),
 }
 methods = pytest.mark.parametrize("method", METHODS)
-values = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-jitting = pytest.mark.parametrize("jit", [False, True])
+values = pytest.mark.parametrize("bad", [np.nan, -np.inf, helpers.slow(np.inf)])
+jitting = pytest.mark.parametrize("jit", [True, helpers.slow(False)])
 
 PROBLEM = helpers.finite_sum([4] * 5)
 PARAMS = {"a": jnp.arange(3.0), "b": jnp.array([[2.0]])}
@@ -39,7 +39,7 @@ def update_fn(tx, jit):
 @methods
 @values
 @jitting
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [0, helpers.slow(1)])
 def test_a_bad_mean_makes_inert_until_the_next_good_one(
   method, bad, jit, where
 ):
@@ -138,7 +138,7 @@ def test_overflow(method, dtype):
   assert state.is_finite
 
 
-@pytest.mark.parametrize("kind", ["alpha", "adaptive"])
+@pytest.mark.parametrize("kind", ["adaptive", helpers.slow("alpha")])
 @values
 @jitting
 def test_saga(kind, bad, jit):

@@ -14,7 +14,14 @@ def run(num_processes, out, method, how, precision):
   """How each process has ended: exit status and output."""
   return helpers.in_processes(
     lambda process, port: [
-      *("-m", "tests.process_worker", method, how, num_processes, process),
+      *(
+        "-m",
+        "tests.workers.process_worker",
+        method,
+        how,
+        num_processes,
+        process,
+      ),
       *(port, precision, out / f"{process}.npz"),
     ],
     num_processes,
@@ -36,12 +43,12 @@ def train(num_processes, out, *args):
 @pytest.mark.parametrize(
   ("method", "how", "precision"),
   [
-    ("alpha", "jit", "float64"),
-    ("adaptive", "jit", "float32"),
     ("adaptive", "shard_map", "float64"),
-    ("alpha", "shard_map", "float32"),
-    ("saga", "jit", "float64"),
-    ("saga", "shard_map", "float64"),
+    helpers.slow("alpha", "jit", "float64"),
+    helpers.slow("adaptive", "jit", "float32"),
+    helpers.slow("alpha", "shard_map", "float32"),
+    helpers.slow("saga", "jit", "float64"),
+    helpers.slow("saga", "shard_map", "float64"),
   ],
 )
 def test_two_processes_train_as_one_does(method, how, precision, tmp_path):
@@ -69,17 +76,17 @@ def test_lockstep_refuses():
 @pytest.mark.parametrize(
   ("fault", "first", "second"),
   [
-    ("missing", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and no"
+    helpers.slow("missing", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and no"
      " further batch in process 1.", _UNLIKE),
     ("short", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
      " PyTreeDef(*) of float32[16, 4] in process 1.", _UNLIKE),
     ("failed", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
      " RuntimeError: the disk is gone in process 1.",
      "RuntimeError: the disk is gone"),
-    ("stalled", "TimeoutError: batches[1]: process 1 of 2 did not come to it"
+    helpers.slow("stalled", "TimeoutError: batches[1]: process 1 of 2 did not come to it"
      " within 2 seconds, or is lost.", "TimeoutError: batches[1]"),
     # JAX itself notices.
-    ("died", "The following tasks are unhealthy", ""),
+    helpers.slow("died", "The following tasks are unhealthy", ""),
   ],
 )  # fmt: skip
 def test_a_process_without_a_batch_ends_all(fault, first, second, tmp_path):

@@ -53,9 +53,14 @@ def split(batch, sizes):
   ]
 
 
-@pytest.mark.parametrize("make", [list, tuple, iter, lambda b: (x for x in b)])
 @pytest.mark.parametrize(
-  "sizes", [[10], [5, 5], [4, 4, 2], [1, 2, 3, 4], [1] * 10]
+  ("sizes", "make"),
+  [
+    ([10], list),
+    ([4, 4, 2], iter),
+    ([1, 2, 3, 4], tuple),
+    ([1] * 10, lambda b: (x for x in b)),
+  ],
 )
 def test_weights_batches_by_their_size(x64, sizes, make):
   params, batch = make_params(float), data(10, float)
@@ -63,7 +68,7 @@ def test_weights_batches_by_their_size(x64, sizes, make):
   helpers.assert_close(got, GRAD(params, batch), rtol=1e-14)
 
 
-@pytest.mark.parametrize("tree", helpers.TREES)
+@pytest.mark.parametrize("tree", helpers.tree_names())
 def test_dtypes_and_structure(tree):
   make, x64 = helpers.TREES[tree]
   with jax.enable_x64(x64):
@@ -349,9 +354,8 @@ class TestGradientTable:
   """One pass for the mean gradient and the gradients of the batches."""
 
   @pytest.mark.parametrize(
-    "make", [list, tuple, iter, lambda b: (x for x in b)]
+    ("sizes", "make"), [([4, 4, 2], list), ([1] * 10, iter)]
   )
-  @pytest.mark.parametrize("sizes", [[10], [4, 4, 2], [1] * 10])
   def test_values(self, x64, sizes, make):
     params, batch = make_params(float), data(10, float)
     batches = split(batch, sizes)
@@ -366,7 +370,7 @@ class TestGradientTable:
         helpers.assert_equal(read(table, index), table[i])
     assert [len(jax.tree.leaves(entry)) for entry in table] == [2] * len(sizes)
 
-  @pytest.mark.parametrize("tree", helpers.TREES)
+  @pytest.mark.parametrize("tree", helpers.tree_names())
   def test_dtypes_and_structure(self, tree):
     make, x64 = helpers.TREES[tree]
     with jax.enable_x64(x64):

@@ -17,7 +17,7 @@ KINDS = ("alpha", "adaptive")
 both = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(params=helpers.TREES)
+@pytest.fixture(params=helpers.tree_names())
 def params(request: pytest.FixtureRequest) -> Any:
   make, x64 = helpers.TREES[request.param]
   with jax.enable_x64(x64):
@@ -75,14 +75,7 @@ def related(params, seed, slope=0.6):
   return jax.tree.map(
     lambda x, y: jnp.asarray(slope * np.asarray(x, y.dtype) + 0.2 * y, x.dtype),
     helpers.random_like(params, seed),
-    wide(helpers.random_like(params, 1000 + seed)),
-  )
-
-
-def wide(tree):
-  return jax.tree.map(
-    lambda x: np.asarray(x).astype(complex if jnp.iscomplexobj(x) else float),
-    tree,
+    helpers.wide(helpers.random_like(params, 1000 + seed)),
   )
 
 
@@ -92,7 +85,7 @@ def without_error(state):
 
 
 class TestAlphaZero:
-  @pytest.mark.parametrize("alpha", [0, 0.0, np.float32(0)])
+  @pytest.mark.parametrize("alpha", [0, np.float32(0)])
   def test_number(self, params, alpha):
     tx = optax_svrg.alpha_saga(alpha, 3)
     start = state = tx.init(params)
@@ -160,29 +153,35 @@ class TestUnbiased:
     n = len(state.is_filled)
     grads = [related(params, i, slope=-1.5) for i in range(n)]
     results = [update(g, state, i) for i, g in enumerate(grads)]
-    corrected = np.stack([helpers.flat(u) for u, _ in results])
-    plain = np.stack([helpers.flat(g) for g in grads])
-    # Only the results are rounded to the dtype of the gradients; sums are not.
-    size = np.abs(corrected).max(initial=0) + np.abs(plain).max(initial=0)
-    np.testing.assert_allclose(
-      corrected.mean(axis=0),
-      plain.mean(axis=0),
-      rtol=0,
-      atol=4 * eps_of(params) * size,
-    )
+    leaves = lambda trees: zip(*map(jax.tree.leaves, trees), strict=True)
+    for corrected, plain in zip(
+      leaves([u for u, _ in results]), leaves(grads), strict=True
+    ):
+      eps = float(jnp.finfo(plain[0].dtype).eps)
+      corrected, plain = (
+        np.stack(helpers.wide(corrected)),
+        np.stack(helpers.wide(plain)),
+      )
+      # Only results are rounded to the dtype of the gradients; sums are not.
+      size = np.abs(corrected).max() + np.abs(plain).max()
+      error = np.abs(corrected.mean(axis=0) - plain.mean(axis=0))
+      assert np.all(error <= 2 * eps * size)
     return [float(after.alpha) for _, after in results]
 
-  @pytest.mark.parametrize("filled", [(), (2,), (0, 1, 3), (0, 1, 2, 3, 4)])
+  @pytest.mark.parametrize(
+    "filled",
+    [(0, 1, 3), *map(helpers.slow, [(), (2,), (0, 1, 2, 3, 4)])],
+  )
   def test_alpha(self, params, filled):
     self.check_alpha(params, filled)
 
-  @pytest.mark.parametrize("filled", [(0, 1, 3), (0, 1, 2, 3, 4)])
+  @pytest.mark.parametrize("filled", [(0, 1, 3), helpers.slow((0, 1, 2, 3, 4))])
   def test_adaptive(self, params, filled):
     self.check_adaptive(params, filled)
 
   @pytest.mark.parametrize(
     ("tree", "table_dtype"),
-    [("float32", "bfloat16"), ("float64", "bfloat16"), ("mixed", "float16")],
+    [("float64", "bfloat16"), ("mixed", "float16")],
   )
   def test_table_dtype(self, tree, table_dtype):
     make_params, x64 = helpers.TREES[tree]
@@ -195,7 +194,7 @@ class TestUnbiased:
     # Entries far from the gradients, so that a wrong mean is seen.
     visits = [(i, helpers.random_like(params, 50 + i, 3.0)) for i in filled]
     state = visit(update_fn("alpha", table_dtype, alpha=1.0), state, visits)
-    for alpha in (1.0, 0.3, -0.5, 1.7):
+    for alpha in (1.0, -0.5):
       update = update_fn("alpha", table_dtype, alpha=alpha)
       alphas = self.check(update, state, params)
       want = [alpha if i in filled else 0.0 for i in range(5)]
@@ -355,7 +354,8 @@ class TestFiniteSum:
 
 class TestAdaptiveFormula:
   @pytest.mark.parametrize(
-    ("decay", "max_alpha"), [(0.0, 1.0), (0.9, 0.4), (0.97, 3.0)]
+    ("decay", "max_alpha"),
+    [(0.9, 0.4), helpers.slow(0.0, 1.0), helpers.slow(0.97, 3.0)],
   )
   def test_against_numpy(self, params, decay, max_alpha):
     if not jax.tree.leaves(params):
@@ -367,7 +367,8 @@ class TestAdaptiveFormula:
     state = tx.init(params)
     covariance = variance = moment = 0.0
     ratio = 1.0
-    rtol = helpers.tolerance(params)
+    # Sums are formed in float32, whatever gradients are rounded to.
+    rtol = 64 * float(jnp.finfo(state.estimate.variance.dtype).eps)
     seen = []
     for step, i in enumerate([1, 1, 3, 1, 0, 3, 4, 2, 1, 0, 2, 4, 3]):
       g = related(params, i, slope=1.2 - 0.05 * step)
@@ -386,12 +387,15 @@ class TestAdaptiveFormula:
         continue
       s, mean = helpers.flat(row(before, i)), mean_of_table(before)
       want = helpers.flat(g) - alpha * (s - mean)
-      np.testing.assert_allclose(
-        helpers.flat(corrected),
-        want,
-        rtol=0,
-        atol=2 * rtol * np.abs(want).max(),
+      rounded = 2 * np.concatenate(
+        [
+          np.full(x.size, float(jnp.finfo(x.dtype).eps))
+          for x in jax.tree.leaves(corrected)
+        ]
       )
+      size = np.abs(helpers.flat(g)) + np.abs(s) + np.abs(mean)
+      error = np.abs(helpers.flat(corrected) - want)
+      assert np.all(error <= 2 * rounded * size)
       # A single entry is its mean.
       if before.is_filled.sum() > 1:
         products = (
@@ -410,7 +414,7 @@ class TestAdaptiveFormula:
       np.testing.assert_allclose(
         state.estimate,
         [covariance, variance, moment, ratio, 1],
-        rtol=20 * rtol,
+        rtol=rtol,
         atol=rtol,
       )
     assert seen[4] == 0
@@ -444,8 +448,17 @@ class TestAdaptiveFormula:
     np.testing.assert_allclose(alphas[0.8], 0.8, rtol=0.1)
     np.testing.assert_allclose(alphas[1.25], 0.8, rtol=0.1)
 
-  @pytest.mark.parametrize("num_batches", [2, 3, 5, 10])
-  @pytest.mark.parametrize("learning_rate", [1e-3, 1.5e-3, 2e-3])
+  @pytest.mark.parametrize(
+    ("num_batches", "learning_rate"),
+    [
+      (5, 2e-3),
+      *(
+        helpers.slow(n, rate)
+        for n in (2, 3, 10)
+        for rate in (1e-3, 1.5e-3, 2e-3)
+      ),
+    ],
+  )
   def test_holds_where_plain_does_without_any_noise(
     self, num_batches, learning_rate
   ):
@@ -548,18 +561,17 @@ class TestAdaptiveFormula:
 PARAMS = {"w": jnp.ones(3), "b": [jnp.zeros(())]}
 
 
-@both
 class TestBatchIndex:
-  def update(self, kind, index, jit=False):
-    tx = make(kind, 5)
+  def update(self, index, jit=False):
+    tx = make("adaptive", 5)
     state = tx.init(PARAMS)
     update = lambda g, s, **kwargs: tx.update(g, s, **kwargs)
     if jit:
       return jax.jit(update)(PARAMS, state, batch_index=index)
     return update(PARAMS, state, batch_index=index)
 
-  def test_missing(self, kind):
-    tx = make(kind, 5)
+  def test_missing(self):
+    tx = make("adaptive", 5)
     for update in (tx.update, jax.jit(tx.update)):
       with pytest.raises(ValueError, match=r"needs the extra argument batch_i"):
         update(PARAMS, tx.init(PARAMS), PARAMS)
@@ -583,18 +595,18 @@ class TestBatchIndex:
       (jnp.ones((2, 1), int), ValueError, r"a scalar.* shape \(2, 1\)"),
     ],
   )
-  def test_no_integer(self, kind, index, error, message):
+  def test_no_integer(self, index, error, message):
     with pytest.raises(error, match=rf"batch_index.*{message}|{message}") as e:
-      self.update(kind, index)
+      self.update(index)
     assert "batch_index" in str(e.value)
 
-  @pytest.mark.parametrize("value", [-1, 5, 10, 2**31 - 1])
-  @pytest.mark.parametrize("cast", [int, np.int64, np.array, jnp.asarray])
-  def test_known_to_be_out_of_range(self, kind, value, cast):
+  @pytest.mark.parametrize("value", [-1, 5, 2**31 - 1])
+  @pytest.mark.parametrize("cast", [int, np.int64, jnp.asarray])
+  def test_known_to_be_out_of_range(self, value, cast):
     with pytest.raises(
       ValueError, match=rf"batch_index must be in \[0, 5\).* got {value}\."
     ):
-      self.update(kind, cast(value))
+      self.update(cast(value))
 
   @pytest.mark.parametrize(
     ("index", "error", "message"),
@@ -605,11 +617,12 @@ class TestBatchIndex:
       (jnp.array([1]), ValueError, r"a scalar, got an array of shape \(1,\)"),
     ],
   )
-  def test_traced(self, kind, index, error, message):
+  def test_traced(self, index, error, message):
     with pytest.raises(error, match=rf"batch_index must be {message}"):
-      self.update(kind, index, jit=True)
+      self.update(index, jit=True)
 
-  def test_all_integer_dtypes_agree(self, kind):
+  def test_all_integer_dtypes_agree(self):
+    kind = "adaptive"
     tx = make(kind, 5)
     dtypes = ["int8", "uint8", "int16", "uint16", "int32", "uint32"]
     visits = [(i, helpers.random_like(PARAMS, i)) for i in (0, 3, 0, 3)]
@@ -631,8 +644,8 @@ class TestBatchIndex:
     "index",
     [3, np.int64(3), np.uint64(3), np.array(3, np.int8), jnp.array(3)],
   )
-  def test_known(self, kind, index):
-    tx = make(kind, 5)
+  def test_known(self, index):
+    tx = make("adaptive", 5)
     _, state = tx.update(PARAMS, tx.init(PARAMS), batch_index=index)
     assert np.flatnonzero(state.is_filled).tolist() == [3]
 
@@ -640,29 +653,31 @@ class TestBatchIndex:
     "index", [np.int8(100), np.uint8(100), np.uint8(255), np.int16(299)]
   )
   @pytest.mark.parametrize("traced", [False, True])
-  def test_more_batches_than_the_dtype_counts(self, kind, index, traced):
+  def test_more_batches_than_the_dtype_counts(self, index, traced):
     """300 is out of the range of int8 and uint8, the index is not."""
-    tx = make(kind, 300)
+    tx = make("alpha", 300)
     state = tx.init(PARAMS)
     if traced:
-      _, state = update_fn(kind)(PARAMS, state, index)
+      _, state = update_fn("alpha")(PARAMS, state, index)
     else:
       _, state = tx.update(PARAMS, state, batch_index=index)
     assert np.flatnonzero(state.is_filled).tolist() == [index]
+    table = jax.tree.map(lambda t: t.reshape(-1, *t.shape[-1:]), state.table)
+    np.testing.assert_array_equal(
+      np.flatnonzero(table["w"].any(axis=-1)), [index]
+    )
 
   @pytest.mark.parametrize(
     "index",
     [
       -1,
       5,
-      10,
       2**31 - 1,
-      -(2**31),
-      np.uint8(255),
       np.int8(-128),
       np.uint32(2**32 - 1),
     ],
   )
+  @both
   def test_traced_out_of_range_changes_nothing(self, kind, index):
     """Neither another entry nor the mean: as if there were no table."""
     tx, update = make(kind, 5), update_fn(kind)
@@ -693,10 +708,10 @@ class TestMisuse:
       ({"table_dtype": "float33"}, TypeError, "table_dtype.*'float33'"),
     ],
   )
-  @both
-  def test_common_arguments(self, kind, kwargs, error, message):
-    with pytest.raises(error, match=message):
-      make(kind, **{"num_batches": 3, **kwargs})
+  def test_common_arguments(self, kwargs, error, message):
+    for kind in KINDS:
+      with pytest.raises(error, match=message):
+        make(kind, **{"num_batches": 3, **kwargs})
 
   @pytest.mark.parametrize(
     ("alpha", "error", "message"),
@@ -736,26 +751,22 @@ class TestMisuse:
     with pytest.raises(error, match=message):
       optax_svrg.adaptive_saga(3, **kwargs)
 
-  @both
-  def test_dtype_that_drops_imaginary_parts(self, kind):
-    tx = make(kind, 3, table_dtype=jnp.bfloat16)
+  def test_dtype_that_drops_imaginary_parts(self):
+    tx = make("alpha", 3, table_dtype=jnp.bfloat16)
     with pytest.raises(
       ValueError,
       match=r"table_dtype=bfloat16 cannot hold .*complex64 at \['w'\]",
     ):
       tx.init({"w": jnp.ones(2, jnp.complex64)})
 
-  @both
   @pytest.mark.parametrize("leaf", [jnp.ones(2, int), 1, jnp.ones(2, bool)])
-  def test_integer_parameters(self, kind, leaf):
+  def test_integer_parameters(self, leaf):
     with pytest.raises(
       TypeError, match=r"params must have float.* at \['layers'\]\[1\]\['n'\]"
     ):
-      make(kind, 3).init({"layers": [{"w": jnp.ones(2)}, {"n": leaf}]})
+      make("alpha", 3).init({"layers": [{"w": jnp.ones(2)}, {"n": leaf}]})
 
-  @both
   @pytest.mark.parametrize("which", ["updates", "params"])
-  @pytest.mark.parametrize("jit", [False, True])
   @pytest.mark.parametrize(
     ("tree", "message"),
     [
@@ -769,17 +780,17 @@ class TestMisuse:
       ({**PARAMS, "w": jnp.ones((3, 3))}, r"\(3, 3\) .*\(3,\) at \['w'\]"),
     ],
   )
-  def test_trees_that_do_not_match(self, kind, which, jit, tree, message):
-    tx = make(kind, 3)
+  def test_trees_that_do_not_match(self, which, tree, message):
+    tx = make("alpha", 3)
     update = lambda g, s, p: tx.update(g, s, p, batch_index=1)
-    update = jax.jit(update) if jit else update
     trees = {"updates": PARAMS, "params": PARAMS, which: tree}
-    with pytest.raises(ValueError, match=rf"{which} must have .*{message}"):
-      update(trees["updates"], tx.init(PARAMS), trees["params"])
+    for fn in (update, jax.jit(update)):
+      with pytest.raises(ValueError, match=rf"{which} must have .*{message}"):
+        fn(trees["updates"], tx.init(PARAMS), trees["params"])
 
-  @both
-  def test_a_table_that_is_too_large(self, kind):
+  def test_a_table_that_is_too_large(self):
     """Said before anything is allocated, with the bytes that it takes."""
+    kind = "adaptive"
     params = {"w": jnp.ones(3), "b": jnp.ones((), jnp.bfloat16)}
     with pytest.raises(
       ValueError,
@@ -789,15 +800,13 @@ class TestMisuse:
     with pytest.raises(ValueError, match=rf"needs {8 * 10**13} bytes, and"):
       make(kind, 10**13, table_dtype=jnp.bfloat16).init(params)
 
-  @both
   @pytest.mark.parametrize("leaf", [2.0, np.ones(3, np.float32)])
-  def test_a_table_that_is_too_large_for_host_parameters(self, kind, leaf):
+  def test_a_table_that_is_too_large_for_host_parameters(self, leaf):
     with pytest.raises(ValueError, match=rf"table for {10**13} batches needs"):
-      make(kind, 10**13).init({"w": leaf})
+      make("alpha", 10**13).init({"w": leaf})
 
-  @both
-  def test_unknown_extra_args_are_left_to_others(self, kind):
-    tx = make(kind, 3)
+  def test_unknown_extra_args_are_left_to_others(self):
+    tx = make("alpha", 3)
     updates, state = tx.update(
       PARAMS, tx.init(PARAMS), batch_index=1, value=1.0, epoch=3
     )
@@ -810,8 +819,15 @@ class TestRunningMean:
 
   STEPS = 20_000
 
-  @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
-  @pytest.mark.parametrize("num_batches", [7, 10])
+  @pytest.mark.parametrize(
+    ("num_batches", "table_dtype"),
+    [
+      (7, jnp.bfloat16),
+      (7, None),
+      helpers.slow(10, jnp.bfloat16),
+      helpers.slow(10, None),
+    ],
+  )
   def test_is_exact(self, num_batches, table_dtype):
     tx = optax_svrg.alpha_saga(0.5, num_batches, table_dtype=table_dtype)
     params = {"w": jnp.zeros(16)}
@@ -873,7 +889,7 @@ class TestInPlace:
   def params(*batch):
     return {"w": jnp.ones((*batch, 60, 80)), "b": jnp.ones((*batch, 80))}
 
-  @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
+  @pytest.mark.parametrize("table_dtype", [None, helpers.slow(jnp.bfloat16)])
   def test_jit(self, kind, table_dtype):
     n = self.NUM_BATCHES * (1 if table_dtype is None else 2)
     tx = make(kind, n, table_dtype=table_dtype)
@@ -918,6 +934,7 @@ class TestInPlace:
     compiled = jax.jit(epoch, donate_argnums=0).lower(state, jnp.arange(50))
     self.check(compiled.compile(), state)
 
+  @pytest.mark.slow
   @pytest.mark.parametrize("axes", [(0, 0, 0), (0, 0, None)])
   def test_vmap(self, kind, axes):
     tx = make(kind, self.NUM_BATCHES)
@@ -929,7 +946,7 @@ class TestInPlace:
     self.check(step.lower(params, state, index).compile(), state)
 
 
-@pytest.mark.parametrize("axes", [(0, 0, 0), (0, 0, None)])
+@pytest.mark.parametrize("axes", [(0, 0, 0), helpers.slow((0, 0, None))])
 @both
 def test_vmap_over_an_ensemble(kind, axes):
   """Members of their own gradients, and of their own order or not."""
@@ -978,9 +995,12 @@ class TestBadGradients:
     TestUnbiased.check(update, state, params)
     assert state.alpha > 0
 
-  @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-  @pytest.mark.parametrize("where", ["one", "all"])
-  @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+  @pytest.mark.parametrize("bad", [np.nan, helpers.slow(-np.inf)])
+  @pytest.mark.parametrize("where", ["one", helpers.slow("all")])
+  @pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, helpers.slow(jnp.float32), helpers.slow(jnp.complex64)],
+  )
   def test_not_finite(self, kind, bad, where, dtype):
     params = {"w": jnp.zeros(5, dtype), "b": jnp.zeros((), dtype)}
     tx, update = make(kind, 4), update_fn(kind)
@@ -1019,7 +1039,7 @@ class TestBadGradients:
     )
     self.check_afterwards(kind, update, state, params)
 
-  @pytest.mark.parametrize("num_batches", [1, 2, 3])
+  @pytest.mark.parametrize("num_batches", [2, *map(helpers.slow, (1, 3))])
   def test_finite_but_sums_overflow(self, kind, num_batches):
     """As gradients of a run that diverges, which apply_if_finite survives."""
     params = {"w": jnp.zeros(2)}
@@ -1036,7 +1056,7 @@ class TestBadGradients:
 
 @both
 class TestState:
-  @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16, "float16"])
+  @pytest.mark.parametrize("table_dtype", [None, helpers.slow("float16")])
   def test_types_never_change(self, params, kind, table_dtype):
     if table_dtype and is_complex(params):
       pytest.skip("A real dtype cannot hold complex parameters.")
@@ -1092,7 +1112,9 @@ class TestState:
     got, _ = jax.eval_shape(lambda g, s: self.epoch(tx, g, s), stacked, state)
     assert helpers.types(got) == helpers.types(state)
 
-  @pytest.mark.parametrize("tree", ["mixed", "complex64", "nnx_state"])
+  @pytest.mark.parametrize(
+    "tree", helpers.tree_names("mixed", without=["empty", "numpy"])
+  )
   def test_is_a_donated_argument(self, kind, tree):
     params = jax.tree.map(jnp.array, helpers.TREES[tree][0]())
     tx = make(kind, 5)
