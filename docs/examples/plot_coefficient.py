@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""
-Coefficient and variance during training
+r"""Coefficient and variance during training
 ========================================
 
 A small network in Flax NNX is trained with adaptive SVRG and adaptive SAGA. The
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+
 import optax_svrg
 
 epochs, num_batches, batch_size = 12, 32, 32
@@ -71,9 +71,9 @@ results = {
 }
 
 # %%
-# SVRG's coefficient is 1 after a snapshot and is shown at the end of each epoch.
-# SAGA's rises from 0 as the learning rate decreases and stored gradients age
-# less.
+# SVRG's coefficient is 1 after a snapshot and is shown at the end of each
+# epoch. SAGA's rises from 0 as the learning rate decreases and stored gradients
+# age less.
 
 figure, axes = plt.subplots(
   2, 1, figsize=(6, 5), sharex=True, layout="constrained"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""
-SGD, SVRG and SAGA on a convex problem
+r"""SGD, SVRG and SAGA on a convex problem
 ======================================
 
-With a constant step size, SGD stops improving at a distance from the minimum that
-its noise sets. SVRG and SAGA converge linearly. The problem is ridge regression
-on random data, whose minimum is known in closed form, in double precision.
+With a constant step size, SGD stops improving at a distance from the minimum
+that its noise sets. SVRG and SAGA converge linearly. The problem is ridge
+regression on random data, whose minimum is known in closed form, in double
+precision.
 """
 
 import functools
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+
 import optax_svrg
 
 jax.config.update("jax_enable_x64", True)
@@ -44,8 +45,8 @@ step_size = 1 / optax_svrg.smoothness(grad, jnp.zeros(dimension), batches)
 print(f"step size {step_size:.3f}")
 
 # %%
-# An epoch of each method is one compiled scan. The state is donated, so that the
-# table of SAGA is updated in place.
+# An epoch of each method is one compiled scan. The state is donated, so that
+# the table of SAGA is updated in place.
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -86,8 +87,8 @@ for name, curve in curves.items():
   print(f"{name:14} {curve[1][-1]:.1e} above the minimum")
 
 # %%
-# At equal gradients, SAGA is the fastest here: it needs neither a second gradient
-# nor a pass for a snapshot.
+# At equal gradients, SAGA is the fastest here: it needs neither a second
+# gradient nor a pass for a snapshot.
 
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 styles = {"SGD": "k-", "SVRG": "C0-", "adaptive SVRG": "C0--", "SAGA": "C1-"}
