@@ -17,7 +17,6 @@ ARMS: dict[str, study.Arm] = {
 CELLS = study.cells(
   study.cell("mnist-5k", "mlp2", "adamw"),
   study.cell("fashion-mnist", "mlp2", "sgd"),
-  study.cell("fashion-mnist", "mlp2", "momentum"),
   study.cell("fashion-mnist", "mlp2", "adamw"),
   study.cell("fashion-mnist", "mlp2", "adamw", label_noise=0.3),
   study.cell("fashion-mnist", "mlp2", "adamw", augment="shift-flip"),
