@@ -26,6 +26,8 @@ from optax_svrg import _checks, _compat
 
 # Deviations below this many roundings of the mean are treated as zero.
 _ROUNDINGS = 4
+# float32 sums of more terms, one after the other, lose digits that matter.
+_LONGEST_SEQUENTIAL_SUM = 8192
 
 
 class CoefficientEstimate(NamedTuple):
@@ -536,7 +538,10 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
 
   if not terms[0].ndim:
     return terms
-  # XLA for CPU does not fuse sums into one loop, unless they are one operation.
+  # XLA for CPU does not fuse sums into one loop, unless they are one operation,
+  # which it then adds up in order: not accurate along a long axis.
+  if terms[0].shape[-1] > _LONGEST_SEQUENTIAL_SUM:
+    return one_by_one()
   return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 
 

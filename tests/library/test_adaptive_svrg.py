@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coefficient that is estimated online."""
 
+import functools
 from typing import Any
 
 import jax
@@ -90,6 +91,23 @@ class TestFormula:
         [covariance, variance, moment, moment / (moment + reduction), 1],
         rtol=rtol,
       )
+
+  @pytest.mark.parametrize("shape", [(2**23,), (2, 2**20), (4096, 256)])
+  def test_sums_of_large_leaves_are_accurate(self, shape):
+    params = {"w": jnp.zeros(shape)}
+    tx = optax_svrg.adaptive_svrg(decay=0.0)
+    s = np.random.default_rng(0).random(shape, np.float32)
+    g = 0.5 * s + 0.3 * np.sqrt(s)
+    state = with_mean(tx, params, params)
+    _, state = jax.jit(functools.partial(observe, tx))(
+      state, {"w": g}, {"w": s}
+    )
+    wide = s.astype(np.float64)
+    np.testing.assert_allclose(
+      state.estimate.covariance / state.estimate.variance,
+      np.vdot(wide, g) / np.vdot(wide, wide),
+      rtol=1e-5,
+    )
 
   def test_dtypes(self, params):
     state = optax_svrg.adaptive_svrg().init(params)
