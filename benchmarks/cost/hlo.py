@@ -31,8 +31,10 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 # Operations that name, group or pass on arrays, and move none.
 _FREE = frozenset(
-  ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
-  + ("conditional", "while", "call", "opt-barrier", "after-all")
+  (
+    *("bitcast", "constant", "get-tuple-element", "parameter", "tuple"),
+    *("conditional", "while", "call", "opt-barrier", "after-all"),
+  )
 )
 
 

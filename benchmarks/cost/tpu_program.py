@@ -10,6 +10,7 @@ input.
 from collections.abc import Callable
 import functools
 import json
+import math
 import re
 import sys
 from typing import Any, NamedTuple
@@ -28,7 +29,13 @@ from benchmarks import models
 from benchmarks.cost import hlo
 import optax_svrg
 
-METHODS = ("plain", "alpha-svrg", "adaptive-svrg", "alpha-saga", "adaptive-saga")
+METHODS = (
+  "plain",
+  "alpha-svrg",
+  "adaptive-svrg",
+  "alpha-saga",
+  "adaptive-saga",
+)
 PLACEMENTS = ("jit", "shard_map", "zero", "fsdp", "host")
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -74,16 +81,13 @@ class Step(NamedTuple):
   """A training step and its arguments, without values.
 
   Attributes:
-    fn: ``fn(params, state, batch, batch_index)``.
+    fn: ``fn(params, state, batch, batch_index)``, where ``state`` is a pair of
+      those of the method and of AdamW.
     args: structures with shardings.
-    transform: the transformation under study.
-    params: the parameters as their state is placed.
   """
 
   fn: Callable[..., Any]
   args: tuple[Any, ...]
-  transform: optax.GradientTransformationExtraArgs
-  params: Any
 
 
 def make_transform(
@@ -184,43 +188,45 @@ def make_step(
     updates, rest = optimizer.update(updates, state[1], params)
     return optax.apply_updates(params, updates), (own, rest)
 
-  replicated = NamedSharding(mesh, P())
-  everywhere = jax.tree.map(lambda _: replicated, params)
-  sharded = spread(mesh, params)
-  placed = place(params, sharded if case.placement == "fsdp" else everywhere)
-  of_state = place(
-    params, sharded if case.placement in ("zero", "fsdp") else everywhere
-  )
-  own = of_state
-  if case.placement == "host":
-    own = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding.with_memory_kind("pinned_host")
-      ),
-      of_state,
-    )
-  state = tuple(
-    place(
-      jax.eval_shape(tx.init, params), optax_svrg.state_shardings(tx, like)
-    )
-    if jax.tree.leaves(jax.eval_shape(tx.init, params))
-    else tx.init(params)
-    for tx, like in ((transform, own), (optimizer, of_state))
-  )
-  divided = NamedSharding(mesh, P(_AXIS))
-  batch = (
-    jax.ShapeDtypeStruct(
-      (case.batch_size, *shape), jnp.bfloat16, sharding=divided
-    ),
-    jax.ShapeDtypeStruct((case.batch_size,), jnp.int32, sharding=divided),
-  )
-  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   fn: Callable[..., Any] = step
   if local:
     fn = jax.shard_map(
       step, mesh=mesh, in_specs=(P(), P(), P(_AXIS), P()), out_specs=P()
     )
-  return Step(fn, (placed, state, batch, index), transform, own)
+  divided = NamedSharding(mesh, P(_AXIS))
+  batch = (
+    jax.ShapeDtypeStruct((case.batch_size, *shape), jnp.bfloat16),
+    jax.ShapeDtypeStruct((case.batch_size,), jnp.int32),
+  )
+  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+  placed, state = _placed(case, mesh, params, (transform, optimizer))
+  return Step(fn, (placed, state, place(batch, (divided, divided)), index))
+
+
+def _placed(
+  case: Case, mesh: Mesh, params: Any, transforms: tuple[Any, Any]
+) -> tuple[Any, Any]:
+  """Parameters, and states of the method and of AdamW, with shardings."""
+  replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
+  sharded = spread(mesh, params)
+  of_params = sharded if case.placement == "fsdp" else replicated
+  of_state = sharded if case.placement in ("zero", "fsdp") else replicated
+  of_method = of_state
+  if case.placement == "host":
+    of_method = jax.tree.map(
+      lambda s: s.with_memory_kind("pinned_host"), of_state
+    )
+
+  def state(tx: Any, shardings: Any) -> Any:
+    like = place(params, shardings)
+    shapes = jax.eval_shape(tx.init, params)
+    return place(shapes, optax_svrg.state_shardings(tx, like))
+
+  method, optimizer = transforms
+  return place(params, of_params), (
+    state(method, of_method),
+    state(optimizer, of_state),
+  )
 
 
 def compile_step(step: Step) -> jax.stages.Compiled:
@@ -228,7 +234,7 @@ def compile_step(step: Step) -> jax.stages.Compiled:
   shardings = jax.tree.map(lambda x: x.sharding, step.args[:2])
   jitted = jax.jit(step.fn, donate_argnums=(0, 1), out_shardings=shardings)
   # Models and transformations choose by the backend, which is the CPU here.
-  with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+  with mock.patch.object(jax, "default_backend", return_value="tpu"):
     return jitted.lower(*step.args).compile()
 
 
@@ -240,15 +246,13 @@ def make_mesh(topology: str) -> Mesh:
   return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def bytes_per_device(tree: Any, memory_kind: str = "device") -> int:
-  """Bytes of structures with shardings in a memory, on one device."""
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    kind = leaf.sharding.memory_kind or "device"
-    if kind == memory_kind:
-      shard = leaf.sharding.shard_shape(leaf.shape)
-      total += int(np.prod(shard)) * leaf.dtype.itemsize
-  return total
+def bytes_per_device(tree: Any) -> int:
+  """Bytes of structures with shardings in the memory of one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+    if x.sharding.memory_kind != "pinned_host"
+  )
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -260,11 +264,12 @@ def measure(case: Case) -> dict[str, Any]:
   """
   mesh = make_mesh(case.topology)
   step = make_step(case, mesh, *make_model(case.model))
+  state = step.args[1][0]
   sizes = {
     "devices": mesh.size,
     "params": bytes_per_device(step.args[0]),
-    "state": bytes_per_device(step.args[1][0]),
-    "state_on_host": bytes_per_device(step.args[1][0], "pinned_host"),
+    "state": bytes_per_device(state),
+    "table": bytes_per_device(getattr(state, "table", ())),
   }
   try:
     compiled = compile_step(step)
@@ -290,8 +295,7 @@ def _read(compiled: jax.stages.Compiled, num_devices: int) -> dict[str, Any]:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes,
-    "host": memory.host_argument_size_in_bytes
-    + memory.host_temp_size_in_bytes,
+    "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     "collective_bytes": traffic.num_bytes,
     "collectives": traffic.operations,
     "overlapped": hlo.overlapped(text),
