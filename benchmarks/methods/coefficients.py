@@ -73,7 +73,7 @@ def transform(
     control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
     centred = optax.tree.sub(updates, before.mean_grads)
     products = jnp.stack(
-      [inner_products(x, control, per_leaf) for x in (centred, control)]
+      [_inner_products(x, control, per_leaf) for x in (centred, control)]
     )
     old = jnp.stack([state.covariance, state.variance])
     is_first = before.num_snapshots != state.seen
@@ -85,14 +85,14 @@ def transform(
     ratio = jnp.where(known, covariance / jnp.where(known, variance, 1), 1)
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
-    return subtract(updates, alpha, control), CoefficientState(
+    return _subtract(updates, alpha, control), CoefficientState(
       after, before.num_snapshots, *new
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def inner_products(
+def _inner_products(
   a: optax.Updates, b: optax.Updates, per_leaf: bool
 ) -> jax.Array:
   """Inner products of the arrays of two trees, or their sum; 1-D."""
@@ -100,7 +100,7 @@ def inner_products(
   return products if per_leaf else products.sum(keepdims=True)
 
 
-def subtract(
+def _subtract(
   updates: optax.Updates, alpha: jax.Array, control: optax.Updates
 ) -> optax.Updates:
   """Corrects with a coefficient for each array, or with one for all."""
