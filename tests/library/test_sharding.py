@@ -3,6 +3,7 @@
 
 import inspect
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
           continue
         arguments = {"learning_rate": 1e-3}
       try:
-        tx = make(**arguments)
+        with warnings.catch_warnings():
+          warnings.simplefilter("ignore")
+          tx = make(**arguments)
       except TypeError:
         continue
       if isinstance(tx, optax.GradientTransformation):

@@ -299,6 +299,38 @@ class TestMemory:
       FACTORIES["alpha_saga"](10).init(PARAMS)
 
 
+def offloaded(state: Any) -> Any:
+  """A state with its trees in the memory of the host, and scalars not."""
+  host = lambda tree: jax.tree.map(
+    lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")),
+    tree,
+  )
+  names = {"snapshot_params", "table", "mean_grads", "mean_error"}
+  return state._replace(
+    **{n: host(getattr(state, n)) for n in names & {*state._fields}}
+  )
+
+
+@every_method
+def test_a_state_in_the_memory_of_the_host_stays_there(method):
+  """Without shardings of the results, which would move it back."""
+  tx = FACTORIES[method]()
+  state = visited(tx)
+  kinds = lambda s: jax.tree.map(lambda x: x.sharding.memory_kind, s)
+  host = offloaded(state)
+  want_kinds = kinds(host)
+  assert {"device", "pinned_host"} <= {*jax.tree.leaves(want_kinds)}
+  step = jax.jit(lambda s: update(tx, PARAMS, s, 5))
+  for _ in range(2):
+    (want, state), (got, host) = step(state), step(host)
+    helpers.assert_equal((got, host), (want, state))
+    assert kinds(host) == want_kinds
+  if "svrg" in method:
+    take = lambda s: optax_svrg.take_snapshot(s, PARAMS, lambda p: p)
+    for fn in (take, jax.jit(take)):
+      assert kinds(fn(host)) == want_kinds
+
+
 def test_numpy_parameters_in_double_precision_without_x64(recwarn):
   """As silent as Optax's optimizers."""
   params = {"w": np.ones(3), "v": np.float64(2.0)}
