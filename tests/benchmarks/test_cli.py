@@ -157,7 +157,9 @@ def test_number():
     ("variance --train-examples=20 --batch-size=8", "at least three batches"),
   ],
 )
-def test_errors_are_one_line(args, message, call, data_dir, tmp_path, monkeypatch):
+def test_errors_are_one_line(
+  args, message, call, data_dir, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   file = tmp_path / "file"
   file.touch()
