@@ -67,7 +67,7 @@ def mean_gradient(
       result is averaged over it once, at the end.
 
   Returns:
-    The mean gradient: a tree like ``params``, in their dtypes promoted with
+    The mean gradient, a tree like ``params`` in their dtypes promoted with
     float32. Inside :func:`jax.jit`, NaN if all weights are 0.
 
   Raises:

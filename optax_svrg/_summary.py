@@ -23,7 +23,7 @@ def summary(opt_state: Any) -> dict[str, Any]:
       also a :class:`flax.nnx.Optimizer` or a linen ``TrainState``.
 
   Returns:
-    A dictionary of Python numbers and strings:
+    A dictionary of Python numbers and strings.
 
     * ``method``: ``"alpha_svrg"``, ``"adaptive_svrg"``, ``"alpha_saga"`` or
       ``"adaptive_saga"``;

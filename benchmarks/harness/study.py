@@ -9,7 +9,6 @@ benchmarks report`` makes the published table and figure again.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ import click
 
 from benchmarks import cli
 from benchmarks.harness import comparison, figures, publishing, report
-from benchmarks.harness.experiment import Experiment, Point, Run
+from benchmarks.harness.experiment import Experiment, Run
 
 # Around what suits the plain optimizer, for all methods alike.
 LEARNING_RATES = {
@@ -375,6 +374,7 @@ class Study:
   def train(self, out: Path, data_dir: Path | None) -> list[Run]:
     """Trains what the store lacks: first to tune, then for the verdict."""
     from benchmarks.harness import runner, store
+    from benchmarks.harness.progress import Progress
 
     stored = store.Store(out)
     runs: dict[Experiment, Run] = {}
@@ -385,15 +385,9 @@ class Study:
         for arm in results.arms(cell)
         for experiment in results.experiments(cell, arm)
       ]
-      progress = functools.partial(_tell, f"{self.name}, {cell}")
-      made = runner.run_all(
-        wanted, stored, data_dir=data_dir, progress=progress
-      )
+      with Progress(sum(e.epochs for e in wanted)) as progress:
+        made = runner.run_all(
+          wanted, stored, data_dir=data_dir, progress=progress
+        )
       runs |= {run.experiment: run for run in made}
     return list(runs.values())
-
-
-def _tell(where: str, run: Run, point: Point) -> None:
-  if run.finished:
-    e = run.experiment
-    click.echo(f"{where}: {e.method}, lr {e.lr:g}, seed {e.seed}", err=True)

@@ -151,12 +151,13 @@ def main(
   identity = json.loads(json.dumps(identity))
   distributed.check_same(identity)
   results = Results(out, options["methods"], cli.argv(ctx), identity)
-  results.start(overwrite)
+  results.check(overwrite)
   checkpoints = None
   if checkpoint_dir is not None:
     checkpoints = Checkpoints(
       checkpoint_dir, checkpoint_every, identity, resume
     )
+  results.write()
   wanted = experiments(options, dataset.sha256)
   is_interrupted = False
   try:
@@ -235,11 +236,11 @@ class Results:
     self._record = {"argv": list(argv), "identity": dict(identity)}
     self._is_first = jax.process_index() == 0
 
-  def start(self, overwrite: bool) -> None:
-    """Writes the file, without runs yet.
+  def check(self, overwrite: bool) -> None:
+    """Raises if there are results of other options.
 
     Raises:
-      click.UsageError: if there are results of other options.
+      click.UsageError: if so, unless they may be overwritten.
     """
     path = self._folder / "results.json"
     if path.exists() and not overwrite:
@@ -257,7 +258,6 @@ class Results:
           f" {difference(found, wanted)}. Give another folder, or"
           " --overwrite."
         )
-    self.write()
 
   def write(self) -> None:
     """Writes the results so far."""

@@ -131,8 +131,7 @@ def test_number():
       "--process-id must be less than --num-processes, 2, got 2.",
     ),
     (
-      "train --checkpoint-dir={file}/below {small} --batch-size=16"
-      " --out={file}/../out",
+      "train --checkpoint-dir={file}/below {small} --batch-size=16",
       "--checkpoint-dir {file}/below: Not a directory.",
     ),
     ("train --out={file}", "'--out': Directory '{file}' is a file"),
@@ -173,6 +172,7 @@ def test_errors_are_one_line(
   assert line.startswith("Error: ")
   assert message.format(**values) in line
   assert not result.stdout
+  assert list(tmp_path.iterdir()) == [file]
 
 
 def test_exit_status_of_the_module():
