@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons of the methods on real data; see README.md."""
+"""Benchmarks of the package: ``python -m benchmarks --help``."""
+
+
+class UserError(Exception):
+  """Input that cannot be used; the message is one line, shown as it is."""

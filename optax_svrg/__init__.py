@@ -49,6 +49,8 @@ Measurements:
 Several devices:
   device_local: gradients of one device, for ``axis_name``.
   state_shardings: shardings of an optimizer's state.
+  memory_report: what a compiled step needs in memory, on each device.
+  MemoryReport: these numbers.
   lockstep: batches that every process has, or an error in all.
 
 Modules:
@@ -66,13 +68,14 @@ from optax_svrg._lockstep import lockstep as lockstep
 from optax_svrg._mean_gradient import gradient_table as gradient_table
 from optax_svrg._mean_gradient import GradientTable as GradientTable
 from optax_svrg._mean_gradient import mean_gradient as mean_gradient
+from optax_svrg._memory import memory_report as memory_report
+from optax_svrg._memory import MemoryReport as MemoryReport
 from optax_svrg._minimize import HistoryPoint as HistoryPoint
 from optax_svrg._minimize import minimize as minimize
 from optax_svrg._minimize import MinimizeResult as MinimizeResult
 from optax_svrg._minimize import prox_elastic_net as prox_elastic_net
 from optax_svrg._minimize import prox_l1 as prox_l1
 from optax_svrg._minimize import prox_nonnegative as prox_nonnegative
-from optax_svrg._moments import Payoff as Payoff
 from optax_svrg._moments import RunningMoments as RunningMoments
 from optax_svrg._saga import adaptive_saga as adaptive_saga
 from optax_svrg._saga import alpha_saga as alpha_saga
@@ -98,6 +101,7 @@ __all__ = [
   "GradientVariance",
   "HistoryPoint",
   "LinearFit",
+  "MemoryReport",
   "MinimizeResult",
   "RunningMoments",
   "SAGAState",
@@ -113,6 +117,7 @@ __all__ = [
   "linear_decay",
   "lockstep",
   "mean_gradient",
+  "memory_report",
   "minimize",
   "optimal_alpha",
   "per_example_grads",

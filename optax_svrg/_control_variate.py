@@ -233,16 +233,20 @@ def correct(
     finite is not hidden.
   """
 
-  def subtract(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+  def subtract(
+    alpha: jax.Array, g: jax.Array, s: jax.Array, m: jax.Array
+  ) -> jax.Array:
     dtype = _checks.wide_dtype(g.dtype)
-    a = coefficient.astype(dtype)
+    a = alpha.astype(dtype)
     # In this order g = s and a = 1 give the mean to the last bit.
     corrected = (
       _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
     ) + a * m.astype(dtype)
     return corrected.astype(g.dtype)
 
-  corrected = jax.tree.map(subtract, updates, control, mean)
+  corrected = jax.tree.map(
+    functools.partial(subtract, coefficient), updates, control, mean
+  )
   got = None
   if estimate is None:
     is_finite = all_finite(corrected, sum_axes)
@@ -258,11 +262,14 @@ def correct(
   usable = is_finite | ~jnp.isfinite(coefficient)
   used = active & (coefficient != 0) & usable
   seen = None if got is None else _observation(got, active, usable)
-  return Correction(
-    jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
-    jnp.where(used, coefficient, 0),
-    seen,
-  )
+  # Subtracted once more, by another coefficient to XLA: otherwise it keeps the
+  # corrected gradient in memory from the sums to the result.
+  applied = jnp.where(used, coefficient, 0)
+
+  def result(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+    return jnp.where(used, subtract(applied, g, s, m), g)
+
+  return Correction(jax.tree.map(result, updates, control, mean), applied, seen)
 
 
 def no_correction(

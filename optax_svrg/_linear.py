@@ -99,6 +99,8 @@ class _Point(NamedTuple):
 class _Programs(NamedTuple):
   """The compiled functions for one loss."""
 
+  outputs: Callable[..., jax.Array]
+  gradients: Callable[..., jax.Array]
   local: Callable[..., _Local]
   intercept_hessian: Callable[..., jax.Array]
   direction: Callable[..., Any]
@@ -121,26 +123,32 @@ def _adjoint(r: jax.Array, x: Any) -> jax.Array:
   return jnp.matmul(rows, x, precision="highest")
 
 
-_outputs = jax.jit(_product)
-_gradients = jax.jit(_adjoint)
-
-
 def _to_dtype(targets: jax.Array, dtype: Any) -> jax.Array:
   is_float = jnp.issubdtype(targets.dtype, jnp.floating)
   return targets.astype(dtype) if is_float else targets
 
 
-def _make_programs(loss: _linear_data.Loss, flat: bool) -> _Programs:
+def _make_programs(
+  loss: _linear_data.Loss, flat: bool, is_small: bool
+) -> _Programs:
+  # Few numbers take less time than LLVM's optimisation of their programs.
+  is_quick = is_small and jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 0} if is_quick else None
+  jit = functools.partial(jax.jit, compiler_options=options)
+
   def total(z: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     losses = loss(z[:, 0] if flat else z, targets)
     losses = losses.sum(axis=1) if losses.ndim == 2 else losses
     return jnp.vdot(weights, losses)
 
   return _Programs(
-    jax.jit(functools.partial(_local, total), static_argnames="low"),
-    jax.jit(functools.partial(_intercept_hessian)),
-    jax.jit(functools.partial(_direction)),
-    jax.jit(functools.partial(_epoch, jax.grad(total))),
+    # Partials, so that these programs go when their loss does.
+    jit(functools.partial(_product)),
+    jit(functools.partial(_adjoint)),
+    jit(functools.partial(_local, total), static_argnames="low"),
+    jit(functools.partial(_intercept_hessian)),
+    jit(functools.partial(_direction)),
+    jit(functools.partial(_epoch, jax.grad(total))),
   )
 
 
@@ -279,7 +287,9 @@ class _Problem:
     self.strong = l2
     self.intercept = intercept
     self.programs = _programs.program(
-      loss, ("fit_linear", flat), lambda call: _make_programs(call, flat)
+      loss,
+      ("fit_linear", flat, data.is_small),
+      lambda call: _make_programs(call, flat, data.is_small),
     )
     self.dtype = np.dtype(data.features.dtype)
     self.low = np.dtype(data.low.dtype)
@@ -318,7 +328,7 @@ class _Problem:
       The point, what is known about its outputs, and how much the objective
       exceeds that of the best intercept at most, as far as can be told.
     """
-    z = _outputs(w, self.data.features)
+    z = self.programs.outputs(w, self.data.features)
     at = np.zeros(len(w))
     best = self._local(z, at)
     if not self.intercept:
@@ -360,7 +370,7 @@ class _Problem:
     """
     w, local, excess = self._best_intercept(w, accuracy)
     grads = np.asarray(
-      _gradients(local.residuals, self.data.features), np.float64
+      self.programs.gradients(local.residuals, self.data.features), np.float64
     )
     wide = w.astype(np.float64)
     clipped = np.clip(grads, -self.l1, self.l1)

@@ -64,6 +64,7 @@ class Data(NamedTuple):
     weights: ``(N,)``, of sum 1.
     penalised: ``(D,)``, 0 for the intercept, otherwise 1.
     num_batches: how many there are.
+    is_small: whether compilation takes longer than the work.
     batch_rows: a function from the index of a batch to its features, an array
       of NumPy or SciPy.
   """
@@ -76,6 +77,7 @@ class Data(NamedTuple):
   weights: jax.Array
   penalised: np.ndarray
   num_batches: int
+  is_small: bool
   batch_rows: Callable[[int], Any]
 
 
@@ -110,6 +112,7 @@ def arrange(
     jax.device_put(weights.astype(features.dtype)),
     penalised,
     num_batches,
+    low.dtype == features.dtype,
     batch_rows,
   )
 

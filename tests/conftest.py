@@ -36,7 +36,7 @@ _OLD = {
   f"test_{name}.py"
   for name in (
     *("architectures", "benchmarks", "communication", "convex", "grid"),
-    *("levers", "paper", "recipe", "resume", "sources", "step_cost"),
+    *("paper", "recipe", "resume", "sources", "step_cost"),
     *("streams", "torch_peer", "variance"),
   )
 }

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import models, step_cost
+from benchmarks import step_cost
+from benchmarks.models import small as models
 import optax_svrg
 
 pytestmark = pytest.mark.standard_promotion

@@ -10,7 +10,8 @@ import sys
 from click.testing import CliRunner
 import pytest
 
-from benchmarks import models, step_cost, torch_peer
+from benchmarks import step_cost, torch_peer
+from benchmarks.models import small as models
 
 pytestmark = pytest.mark.standard_promotion
 

@@ -73,27 +73,40 @@ def test_lockstep_refuses():
     optax_svrg.lockstep([], timeout=0)
 
 
+_BATCH = "PyTreeDef(*) of float32[32, 4] in process 0 and"
+# What processes 0 and 1 say of a fault of process 1.
+FAULTS = {
+  "missing": (
+    f"{_UNLIKE} {_BATCH} no further batch in process 1.",
+    _UNLIKE,
+  ),
+  "short": (
+    f"{_UNLIKE} {_BATCH} PyTreeDef(*) of float32[16, 4] in process 1.",
+    _UNLIKE,
+  ),
+  "failed": (
+    f"{_UNLIKE} {_BATCH} RuntimeError: the disk is gone in process 1.",
+    "RuntimeError: the disk is gone",
+  ),
+  "stalled": (
+    "TimeoutError: batches[1]: process 1 of 2 did not come to it within 2"
+    " seconds, or is lost.",
+    "TimeoutError: batches[1]",
+  ),
+  # JAX itself notices.
+  "died": ("The following tasks are unhealthy", ""),
+}
+
+
 @pytest.mark.parametrize(
-  ("fault", "first", "second"),
-  [
-    helpers.slow("missing", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and no"
-     " further batch in process 1.", _UNLIKE),
-    ("short", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
-     " PyTreeDef(*) of float32[16, 4] in process 1.", _UNLIKE),
-    ("failed", f"{_UNLIKE} PyTreeDef(*) of float32[32, 4] in process 0 and"
-     " RuntimeError: the disk is gone in process 1.",
-     "RuntimeError: the disk is gone"),
-    helpers.slow("stalled", "TimeoutError: batches[1]: process 1 of 2 did not come to it"
-     " within 2 seconds, or is lost.", "TimeoutError: batches[1]"),
-    # JAX itself notices.
-    helpers.slow("died", "The following tasks are unhealthy", ""),
-  ],
-)  # fmt: skip
-def test_a_process_without_a_batch_ends_all(fault, first, second, tmp_path):
+  "fault",
+  [fault if fault == "failed" else helpers.slow(fault) for fault in FAULTS],
+)
+def test_a_process_without_a_batch_ends_all(fault, tmp_path):
   """With an error that says what is amiss, and soon."""
   start = time.monotonic()
   results = run(2, tmp_path, "fault", fault, "float32")
-  for (status, output), message in zip(results, (first, second), strict=True):
+  for (status, output), message in zip(results, FAULTS[fault], strict=True):
     assert status != 0
     assert message in output
   assert time.monotonic() - start < 120

@@ -232,6 +232,27 @@ class TestSnapshot:
         state.alpha, 1, rtol=0, atol=helpers.tolerance(params)
       )
 
+  def test_empties_the_averages(self):
+    """The variance ratio of the next step is that of a first snapshot."""
+    params = {"w": jnp.ones(3)}
+    tx = optax_svrg.adaptive_svrg()
+    mean = {"w": jnp.zeros(3)}
+    fresh = used = with_mean(tx, params, mean)
+    for seed in range(3):
+      pair = [helpers.random_like(params, i) for i in (seed, 10 + seed)]
+      _, used = observe(tx, used, *pair)
+    assert used.estimate.second_moment > 0
+    ratio = used.estimate.variance_ratio
+    used = optax_svrg.take_snapshot(used, params, lambda _: mean)
+    estimate = used.estimate
+    averages = estimate.covariance, estimate.variance, estimate.second_moment
+    assert averages == (0, 0, 0)
+    assert estimate.variance_ratio == ratio != 1
+    pair = [helpers.random_like(params, i) for i in (5, 6)]
+    _, fresh = observe(tx, fresh, *pair)
+    _, used = observe(tx, used, *pair)
+    helpers.assert_equal(used.estimate, fresh.estimate)
+
 
 class TestUnbiased:
   def test_whatever_the_estimate(self, params):
@@ -297,6 +318,14 @@ class TestWithoutVariance:
       _, state = observe(tx, state, {"w": jnp.array([3.0, 3.0])}, mean)
       assert state.alpha == 0.5
       helpers.assert_equal(state.estimate[:2], estimate[:2])
+
+  @pytest.mark.parametrize(("roundings", "varies"), [(2, False), (8, True)])
+  def test_a_few_roundings_are_no_variance(self, roundings, varies):
+    params = {"w": jnp.ones(2)}
+    tx = optax_svrg.adaptive_svrg(decay=0.5)
+    s = {"w": 1 + roundings * jnp.full(2, jnp.finfo(jnp.float32).eps)}
+    _, state = observe(tx, with_mean(tx, params, params), s, s)
+    assert (state.estimate.variance > 0) == varies
 
   @pytest.mark.parametrize("scale", [1e-24, 1e-20, 1e19, 1e30])
   @pytest.mark.parametrize("slope", [0.25, -0.5])

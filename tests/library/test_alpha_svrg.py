@@ -352,6 +352,46 @@ def test_vmap_over_an_ensemble():
     )
 
 
+class TestNarrowParameters:
+  """Of a mean over a data set, float16 and bfloat16 lose too much."""
+
+  @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+  @pytest.mark.parametrize("jit", [False, True])
+  def test_mean_is_kept_in_float32(self, dtype, jit):
+    eps = float(jnp.finfo(dtype).eps)
+    params = {"w": jnp.zeros(2, dtype)}
+    tx = optax_svrg.alpha_svrg(1.0)
+    batches = [jnp.full(1, x, dtype) for x in (1, 1 + eps, 1 + eps)]
+    grad = lambda p, batch: {"w": jnp.broadcast_to(batch, (2,))}
+    take = lambda state: optax_svrg.take_snapshot(
+      state, params, lambda p: optax_svrg.mean_gradient(grad, p, batches)
+    )
+    state = (jax.jit(take) if jit else take)(tx.init(params))
+    mean = state.mean_grads["w"]
+    assert mean.dtype == jnp.float32
+    np.testing.assert_allclose(mean, 1 + 2 * eps / 3, rtol=2e-7)
+    # And enters the correction as it is.
+    updates, _ = tx.update(
+      {"w": -jnp.ones(2, dtype)}, state, snapshot_grads=params
+    )
+    np.testing.assert_allclose(
+      updates["w"].astype(float), 2 * eps / 3, rtol=eps
+    )
+
+
+def test_schedule_that_becomes_nan_is_not_hidden():
+  """As everywhere in Optax: it goes through to the update."""
+  tx = optax_svrg.alpha_svrg(lambda count: jnp.where(count < 1, 0.5, jnp.nan))
+  params = {"w": jnp.ones(2)}
+  state = optax_svrg.take_snapshot(tx.init(params), params, lambda p: p)
+  step = jax.jit(lambda s: tx.update(params, s, grad_fn=lambda p: p))
+  updates, state = step(state)
+  assert jnp.all(jnp.isfinite(updates["w"]))
+  updates, state = step(state)
+  assert jnp.all(jnp.isnan(updates["w"]))
+  assert jnp.isnan(state.alpha)
+
+
 class TestSnapshotDtype:
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
   def test_unbiased_at_the_rounded_snapshot(self, dtype):
@@ -608,6 +648,50 @@ class TestMisuse:
     with pytest.raises(ValueError, match=rf"(?s){arg}.*{message}"):
       self.update(**{arg: value})
 
+  @pytest.mark.parametrize("has_snapshot", [False, True])
+  @pytest.mark.parametrize("jit", [False, True])
+  @pytest.mark.parametrize(
+    ("grad_fn", "message"),
+    [
+      (
+        lambda p: jax.tree.map(lambda x: jnp.stack([x, x]), p),
+        r"per-example gradients: average them over the leading axis",
+      ),
+      (
+        lambda p: (jnp.ones(()), p),
+        r"a pair \(value, gradient\), as jax\.value_and_grad",
+      ),
+      (
+        lambda p: (p, {"accuracy": jnp.ones(())}),
+        r"a pair \(gradient, auxiliary data\), as has_aux=True",
+      ),
+    ],
+  )
+  def test_names_the_kind_of_a_wrong_gradient(
+    self, grad_fn, message, jit, has_snapshot
+  ):
+    """Also before the first snapshot, where it is not needed yet."""
+    state = self.TX.init(self.PARAMS)
+    if has_snapshot:
+      state = optax_svrg.take_snapshot(state, self.PARAMS, lambda p: p)
+    update = lambda g, s: self.TX.update(g, s, grad_fn=grad_fn)
+    with pytest.raises(ValueError, match=message):
+      (jax.jit(update) if jit else update)(self.PARAMS, state)
+
+  @pytest.mark.filterwarnings("ignore:no snapshot has been taken")
+  def test_grad_fn_is_checked_once_before_the_first_snapshot(self):
+    calls = []
+
+    def grad_fn(p):
+      calls.append(1)
+      return jax.tree.map(np.asarray, p)  # Needs values: cannot be traced.
+
+    tx = optax_svrg.alpha_svrg(0.5)
+    state = tx.init(self.PARAMS)
+    for _ in range(3):
+      _, state = tx.update(self.PARAMS, state, grad_fn=grad_fn)
+    assert len(calls) == 1
+
   def test_other_container(self):
     with pytest.raises(
       ValueError, match=r"other containers: .*Ordered.* instead"
@@ -630,7 +714,7 @@ class TestMisuse:
       self.TX.init({"layers": [{"w": jnp.ones(2)}, {"n": leaf}]})
 
   def test_unknown_extra_args_are_left_to_others(self):
-    state = self.TX.init(self.PARAMS)
+    state = self.TX.init(self.PARAMS)._replace(is_finite=jnp.array(False))
     updates, _ = self.TX.update(
       self.PARAMS, state, grad_fn=lambda p: p, value=1.0, epoch=3
     )

@@ -355,6 +355,21 @@ class TestMisuse:
       tx.update(self.grad_fn(PARAMS), state, PARAMS, grad_fn=self.grad_fn)
 
   @pytest.mark.parametrize(
+    "error", [KeyError("shape"), ZeroDivisionError("axis"), ValueError("disk")]
+  )
+  def test_errors_that_flatten_has_nothing_to_do_with(self, error):
+    """They pass as they are."""
+
+    def grad_fn(params):
+      raise error
+
+    tx = optax.flatten(optax_svrg.alpha_svrg(1.0))
+    state = tx.init(PARAMS)._replace(num_snapshots=jnp.array(1))
+    with pytest.raises(type(error)) as caught:
+      tx.update(self.grad_fn(PARAMS), state, PARAMS, grad_fn=grad_fn)
+    assert caught.value is error
+
+  @pytest.mark.parametrize(
     "tx",
     [
       optax.chain(
@@ -693,7 +708,9 @@ class TestSAGA:
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
     assert saga_state(state).alpha == want_state.alpha > 0
     # The size of the table cannot be an array that may change.
-    with pytest.raises(TypeError, match="num_batches must be an integer"):
+    with pytest.raises(
+      TypeError, match=r'num_batches must .*static_args=\("num_batches",\)'
+    ):
       optax.inject_hyperparams(factory)(**numbers, **kwargs).init(PARAMS)
 
   @pytest.mark.parametrize("wrapper", ["MultiSteps", "plain type"])

@@ -138,6 +138,39 @@ def test_overflow(method, dtype):
   assert state.is_finite
 
 
+@pytest.mark.parametrize("source", ["svrg", "saga"])
+@pytest.mark.parametrize("rule", ["alpha", "adaptive"])
+@jitting
+def test_a_step_falls_back_as_a_whole(rule, source, jit):
+  """Component by component it would be biased; ``alpha`` says so."""
+  large = {"a": jnp.array([6e4, 1.0], jnp.float16), "b": jnp.ones(1)}
+  small = {"a": jnp.array([-6e4, 0.5], jnp.float16), "b": jnp.zeros(1)}
+  if source == "svrg":
+    tx = {
+      "alpha": lambda: optax_svrg.alpha_svrg(1.0),
+      "adaptive": optax_svrg.adaptive_svrg,
+    }[rule]()
+    state = optax_svrg.take_snapshot(
+      tx.init(large), large, lambda p: jax.tree.map(jnp.zeros_like, p)
+    )
+    update = lambda g, s: tx.update(g, s, snapshot_grads=small)
+  else:
+    tx = {
+      "alpha": lambda: optax_svrg.alpha_saga(1.0, 2),
+      "adaptive": lambda: optax_svrg.adaptive_saga(2, decay=0.0),
+    }[rule]()
+    state = tx.init(large)
+    opposite = jax.tree.map(jnp.negative, small)
+    # So often that the coefficient is 1.
+    for index, grads in ((0, small), (1, opposite)) * 3:
+      _, state = tx.update(grads, state, batch_index=index)
+    assert state.alpha == 1
+    update = lambda g, s: tx.update(g, s, batch_index=0)
+  updates, state = (jax.jit(update) if jit else update)(large, state)
+  helpers.assert_equal(updates, large)
+  assert state.alpha == 0
+
+
 @pytest.mark.parametrize("kind", ["adaptive", helpers.slow("alpha")])
 @values
 @jitting

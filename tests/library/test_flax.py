@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import chex
-from flax import nnx
+from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +279,118 @@ def test_part_of_the_variables():
   want = jax.tree.map(lambda m: -0.1 * m, state.mean_grads)
   chex.assert_trees_all_close(updates, want, rtol=1e-6)
   np.testing.assert_array_equal(model.embed.kernel[...], embed)
+
+
+def test_another_wrt_than_the_optimizers_is_named():
+  model = Model(nnx.Rngs(0))
+  wrt = nnx.All(nnx.Param, nnx.PathContains("head"))
+  tx = optax.chain(optax_svrg.alpha_svrg(1.0), optax.sgd(0.1))
+  optimizer = nnx.Optimizer(model, tx, wrt=wrt)
+  message = r"wrt=Param names other variables .* the same wrt"
+  with pytest.raises(ValueError, match=message):
+    snapshot(optimizer, model, batches())
+  grad_fn = optax_svrg.flax.grad_fn(loss_fn, model, batches()[0])
+  with pytest.raises(ValueError, match=message):
+    grad_fn(nnx.state(model, wrt))
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_several_arguments(has_aux):
+  """As nnx.value_and_grad takes them."""
+
+  def loss(model, x, y, *, scale=1.0):
+    value = scale * loss_fn(model, {"x": x, "y": y})
+    return (value, {"aux": x}) if has_aux else value
+
+  batch = batches()[0]
+  model, reference = (Model(nnx.Rngs(params=0, dropout=1)) for _ in range(2))
+  params = params_of(model)
+  value, grads, grad_fn = optax_svrg.flax.value_and_grad(loss, has_aux=has_aux)(
+    model, batch["x"], batch["y"], scale=2.0
+  )
+  want, want_grads = nnx.value_and_grad(loss, has_aux=has_aux)(
+    reference, batch["x"], batch["y"], scale=2.0
+  )
+  chex.assert_trees_all_equal(value, want)
+  helpers.assert_equal(nnx.as_pure(grads), nnx.as_pure(want_grads))
+  helpers.assert_equal(grad_fn(params), nnx.as_pure(grads))
+
+
+def test_arguments_in_the_wrong_order():
+  model, optimizer = make()
+  with pytest.raises(
+    TypeError, match=r"optimizer must be an nnx\.Optimizer, got a Model"
+  ):
+    optax_svrg.flax.take_snapshot(model, optimizer, lambda p: p)
+  with pytest.raises(
+    TypeError, match=r"model must be an nnx\.Module, got a fun"
+  ):
+    optax_svrg.flax.grad_fn(model, loss_fn, batches()[0])
+  with pytest.raises(TypeError, match="loss_fn must be a function, got Model"):
+    optax_svrg.flax.mean_grad_fn(model, model, batches())
+
+
+class TestLinenTrainState:
+  X = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)), jnp.float32)
+  BATCHES = (X[:4], X[4:8], X[8:])
+  MODEL = linen.Dense(1)
+
+  def loss(self, params, batch):
+    return jnp.mean((self.MODEL.apply(params, batch) - 1) ** 2)
+
+  def create(self, transform, make=None):
+    return (make or optax_svrg.flax.TrainState).create(
+      apply_fn=self.MODEL.apply,
+      params=self.MODEL.init(jax.random.key(0), self.X),
+      tx=optax.chain(transform, optax.adam(0.1)),
+    )
+
+  @pytest.mark.parametrize("method", ["svrg", "saga"])
+  def test_trains_as_the_transformation_does(self, method):
+    transform = {
+      "svrg": optax_svrg.alpha_svrg(0.75),
+      "saga": optax_svrg.alpha_saga(0.75, 3),
+    }[method]
+    grad = jax.grad(self.loss)
+    state = self.create(transform)
+    params, opt_state = state.params, state.opt_state
+    mean = lambda p: optax_svrg.mean_gradient(grad, p, self.BATCHES)
+
+    @jax.jit
+    def step(state, batch, index):
+      extra = {"grad_fn": lambda p: grad(p, batch), "batch_index": index}
+      return state.apply_gradients(grads=grad(state.params, batch), **extra)
+
+    for _ in range(2):
+      if method == "svrg":
+        state = optax_svrg.take_snapshot(state, state.params, mean)
+        opt_state = optax_svrg.take_snapshot(opt_state, params, mean)
+      for index, batch in enumerate(self.BATCHES):
+        state = step(state, batch, index)
+        updates, opt_state = state.tx.update(
+          grad(params, batch),
+          opt_state,
+          params,
+          grad_fn=lambda p, b=batch: grad(p, b),
+          batch_index=index,
+        )
+        params = optax.apply_updates(params, updates)
+    assert isinstance(state, optax_svrg.flax.TrainState)
+    assert state.step == 6
+    assert optax_svrg.summary(state)["alpha"] == 0.75
+    helpers.assert_close(state.params, params, rtol=1e-5)
+
+  def test_replaces_fields_as_flax_does(self):
+    class WithStatistics(optax_svrg.flax.TrainState):
+      batch_stats: int = 0
+
+    state = self.create(optax_svrg.alpha_saga(0.5, 3), WithStatistics)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    new = state.apply_gradients(grads=grads, batch_stats=7, batch_index=1)
+    assert (new.batch_stats, new.step) == (7, 1)
+    assert new.tx is state.tx
+    plain = self.create(optax.identity(), WithStatistics)
+    assert plain.apply_gradients(grads=grads, batch_stats=3).batch_stats == 3
 
 
 @pytest.mark.parametrize("pure", [False, True])

@@ -62,6 +62,26 @@ def test_inside_jit_and_on_arrays():
   assert jax.jit(schedule)(jnp.int32(3)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_counts_of_any_integer_dtype(dtype, jit):
+  """Also where an epoch has more steps than the dtype can count."""
+  schedule = optax_svrg.linear_decay(0.75, 4, 100)
+  schedule = jax.jit(schedule) if jit else schedule
+  for count, want in ((5, 0.75), (100, 0.5), (127, 0.5)):
+    got = schedule(jnp.asarray(count, dtype))
+    assert got.dtype == jnp.float32
+    assert got == want
+  long = optax_svrg.linear_decay(0.75, 4, 1000)
+  assert long(jnp.asarray(100, dtype)) == 0.75
+
+
+def test_far_and_negative_counts():
+  schedule = optax_svrg.linear_decay(0.75, 4, 100, steps_per_snapshot=7)
+  assert schedule(-5) == 0.75
+  assert schedule(2**31 - 1) == 0
+
+
 @pytest.mark.parametrize(
   ("args", "error", "message"),
   [
@@ -72,6 +92,11 @@ def test_inside_jit_and_on_arrays():
     ((0.5, 2, -3), ValueError, r"steps_per_epoch must be at least 1, got -3"),
     ((0.5, 2, True), TypeError, r"steps_per_epoch must be an integer"),
     ((0.5, 2, 3, 0), ValueError, r"steps_per_snapshot must be at least 1"),
+    (
+      (0.5, 2, 3, 4),
+      ValueError,
+      r"steps_per_snapshot must be at most steps_per_epoch.* got 4 and 3",
+    ),
   ],
 )
 def test_bad_arguments(args, error, message):

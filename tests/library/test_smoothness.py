@@ -115,6 +115,85 @@ def test_complex_parameters():
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def quadratic(eigenvalues):
+  """The gradient of a quadratic function, whatever the batch is."""
+
+  def grad_fn(params, batch):
+    return jnp.asarray(eigenvalues, params.dtype) * params
+
+  return grad_fn
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3, 5])
+def test_as_many_iterations_as_distinct_eigenvalues_are_exact(distinct):
+  """And one fewer are not."""
+  values = np.repeat(2.0 ** -np.arange(distinct), 4)
+  measure = lambda num_iters: optax_svrg.smoothness(
+    quadratic(values), jnp.ones(values.size), [jnp.ones(1)], num_iters=num_iters
+  )
+  np.testing.assert_allclose(measure(distinct), 1, rtol=1e-5)
+  if distinct > 1:
+    assert measure(distinct - 1) < 1 - 1e-3
+
+
+def test_one_large_eigenvalue_among_a_million():
+  """Power iterations take 1.03 for it, a step three times too long."""
+  grad_fn = lambda w, batch: w.at[0].multiply(3.0)
+  got = optax_svrg.smoothness(
+    grad_fn, jnp.ones(10**6), [jnp.ones(1)], num_iters=10
+  )
+  np.testing.assert_allclose(got, 3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "exponents"),
+  [
+    (jnp.float32, [-37, -30, -20, 20, 30, 37]),
+    (jnp.complex64, [-30, 30]),
+    (jnp.bfloat16, [-30, 30]),
+    (jnp.float16, [-4, 3]),
+    (jnp.float64, [-300, -160, 160, 300]),
+  ],
+)
+def test_over_the_whole_range_of_the_dtype(dtype, exponents):
+  values = np.array([1.0, 0.5, 0.25])
+  rtol = 2e-2 if jnp.finfo(dtype).bits == 16 else 1e-5
+  with jax.enable_x64(dtype == jnp.float64):
+    for exponent in exponents:
+      grad_fn = quadratic(values * 10.0**exponent)
+      got = optax_svrg.smoothness(grad_fn, jnp.ones(3, dtype), [jnp.ones(1)])
+      assert jnp.isrealobj(got)
+      np.testing.assert_allclose(got, 10.0**exponent, rtol=rtol)
+
+
+def test_a_feature_of_unix_milliseconds():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(
+    np.stack([1.7e12 + 1e9 * rng.normal(size=20), rng.normal(size=20)], 1),
+    jnp.float32,
+  )
+  grad = jax.grad(lambda w, x: 0.5 * jnp.mean((x @ w - 1) ** 2))
+  got = optax_svrg.smoothness(grad, jnp.zeros(2), [x])
+  wide = np.asarray(x, float)
+  want = np.linalg.eigvalsh(wide.T @ wide / 20).max()
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda w, x: jnp.mean(jnp.maximum(0, 1 - x @ w)),
+    lambda w, x: jnp.mean(jnp.abs(x @ w - 1)),
+    lambda w, x: jnp.mean(jax.nn.relu(x @ w - 1e6)),
+  ],
+)
+def test_losses_without_curvature(loss):
+  """No step size follows, least of all an infinite one."""
+  x, w = jnp.arange(6.0).reshape(2, 3), jnp.ones(3)
+  with pytest.raises(ValueError, match="no curvature at params"):
+    optax_svrg.smoothness(jax.grad(loss), w, [x])
+
+
 def test_no_curvature_and_not_finite():
   x, w = jnp.ones((2, 3)), jnp.ones(3)
   linear = jax.grad(lambda w, x: jnp.vdot(w, x))

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m benchmarks <command>``.
+
+A command is a module with a :class:`click.Command` called ``main``. It is
+imported when it is called, so that optional packages are needed by the commands
+that use them only.
+"""
+
+from collections.abc import Callable, Iterable
+import importlib
+import math
+from pathlib import Path
+import sys
+from typing import Any, NamedTuple
+
+import click
+
+import benchmarks
+
+INTERRUPTED = 128 + 2  # The exit status of a shell command ended by SIGINT.
+_ARGV = "benchmarks.argv"
+
+
+class Entry(NamedTuple):
+  """A command.
+
+  Attributes:
+    module: the module that has it, as ``main``.
+    help: one line of ``--help``.
+    extra: extra of the package that brings the optional packages it needs.
+  """
+
+  module: str
+  help: str
+  extra: str = "benchmarks"
+
+
+COMMANDS: dict[str, Entry] = {
+  "train": Entry(
+    "benchmarks.studies.train", "Train a model with each method; compare them."
+  ),
+  "paper": Entry(
+    "benchmarks.studies.paper", "Tables of the alpha-SVRG paper.", "tfds"
+  ),
+  "variance": Entry(
+    "benchmarks.studies.variance", "Gradient variance and best coefficient."
+  ),
+  "coefficient": Entry(
+    "benchmarks.studies.coefficient",
+    "Coefficients of SVRG, given and estimated.",
+  ),
+  "staleness": Entry(
+    "benchmarks.studies.staleness",
+    "Snapshots that are renewed ever more rarely.",
+  ),
+  "stability": Entry(
+    "benchmarks.studies.stability", "Learning rates near SGD's stability limit."
+  ),
+  "saga": Entry("benchmarks.studies.saga", "SAGA against plain training."),
+  "saga-variants": Entry(
+    "benchmarks.studies.saga_variants", "Additions to adaptive SAGA."
+  ),
+  "snapshots": Entry(
+    "benchmarks.studies.snapshots", "Snapshot strategies: gradients and loss."
+  ),
+  "equal-compute": Entry(
+    "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
+  ),
+  "step-cost": Entry(
+    "benchmarks.cost.step_cost", "Time and bytes of steps, beside the least."
+  ),
+  "communication": Entry(
+    "benchmarks.cost.communication", "Bytes that data parallel training sends."
+  ),
+  "tpu": Entry(
+    "benchmarks.cost.tpu", "Needs of steps on TPUs, by their compiler."
+  ),
+  "torch": Entry(
+    "benchmarks.cost.torch_peer", "Epochs beside plain PyTorch.", "torch"
+  ),
+  "report": Entry(
+    "benchmarks.studies.report", "Make published tables and figures again."
+  ),
+}
+
+
+class Commands(click.Group):
+  """A group that imports a command when it is called.
+
+  Reports errors of the user in one line, without a traceback.
+  """
+
+  def list_commands(self, ctx: click.Context) -> list[str]:
+    """Returns the names of the commands."""
+    return list(COMMANDS)
+
+  def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    """Imports a command.
+
+    Raises:
+      click.UsageError: if an optional package is missing.
+    """
+    if name not in COMMANDS:
+      return None
+    try:
+      return importlib.import_module(COMMANDS[name].module).main
+    except ModuleNotFoundError as error:
+      raise _missing(name, error) from error
+
+  def format_commands(
+    self, ctx: click.Context, formatter: click.HelpFormatter
+  ) -> None:
+    """Lists the commands without importing them."""
+    with formatter.section("Commands"):
+      formatter.write_dl([(k, entry.help) for k, entry in COMMANDS.items()])
+
+  def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    """Keeps the arguments as they are given, for :func:`argv`."""
+    ctx.meta[_ARGV] = list(args)
+    return super().parse_args(ctx, args)
+
+  def invoke(self, ctx: click.Context) -> Any:
+    """Runs the command; it may import optional packages, too."""
+    try:
+      return super().invoke(ctx)
+    except ModuleNotFoundError as error:
+      raise _missing(ctx.invoked_subcommand, error) from error
+
+  def main(self, *args: Any, **kwargs: Any) -> None:
+    """Runs a command and exits with its status."""
+    try:
+      status = super().main(*args, **{**kwargs, "standalone_mode": False})
+    except click.ClickException as error:
+      click.echo(f"Error: {error.format_message()}", err=True)
+      status = error.exit_code
+    except benchmarks.UserError as error:
+      click.echo(f"Error: {error}", err=True)
+      status = click.UsageError.exit_code
+    except click.Abort:
+      click.echo("Interrupted.", err=True)
+      status = INTERRUPTED
+    sys.exit(status)
+
+
+def _missing(
+  name: str | None, error: ModuleNotFoundError
+) -> ModuleNotFoundError | click.UsageError:
+  """Names the extra that has a package; passes on faults of our own."""
+  package = (error.name or "").partition(".")[0]
+  if package in ("", "benchmarks", "optax_svrg") or name not in COMMANDS:
+    return error
+  return click.UsageError(
+    f"{name} needs the package {package!r}:"
+    f' pip install "optax-svrg[{COMMANDS[name].extra}]".'
+  )
+
+
+@click.group(cls=Commands)
+def main() -> None:
+  """Benchmarks of optax_svrg. ``COMMAND --help`` explains each of them."""
+
+
+def argv(ctx: click.Context) -> list[str]:
+  """Returns the arguments of the command line, for the record of a run."""
+  return ctx.meta.get(_ARGV, [])
+
+
+class Number(click.FloatRange):
+  """A finite number of a range; the type of every option that is a float."""
+
+  name = "number"
+
+  def convert(
+    self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+  ) -> float:
+    """Converts what was given."""
+    number = super().convert(value, param, ctx)
+    if not math.isfinite(number):
+      self.fail(f"{value} is not a finite number.", param, ctx)
+    return number
+
+
+class Names(click.ParamType):
+  """Different names, separated by commas.
+
+  Args:
+    known: the names to choose from.
+  """
+
+  name = "names"
+
+  def __init__(self, known: Iterable[str]):
+    self._known = tuple(known)
+
+  def convert(
+    self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+  ) -> tuple[str, ...]:
+    """Converts what was given."""
+    names = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    for name in names:
+      if name not in self._known:
+        self.fail(f"{name!r} is not one of {', '.join(self._known)}.", param)
+    if len(set(names)) < len(names):
+      self.fail(f"{value!r} has a name twice.", param, ctx)
+    return names
+
+
+positive = click.IntRange(min=1)
+
+data_dir_option = click.option(
+  "--data-dir",
+  type=click.Path(exists=True, file_okay=False, path_type=Path),
+  help="Folder of the data sets; mnist-5k needs none.",
+)
+
+
+def out_option(study: str) -> Callable[[Callable], Callable]:
+  """The option for the folder of a study's results.
+
+  Args:
+    study: name of the study; its default folder is ``results/<study>``.
+  """
+  return click.option(
+    "--out",
+    type=click.Path(file_okay=False, writable=True, path_type=Path),
+    default=Path("results", study),
+    show_default=True,
+    help="Folder of the results; runs that are stored there are not repeated.",
+  )
+
+
+def seeds_option(default: int) -> Callable[[Callable], Callable]:
+  """The option for the number of seeds."""
+  return click.option(
+    "--seeds",
+    type=positive,
+    default=default,
+    show_default=True,
+    help="Number of runs per method, with seeds from 0.",
+  )
+
+
+def cell_option(cells: Iterable[str]) -> Callable[[Callable], Callable]:
+  """The option to choose some of a study's problems, by their names."""
+  return click.option(
+    "--cell",
+    "cells",
+    multiple=True,
+    type=click.Choice(list(cells)),
+    help="Only this problem; may be repeated.",
+  )

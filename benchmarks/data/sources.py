@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with labels, decoded when they are asked for.
+
+The sources have what ``grain.MapDataset.source`` asks for: ``len`` and access
+by an index. An element is a dictionary of ``"image"``, uint8 of the shape
+(height, width, channels) with one channel or three and read-only, and
+``"label"``, an ``int``. Sources can be pickled for Grain's worker processes.
+
+The nine data sets of the paper's tables (Yin et al., "A Coefficient Makes SVRG
+Effective") are those of TensorFlow Datasets, divided as in the authors'
+``datasets.py``, but for EuroSAT, of which they draw other 70 % for training.
+Reading them needs no TensorFlow. Preparing them does, once, in any environment
+that has the packages ``tensorflow``, ``tensorflow-datasets``,
+``importlib_resources`` and, for some, ``scipy``::
+
+  tfds build cifar100 --file_format=array_record --data_dir=DATA_DIR
+
+where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
+``--manual_dir=MANUAL_DIR``, the folder of ``ILSVRC2012_img_train.tar`` and
+``ILSVRC2012_img_val.tar``. ``DATA_DIR`` is what ``load`` takes then.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+import shlex
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
+
+import numpy as np
+import PIL.Image
+
+from benchmarks.data import arrays as data
+
+
+class _Splits(NamedTuple):
+  """What TensorFlow Datasets calls the parts of a data set."""
+
+  train: str
+  validation: str
+
+
+_SPLITS = {
+  "cifar100": _Splits("train", "test"),
+  "oxford_iiit_pet": _Splits("train", "test"),
+  "oxford_flowers102": _Splits("train+validation", "test"),
+  "stl10": _Splits("train", "test"),
+  "food101": _Splits("train", "validation"),
+  "dtd": _Splits("train+validation", "test"),
+  "svhn_cropped": _Splits("train", "test"),
+  # The only split, which TensorFlow Datasets has shuffled when it was written.
+  "eurosat": _Splits("train[:70%]", "train[70%:]"),
+  "imagenet2012": _Splits("train", "validation"),
+}
+_CONFIGS = {"eurosat": "eurosat/rgb"}
+
+_IMAGE_FOLDER = "image-folder"
+
+TFDS_DATASETS = tuple(_SPLITS)
+DATASETS = (*TFDS_DATASETS, _IMAGE_FOLDER, *data.DATASETS)
+
+
+class Example(TypedDict):
+  """An image, uint8 of the shape (height, width, channels), and its label."""
+
+  image: np.ndarray
+  label: int
+
+
+class Source(Protocol):
+  """Random access to examples, as Grain has it."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: SupportsIndex) -> Example: ...
+
+
+class ImageData(NamedTuple):
+  """A data set of images for classification.
+
+  Attributes:
+    train: the examples for training.
+    validation: the examples for validation.
+    num_classes: number of classes; labels are from 0 to ``num_classes - 1``.
+    num_channels: of each image: 1, or 3 for RGB.
+    fingerprint: what identifies the data. Of arrays, SHA-256 of all bytes; of
+      TensorFlow Datasets, name and version, and SHA-256 of the sizes of all
+      splits and shards; of folders, SHA-256 of the names and sizes of all
+      files.
+  """
+
+  train: Source
+  validation: Source
+  num_classes: int
+  num_channels: int
+  fingerprint: str
+
+
+def load(name: str, data_dir: Path | None) -> ImageData:
+  """Opens a data set.
+
+  Args:
+    name: one of ``DATASETS``: one of TensorFlow Datasets, prepared as the
+      module's docstring says; ``"image-folder"``, any images in files; or what
+      ``benchmarks.data.load`` takes.
+    data_dir: of TensorFlow Datasets, where ``tfds build`` has put them; of
+      ``"image-folder"``, the folder with ``train/CLASS/FILE`` and
+      ``validation/CLASS/FILE`` or ``val/CLASS/FILE``, in which files that
+      Pillow does not know by their extension count for nothing, nor do hidden
+      ones; otherwise as in ``benchmarks.data.load``.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ValueError: if there is no such data set.
+    benchmarks.data.DataError: if data are missing or damaged, or ``data_dir``
+      is missing or given without need. Damage to an image shows when it is
+      asked for.
+  """
+  if name not in DATASETS:
+    raise ValueError(
+      f"name must be one of {', '.join(DATASETS)}, got {name!r}."
+    )
+  if name in data.DATASETS:
+    return _load_arrays(name, data_dir)
+  if data_dir is None:
+    raise data.DataError(f"--dataset {name} needs --data-dir.")
+  if name == _IMAGE_FOLDER:
+    return _load_folder(data_dir)
+  return _load_tfds(name, data_dir)
+
+
+def decode(encoded: bytes, num_channels: int, origin: str) -> np.ndarray:
+  """Decodes an image in any format that Pillow reads.
+
+  As in torchvision, which the authors use, transparency is dropped, and the
+  orientation that a camera has noted is ignored.
+
+  Args:
+    encoded: the bytes of the file.
+    num_channels: 1 for grey, 3 for RGB. Other images are converted.
+    origin: what to call the image in an error.
+
+  Returns:
+    The pixels, read-only, uint8 of the shape (height, width, channels).
+
+  Raises:
+    benchmarks.data.DataError: if the image is damaged.
+  """
+  try:
+    with PIL.Image.open(io.BytesIO(encoded)) as image:
+      pixels = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
+  except PIL.UnidentifiedImageError as e:
+    raise data.DataError(f"{origin}: is no image that Pillow can read.") from e
+  # A damaged file may raise anything.
+  except Exception as e:
+    reason = data.one_line(e) or type(e).__name__
+    raise data.DataError(f"{origin}: {reason}.") from e
+  return pixels.reshape(*pixels.shape[:2], num_channels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+  """Images in memory.
+
+  Attributes:
+    name: what to call the source.
+    images: uint8 of the shape (n, height, width, channels).
+    labels: integers of the shape (n,).
+  """
+
+  name: str
+  images: np.ndarray = dataclasses.field(repr=False)
+  labels: np.ndarray = dataclasses.field(repr=False)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, index: SupportsIndex) -> Example:
+    return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileSource:
+  """Images in files, decoded to RGB at each access.
+
+  Attributes:
+    name: what to call the source.
+    folder: where the files are.
+    files: the path of each in the folder.
+    labels: integers of the shape (n,).
+  """
+
+  name: str
+  folder: Path = dataclasses.field(repr=False)
+  files: tuple[str, ...] = dataclasses.field(repr=False)
+  labels: np.ndarray = dataclasses.field(repr=False)
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: SupportsIndex) -> Example:
+    path = self.folder / self.files[index]
+    try:
+      encoded = path.read_bytes()
+    except OSError as e:
+      raise data.DataError(f"{path}: {data.one_line(e)}.") from e
+    return {
+      "image": decode(encoded, 3, str(path)),
+      "label": int(self.labels[index]),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource:
+  """Images of TensorFlow Datasets, decoded at each access.
+
+  Attributes:
+    name: what to call the source.
+    records: a data source of TensorFlow Datasets that leaves encoded what is
+      encoded.
+    num_channels: of the images.
+  """
+
+  name: str
+  records: Any = dataclasses.field(repr=False)
+  num_channels: int
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index: SupportsIndex) -> Example:
+    index = index.__index__()
+    if not 0 <= index < len(self):
+      raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}.")
+    origin = f"{self.name}, record {index}"
+    try:
+      record = self.records[index]
+      encoded, label = record["image"], int(record["label"])
+    # What reads and parses damaged records may raise anything.
+    except Exception as e:
+      raise data.DataError(f"{origin}: {data.one_line(e)}.") from e
+    return {
+      "image": decode(encoded, self.num_channels, origin),
+      "label": label,
+    }
+
+
+def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
+  arrays = data.load_arrays(name, data_dir)
+  num_channels, height, width = arrays.image_shape
+
+  def source(split: str, images: np.ndarray, labels: np.ndarray) -> ArraySource:
+    images = images.reshape(-1, num_channels, height, width)
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    images.setflags(write=False)  # The source gives views of it.
+    return ArraySource(f"{name} {split}", images, labels)
+
+  return ImageData(
+    source("train", arrays.train_images, arrays.train_labels),
+    source("validation", arrays.validation_images, arrays.validation_labels),
+    data.NUM_CLASSES,
+    num_channels,
+    arrays.sha256,
+  )
+
+
+def _load_folder(data_dir: Path) -> ImageData:
+  train_dir = data_dir / "train"
+  candidates = (data_dir / "validation", data_dir / "val")
+  present = [folder for folder in candidates if folder.is_dir()]
+  if len(present) != 1:
+    raise data.DataError(
+      f"{data_dir}: must have a folder validation or val, and not both."
+    )
+  validation_dir = present[0]
+  classes = sorted(_visible(train_dir, is_dir=True))
+  of_one_split = _visible(validation_dir, is_dir=True).keys() ^ set(classes)
+  if of_one_split:
+    raise data.DataError(
+      f"{data_dir}: class {min(of_one_split)!r} must be in both train and"
+      f" {validation_dir.name}."
+    )
+  if not classes:
+    raise data.DataError(f"{train_dir}: has no folders of classes.")
+  PIL.Image.init()
+  extensions = {
+    extension
+    for extension, format_name in PIL.Image.registered_extensions().items()
+    if format_name in PIL.Image.OPEN
+  }
+  digest = hashlib.sha256()
+
+  def source(split: str, folder: Path) -> FileSource:
+    files, labels = [], []
+    for label, class_name in enumerate(classes):
+      sizes = {
+        name: size
+        for name, size in _visible(folder / class_name, is_dir=False).items()
+        if os.path.splitext(name)[1].lower() in extensions
+      }
+      if not sizes:
+        raise data.DataError(f"{folder / class_name}: has no images.")
+      for name in sorted(sizes):
+        path = f"{class_name}/{name}"
+        files.append(path)
+        labels.append(label)
+        # No name has a byte 0.
+        digest.update(os.fsencode(f"{split}/{path}\0{sizes[name]}\0"))
+    name = f"{_IMAGE_FOLDER} {split}"
+    return FileSource(name, folder, tuple(files), np.asarray(labels))
+
+  return ImageData(
+    source("train", train_dir),
+    source("validation", validation_dir),
+    len(classes),
+    3,
+    digest.hexdigest(),
+  )
+
+
+def _visible(folder: Path, is_dir: bool) -> dict[str, int]:
+  """Sizes in bytes of what is in a folder, by name, but for hidden names."""
+  try:
+    with os.scandir(folder) as entries:
+      return {
+        entry.name: entry.stat().st_size
+        for entry in entries
+        if not entry.name.startswith(".") and entry.is_dir() == is_dir
+      }
+  except OSError as e:
+    raise data.DataError(f"{e.filename}: {data.one_line(e)}.") from e
+
+
+def _load_tfds(name: str, data_dir: Path) -> ImageData:
+  try:
+    import tensorflow_datasets as tfds  # Only these data sets need it.
+  except ImportError as e:
+    raise data.DataError(
+      f"{name} needs the packages of the extra tfds: {data.one_line(e)}."
+    ) from e
+
+  full_name = _CONFIGS.get(name, name)
+  arguments = ["--file_format=array_record", f"--data_dir={data_dir}"]
+  if name == "imagenet2012":
+    arguments.append("--manual_dir=MANUAL_DIR")
+  command = shlex.join(["tfds", "build", full_name, *arguments])
+  folder = data_dir / full_name
+  if not any(folder.glob("*/dataset_info.json")):
+    raise data.DataError(
+      f"{folder}: has no data. With TensorFlow, prepare them by {command}"
+    )
+  try:
+    # With a version given, files come before the code that makes them, of which
+    # TensorFlow Datasets may have a newer version.
+    builder = tfds.builder(f"{full_name}:*.*.*", data_dir=data_dir)
+    info = builder.info
+    decoders = {key: tfds.decode.SkipDecoding() for key in info.features}
+    parts = [
+      builder.as_data_source(split, decoders=decoders)
+      for split in _SPLITS[name]
+    ]
+  except NotImplementedError as e:
+    raise data.DataError(
+      f"{folder}: has files without random access. With TensorFlow, prepare"
+      f" others in another folder by {command}"
+    ) from e
+  # Damaged descriptions of the data may raise anything.
+  except Exception as e:
+    raise data.DataError(f"{folder}: {data.one_line(e)}.") from e
+  for split in info.splits.values():
+    for path in split.filepaths:
+      if not path.exists():
+        raise data.DataError(f"{path}: No such file or directory.")
+  sizes = {
+    split.name: [split.num_bytes, split.shard_lengths]
+    for split in info.splits.values()
+  }
+  digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+  num_channels = info.features["image"].shape[-1]
+  train, validation = (
+    RecordSource(f"{info.full_name} {split}", records, num_channels)
+    for split, records in zip(_SPLITS[name], parts, strict=True)
+  )
+  return ImageData(
+    train,
+    validation,
+    info.features["label"].num_classes,
+    num_channels,
+    f"{info.full_name} {digest.hexdigest()}",
+  )

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on arrays: all examples in memory, batches gathered by index."""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import models
+from benchmarks.data import arrays
+from benchmarks.harness import placement, program
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.program import Observed, Program, TrainState
+from benchmarks.methods import Context, Method
+import optax_svrg
+
+_cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+class Keys(NamedTuple):
+  """Random keys, or their data.
+
+  Attributes:
+    epoch: for the order of the examples and for augmentation.
+    batches: for fixed batches, the same in all epochs.
+  """
+
+  epoch: Any
+  batches: Any
+
+
+class Order(NamedTuple):
+  """The examples of each step of an epoch.
+
+  Attributes:
+    examples: their indices, or what :meth:`placement.Placement.refer` makes of
+      them, step by step.
+    is_real: a mask of the shape of the indices that tells which count, ``None``
+      for all.
+    batch_index: the number of each batch.
+  """
+
+  examples: Any
+  is_real: Any
+  batch_index: Any
+
+
+class Batch(NamedTuple):
+  """Examples.
+
+  Attributes:
+    images: the images, flattened.
+    labels: their classes.
+    is_real: which of them count, ``None`` for all.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  is_real: Any = None
+
+
+class ArrayFeed:
+  """Makes the programs of an experiment on arrays.
+
+  Args:
+    experiment: the experiment, of which method, optimizer, learning rate and
+      seed are ignored: they may differ between programs.
+    dataset: the whole data set.
+
+  Raises:
+    arrays.DataError: if the images do not suit the model.
+  """
+
+  def __init__(self, experiment: Experiment, dataset: arrays.Dataset):
+    self._common = experiment
+    dataset = arrays.first(
+      dataset, experiment.train_examples, experiment.validation_examples
+    )
+    if experiment.label_noise:
+      dataset = arrays.with_wrong_labels(dataset, experiment.label_noise)
+    self._image_shape = dataset.image_shape
+    self.num_examples = len(dataset.train_labels)
+    self._make_model = models.maker(
+      experiment.model,
+      dataset.image_shape,
+      dataset.num_classes,
+      experiment.model_settings,
+    )
+    self._placement = placement.Placement()
+    self._arrays = dataset.train_images, dataset.train_labels
+    validation = dataset.validation_images, dataset.validation_labels
+    self._train = self._placement.store(*self._arrays)
+    self._graphdef, params = self._init(jax.random.key(0))
+    self._evaluated = (
+      (self._train, self._whole_and_rest(*self._arrays, self._piece_size)),
+      (
+        self._placement.store(*validation),
+        self._whole_and_rest(*validation, self._piece_size),
+      ),
+    )
+    self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
+    self.nothing_observed = jax.jit(
+      program.nothing_observed, out_shardings=self._placement.replicated
+    )
+
+  def init(self, key: jax.Array) -> optax.Params:
+    """Draws initial parameters."""
+    return self._init(key)[1]
+
+  def measure(
+    self, params: optax.Params, observed: Observed | None, num_steps: int
+  ) -> tuple[float, float]:
+    """Returns the loss of all training examples and validation accuracy."""
+    loss, accuracy = self._evaluate(params, *self._evaluated)
+    return float(loss), float(accuracy)
+
+  def finish(self, params: optax.Params) -> Mapping[str, Any]:
+    """Returns what is measured at the end of a run in addition: nothing."""
+    return {}
+
+  def program(self, experiment: Experiment, method: Method) -> Program:
+    """Compiles the functions of a method.
+
+    Args:
+      experiment: the experiment.
+      method: its method.
+    """
+    context = self.context(experiment)
+    num_steps = method.num_steps(context)
+    replicated = self._placement.replicated
+    steps = functools.partial(self._steps, experiment, method, num_steps)
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def init(params):
+      tx = program.optimizer(experiment, num_steps, experiment.lr)
+      states = method.transform.init(params), tx.init(params)
+      return TrainState(params, states, program.nothing_observed())
+
+    draw_order = jax.jit(functools.partial(self._order, context, method))
+    state = init(self.init(jax.random.key(0)))
+    keys = self._keys(experiment, 0, 0)
+    order = self._place(draw_order(keys))
+    args = state, self._train, order, keys, np.float32(0), np.zeros(2, np.int32)
+    compiled_steps = _compile(steps, args, (0,), replicated)
+    take = None
+    if method.coefficient is not None:
+      args = state.opt_state, state.params, self._train, self._passed, keys
+      take = _compile(self._snapshot, args, (0,), replicated)
+
+    def begin(state, seed, epoch, with_snapshot):
+      keys = self._keys(experiment, seed, epoch)
+      order = self._place(draw_order(keys))
+      if with_snapshot:
+        opt_state = take(
+          state.opt_state, state.params, self._train, self._passed, keys
+        )
+        state = state._replace(opt_state=opt_state)
+      return state, (order, keys)
+
+    def advance(state, epoch, lr, start, stop):
+      bounds = np.array([start, stop], np.int32)
+      return compiled_steps(state, self._train, *epoch, np.float32(lr), bounds)
+
+    return Program(
+      init,
+      begin,
+      advance,
+      functools.partial(jax.jit(self._batches), self._train),
+      num_steps,
+      self.num_examples
+      if method.has_fixed_batches
+      else num_steps * experiment.batch_size,
+      self.num_examples,
+    )
+
+  def context(self, experiment: Experiment) -> Context:
+    """Returns what a method is made for."""
+    return Context(self.num_examples, experiment.batch_size, experiment.epochs)
+
+  def loss(self, params: optax.Params, batch: Batch) -> jax.Array:
+    """Returns the mean cross-entropy of the examples that count."""
+    model = nnx.merge(self._graphdef, params)
+    logits = model(arrays.unflatten(batch.images, self._image_shape))
+    return _cross_entropy(logits, batch.labels).mean(where=batch.is_real)
+
+  def _grad(self, params: optax.Params, batch: Batch) -> optax.Updates:
+    return jax.grad(self.loss)(params, batch)
+
+  def _steps(
+    self,
+    experiment: Experiment,
+    method: Method,
+    num_steps: int,
+    state: TrainState,
+    train: Any,
+    order: Order,
+    keys: Keys,
+    lr: jax.Array,
+    start_and_stop: jax.Array,
+  ) -> TrainState:
+    """Trains from a step of the epoch up to another one."""
+    optimizer = program.optimizer(experiment, num_steps, lr)
+
+    def batch_at(position):
+      examples, is_real, _ = jax.tree.map(lambda x: x[position], order)
+      return self._batch(train, examples, is_real, keys)
+
+    def batch_grad_fn(params, batch_index):
+      """The gradient of any batch, for methods that look at others, too."""
+      position = jnp.argmax(order.batch_index == batch_index)
+      return self._grad(params, batch_at(position))
+
+    def step(i, state):
+      batch = batch_at(i)
+      grad_fn = lambda params: self._grad(params, batch)
+      return program.update(
+        method,
+        optimizer,
+        state,
+        grad_fn(state.params),
+        grad_fn=grad_fn,
+        batch_index=order.batch_index[i],
+        batch_grad_fn=batch_grad_fn,
+      )
+
+    # Not a scan: whatever the steps, it is this very program.
+    start, stop = start_and_stop
+    return jax.lax.fori_loop(start, stop, step, state)
+
+  def _snapshot(
+    self,
+    opt_state: Any,
+    params: optax.Params,
+    train: Any,
+    passed: list,
+    keys: Keys,
+  ) -> Any:
+    """Moves the snapshot to the present parameters."""
+
+    def piece_grad(params, piece):
+      """The mean over a piece, batch by batch."""
+      return _scanned(
+        lambda p, examples: self._grad(
+          p, self._batch(train, examples, None, keys)
+        ),
+        params,
+        self._placement.in_batches(piece, self._common.batch_size),
+      )
+
+    return optax_svrg.take_snapshot(
+      opt_state,
+      params,
+      lambda p: optax_svrg.mean_gradient(piece_grad, p, passed),
+    )
+
+  def _batches(self, train: Any, epoch: tuple[Order, Keys]) -> Batch:
+    """All batches of an epoch, with a leading axis."""
+    order, keys = epoch
+    return jax.lax.map(
+      lambda x: self._batch(train, *x, keys),
+      (order.examples, order.is_real),
+    )
+
+  def _batch(
+    self, train: Any, reference: Any, is_real: Any, keys: Keys
+  ) -> Batch:
+    """Examples, augmented as this epoch has it."""
+    images, labels, indices = placement.look_up(train, reference)
+    key = jax.random.wrap_key_data(keys.epoch)
+    augment = self._common.augment
+    images = arrays.augment(augment, key, indices, images, self._image_shape)
+    return Batch(images, labels, is_real)
+
+  @property
+  def _piece_size(self) -> int:
+    """How many examples are evaluated at once: what fits into a cache."""
+    return self._placement.padded_size(128)
+
+  @functools.cached_property
+  def _passed(self) -> list:
+    """All examples, for the snapshot pass."""
+    return self._whole_and_rest(*self._arrays, self._common.batch_size)
+
+  def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
+    graphdef, params = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param)
+    params = nnx.as_pure(params)
+    if self._placement.replicated is not None:
+      params = jax.device_put(params, self._placement.replicated)
+    return graphdef, params
+
+  def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
+    """The data of the keys of an epoch, the same for all methods."""
+    _, key = jax.random.split(jax.random.key(seed))
+    return Keys(
+      *(
+        np.asarray(jax.random.key_data(jax.random.fold_in(key, i)))
+        for i in (epoch, experiment.epochs)
+      )
+    )
+
+  def _order(self, context: Context, method: Method, keys: Keys) -> Order:
+    """Draws which examples are in each step of an epoch."""
+    size, steps = context.batch_size, method.num_steps(context)
+    keys = Keys(*map(jax.random.wrap_key_data, keys))
+    if not method.has_fixed_batches:
+      order = jax.random.permutation(keys.epoch, self.num_examples)
+      # The remainder of the epoch is dropped, as the authors do by default.
+      indices = order[: steps * size].reshape(steps, size)
+      return Order(indices, None, jnp.arange(steps))
+    batches = np.array_split(np.arange(self.num_examples), steps)
+    longest = self._placement.padded_size(max(map(len, batches)))
+    # Short batches are filled with what does not count.
+    padded = np.stack([np.resize(b, longest) for b in batches])
+    is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
+    members = jax.random.permutation(keys.batches, self.num_examples)
+    key = keys.batches if method.has_fixed_order else keys.epoch
+    order = jax.random.permutation(key, steps)
+    return Order(
+      members[padded][order],
+      None if is_real.all() else jnp.asarray(is_real)[order],
+      order,
+    )
+
+  def _place(self, order: Order) -> Order:
+    """Gives each device its part of each batch."""
+    if self._placement.replicated is None:
+      return order
+    examples = self._placement.refer(*self._arrays, order.examples)
+    _, *rest = jax.tree.map(np.asarray, order)
+    return Order(examples, *rest)
+
+  def _evaluate_fn(
+    self, params: optax.Params, train: Any, validation: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(self._graphdef, params)
+
+    def mean(fn: Callable, store: Any, pieces: list) -> jax.Array:
+      """Of a function of one example."""
+
+      def values(reference):
+        images, labels, _ = placement.look_up(store, reference)
+        logits = model(arrays.unflatten(images, self._image_shape))
+        return jax.vmap(fn)(logits, labels)
+
+      return jnp.concatenate(
+        [
+          jax.lax.map(
+            values, self._placement.in_batches(piece, self._piece_size)
+          ).ravel()
+          for piece in pieces
+        ]
+      ).mean()
+
+    is_right = lambda logits, label: logits.argmax() == label
+    return mean(_cross_entropy, *train), mean(is_right, *validation)
+
+  def _whole_and_rest(
+    self, images: np.ndarray, labels: np.ndarray, size: int
+  ) -> list:
+    """All examples that fill batches, in one piece, and the remainder."""
+    full = len(labels) - len(labels) % size
+    indices = np.arange(len(labels), dtype=np.int32)
+    return [
+      jax.tree.map(jnp.asarray, self._placement.refer(images, labels, part))
+      for part in np.split(indices, [full])
+      if len(part)
+    ]
+
+
+def _compile(
+  fn: Callable,
+  args: tuple,
+  donate: tuple[int, ...] = (),
+  out_shardings: Any = None,
+) -> Any:
+  jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
+  return jitted.lower(*args).compile()
+
+
+def _scanned(
+  grad: Callable, params: optax.Params, batches: Any
+) -> optax.Updates:
+  """The mean gradient over batches of the same size."""
+
+  def add(total, batch):
+    return optax.tree.add(total, grad(params, batch)), None
+
+  total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
+  return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)

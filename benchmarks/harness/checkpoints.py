@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves trainings, so that one that was killed goes on as if it had not been.
+
+A folder holds one training: a file that says which, and a folder of Orbax
+checkpoints for each run.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import benchmarks
+from benchmarks.harness.experiment import point_from_json, Run
+from benchmarks.harness.store import StoreError, write_json
+
+_IDENTITY = "training.json"
+
+
+class CheckpointError(benchmarks.UserError):
+  """A checkpoint cannot be used; the message is one line."""
+
+
+class Position(NamedTuple):
+  """How far a run is.
+
+  Attributes:
+    epoch: number of epochs trained.
+    step: number of steps trained of the next one.
+    evaluations: gradients of examples evaluated in the epochs trained.
+    seconds: time spent in training.
+  """
+
+  epoch: int = 0
+  step: int = 0
+  evaluations: int = 0
+  seconds: float = 0.0
+
+
+START = Position()
+
+
+class Checkpoints:
+  """The checkpoints of a training.
+
+  Args:
+    folder: where they are.
+    every: steps between them; ``None`` for the end of each epoch. There is one
+      at the end of a run in any case.
+    identity: what the results follow from, as JSON.
+    resume: whether the folder holds a training to go on with, instead of
+      nothing.
+
+  Attributes:
+    is_resumed: ``resume``.
+
+  Raises:
+    CheckpointError: if it does not, or holds another training.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    every: int | None,
+    identity: Mapping[str, Any],
+    resume: bool,
+  ):
+    self._folder = folder.absolute()
+    self._every = every
+    self.is_resumed = resume
+    self._identity = json.loads(json.dumps(identity))
+    self._manager: ocp.CheckpointManager | None = None
+    path = self._folder / _IDENTITY
+    if resume:
+      self._check_identity(path)
+      return
+    if folder.exists() and any(folder.iterdir()):
+      raise CheckpointError(
+        f"--checkpoint-dir {folder}: is not empty. Give --resume to go on with"
+        " the training that it holds, or another folder."
+      )
+    # All processes have looked before one of them writes.
+    ocp.multihost.sync_global_processes("checkpoints")
+    if jax.process_index() == 0:
+      try:
+        write_json(path, self._identity)
+      except StoreError as e:
+        raise CheckpointError(f"--checkpoint-dir {e}") from e
+    ocp.multihost.sync_global_processes("checkpoints")
+
+  def position(self, run: Run) -> Position:
+    """How far a run has been saved; its history is filled in.
+
+    Args:
+      run: the run, of which method and seed are known.
+
+    Returns:
+      The position; the beginning where nothing has been saved.
+
+    Raises:
+      CheckpointError: if a checkpoint is damaged or foreign.
+    """
+    manager = self._open(run)
+    if manager.latest_step() is None:
+      return START
+    saved = self._load(manager, "progress", ocp.args.JsonRestore())
+    found, wanted = saved.get("experiment"), run.experiment.identity()
+    if saved.get("identity") != self._identity or found != wanted:
+      raise CheckpointError(
+        f"{self._latest(manager)}: is of another training, or of another run:"
+        f" {difference(found, wanted)}."
+      )
+    run.history[:] = [point_from_json(point) for point in saved["history"]]
+    run.finished, run.measured = saved["finished"], saved["measured"]
+    self._checksum = saved["sha256"]
+    return Position(**saved["position"])
+
+  def restore(self, run: Run, target: Any) -> Any:
+    """The state at the position of a run.
+
+    Args:
+      run: the run, after :meth:`position`.
+      target: a state whose structure, shapes, dtypes and shardings the result
+        has. Scalars of a checkpoint would be tied to one device without it.
+
+    Returns:
+      The state.
+
+    Raises:
+      CheckpointError: if the checkpoint is damaged.
+    """
+    manager = self._open(run)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+    state = self._load(manager, "state", ocp.args.StandardRestore(abstract))
+    if _sha256(state) != self._checksum:
+      raise CheckpointError(
+        f"{self._latest(manager)}: is damaged: its checksum does not fit."
+      )
+    return state
+
+  def next_stop(self, epoch: int, step: int, num_steps: int) -> int:
+    """Up to which step of an epoch to train before the next checkpoint."""
+    if self._every is None:
+      return num_steps
+    done = epoch * num_steps + step
+    return min(num_steps, step + self._every - done % self._every)
+
+  def is_due(self, epoch: int, num_steps: int) -> bool:
+    """Whether to save at the end of an epoch."""
+    return self._every is None or (epoch + 1) * num_steps % self._every == 0
+
+  def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:
+    """Saves a run.
+
+    Args:
+      run: the run.
+      state: its state, the same in all processes.
+      at: its position.
+      num_steps: number of steps of an epoch.
+    """
+    progress = {
+      "identity": self._identity,
+      **run.as_json(),
+      "position": at._asdict(),
+      "sha256": _sha256(state),
+    }
+    self._open(run).save(
+      at.epoch * num_steps + at.step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        progress=ocp.args.JsonSave(progress),
+      ),
+      force=True,
+    )
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+  def _open(self, run: Run) -> ocp.CheckpointManager:
+    folder = self._folder / f"{run.method}-{run.seed}"
+    if self._manager is None or self._manager.directory != folder:
+      self.close()
+      self._manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+          # One to go on from by hand if the last is damaged.
+          max_to_keep=2,
+          cleanup_tmp_directories=True,
+        ),
+        item_names=("state", "progress"),
+      )
+    return self._manager
+
+  def _load(self, manager: ocp.CheckpointManager, item: str, args: Any) -> Any:
+    try:
+      restored = manager.restore(
+        manager.latest_step(), args=ocp.args.Composite(**{item: args})
+      )
+    # Whatever is wrong with the files, in whichever layer it is noticed.
+    except Exception as e:
+      reason = str(e).strip().partition("\\n")[0] or type(e).__name__
+      raise CheckpointError(
+        f"{self._latest(manager)}: cannot be restored: {reason}"
+      ) from e
+    return restored[item]
+
+  def _latest(self, manager: ocp.CheckpointManager) -> Path:
+    return Path(manager.directory, str(manager.latest_step()))
+
+  def _check_identity(self, path: Path) -> None:
+    """Raises unless the folder holds this very training."""
+    try:
+      found = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+      reason = getattr(e, "strerror", None) or e
+      raise CheckpointError(
+        f"--resume: {path.parent} holds no training: {_IDENTITY}: {reason}."
+      ) from e
+    if found != self._identity:
+      raise CheckpointError(
+        f"--resume: {path.parent} holds another training:"
+        f" {difference(found, self._identity)}."
+      )
+
+
+def difference(found: Any, wanted: Any) -> str:
+  """The first thing in which two records, as JSON, differ, in words."""
+  if not isinstance(found, dict):
+    return f"{found!r}"
+  for key in {**wanted, **found}:
+    if found.get(key) != wanted.get(key):
+      return f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+  return "it has nothing"
+
+
+def _sha256(state: Any) -> str:
+  """Of all numbers, which every process has in full."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(state):
+    if isinstance(leaf, jax.Array):
+      leaf = leaf.addressable_data(0)
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of methods that are compared by seed.
+
+A method and its rival start from the same weights and see the same batches for
+the same seed, so their losses are compared seed by seed. A learning rate is
+chosen on seeds of its own: chosen on those of the verdict, it would flatter the
+method that was tried with more of them.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+import dataclasses
+import itertools
+import math
+import statistics
+
+from scipy import special
+
+TUNING_SEEDS = (100, 101)
+VERDICT_SEEDS = (0, 1, 2, 3, 4)
+MIN_SEEDS = 5
+LEVEL = 0.05
+
+Losses = Mapping[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """A method against a rival, over the seeds that both were run with.
+
+  Attributes:
+    num_seeds: number of these seeds.
+    diverged: number of runs of the method without a finite loss.
+    rival_diverged: number of such runs of the rival.
+    difference: mean of the loss minus the rival's, divided by the rival's mean
+      loss; NaN if a run diverged.
+    low: lower end of the 95 % t interval of the difference, in the same units.
+    high: upper end of that interval.
+    p: p-value of the two-sided paired t-test, NaN without one.
+  """
+
+  num_seeds: int
+  diverged: int
+  rival_diverged: int
+  difference: float = math.nan
+  low: float = math.nan
+  high: float = math.nan
+  p: float = math.nan
+
+
+def compare(losses: Losses, rival: Losses) -> Comparison:
+  """Compares the losses of a method with those of a rival.
+
+  Args:
+    losses: losses of the method by seed, infinite or NaN where it diverged.
+    rival: losses of the rival by seed.
+
+  Returns:
+    The comparison. It has no interval below two seeds or where a run diverged.
+
+  Raises:
+    ValueError: if the two have no seed in common.
+  """
+  seeds = sorted(losses.keys() & rival.keys())
+  if not seeds:
+    raise ValueError("The two methods have no seed in common.")
+  ours, theirs = ([x[seed] for seed in seeds] for x in (losses, rival))
+  diverged = [sum(not math.isfinite(x) for x in xs) for xs in (ours, theirs)]
+  n = len(seeds)
+  if any(diverged):
+    return Comparison(n, *diverged)
+  scale = statistics.fmean(theirs)
+  differences = [(a - b) / scale for a, b in zip(ours, theirs, strict=True)]
+  mean = statistics.fmean(differences)
+  if n < 2:
+    return Comparison(n, 0, 0, mean)
+  error = statistics.stdev(differences) / math.sqrt(n)
+  half = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
+  if error:
+    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error))
+  else:
+    p = 0.0 if mean else 1.0
+  return Comparison(n, 0, 0, mean, mean - half, mean + half, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """Adjusts p-values for the number of them, by Holm's method.
+
+  Args:
+    p_values: the p-values; NaN stands for a comparison without a test.
+
+  Returns:
+    The adjusted p-values, NaN where it was NaN.
+  """
+  order = sorted(
+    (i for i, p in enumerate(p_values) if not math.isnan(p)),
+    key=lambda i: p_values[i],
+  )
+  adjusted = [math.nan] * len(p_values)
+  largest = 0.0
+  for rank, i in enumerate(order):
+    largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+    adjusted[i] = largest
+  return adjusted
+
+
+def verdicts(
+  comparisons: Mapping[Hashable, Comparison],
+) -> dict[Hashable, str]:
+  """Says what the comparisons of one table show.
+
+  A difference counts if its p-value is below 5 % after Holm's correction over
+  all comparisons of the table with enough seeds.
+
+  Args:
+    comparisons: the comparisons of a table, by any key.
+
+  Returns:
+    Texts such as ``"lower, -12.3 % [-15.0, -9.6]"`` by the same keys, with the
+    interval of the single comparison.
+  """
+  tested = [k for k, c in comparisons.items() if c.num_seeds >= MIN_SEEDS]
+  adjusted = holm([comparisons[k].p for k in tested])
+  p_values = dict(zip(tested, adjusted, strict=True))
+  return {
+    key: _text(comparison, p_values.get(key))
+    for key, comparison in comparisons.items()
+  }
+
+
+def _text(comparison: Comparison, p: float | None) -> str:
+  c = comparison
+  if c.diverged and c.rival_diverged:
+    return (
+      f"both diverged ({c.diverged} and {c.rival_diverged} of {c.num_seeds})"
+    )
+  if c.diverged:
+    return f"diverged ({c.diverged} of {c.num_seeds})"
+  if c.rival_diverged:
+    return f"rival diverged ({c.rival_diverged} of {c.num_seeds})"
+  if p is None:
+    seeds = "1 seed" if c.num_seeds == 1 else f"{c.num_seeds} seeds"
+    return f"{_percent(c.difference)} %, {seeds}, no verdict"
+  verdict = "no difference found"
+  if p < LEVEL:
+    verdict = "lower" if c.difference < 0 else "higher"
+  return (
+    f"{verdict}, {_percent(c.difference)} %"
+    f" [{_percent(c.low)}, {_percent(c.high)}]"
+  )
+
+
+def _percent(x: float) -> str:
+  return f"{100 * x:+.1f}"
+
+
+def count(texts: Sequence[str]) -> str:
+  """Counts verdicts, e.g. ``"lower 3, no difference found 5, higher 0"``."""
+  kinds = ["lower", "no difference found", "higher"]
+  parts = [f"{kind} {sum(t.startswith(kind) for t in texts)}" for kind in kinds]
+  rest = sum(not t.startswith(tuple(kinds)) for t in texts)
+  return ", ".join(parts + [f"no verdict {rest}"] * (rest > 0))
+
+
+def best_learning_rate(losses: Mapping[float, Losses]) -> float:
+  """The learning rate of least mean loss; the least one if all diverge.
+
+  Args:
+    losses: losses by seed, of the tuning seeds, by learning rate.
+  """
+
+  def mean(lr: float) -> float:
+    values = list(losses[lr].values())
+    if not all(map(math.isfinite, values)):
+      return math.inf
+    return statistics.fmean(values)
+
+  return min(sorted(losses), key=mean)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+  """Geometric mean; infinite if a ratio is."""
+  if not all(map(math.isfinite, ratios)):
+    return math.inf
+  return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def over_plain(
+  gradients: float, loss: float, curve: Sequence[tuple[float, float]]
+) -> float | None:
+  """The loss divided by that of plain runs with as many gradients.
+
+  Args:
+    gradients: gradient evaluations per example of a method.
+    loss: its final loss.
+    curve: pairs of gradients and final loss of plain runs of several lengths,
+      ascending; a power law is assumed between neighbours.
+
+  Returns:
+    The ratio; ``None`` if ``gradients`` is outside of the curve by more than 3
+    %, which the remainder of an epoch may make.
+  """
+  inside = min(max(gradients, curve[0][0]), curve[-1][0])
+  if abs(inside / gradients - 1) > 0.03:
+    return None
+  for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+    if inside <= x1:
+      share = math.log(inside / x0) / math.log(x1 / x0)
+      return loss / (y0 ** (1 - share) * y1**share)
+  return None

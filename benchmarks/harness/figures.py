@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures as data, and how they are drawn.
+
+A study computes a :class:`Figure` from stored runs; it is published as JSON
+beside the drawing, so that it can be checked without comparing pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+MAX_LINES = 8
+_COLORS = {
+  "plain": "#333333",
+  "svrg": "#0072b2",
+  "saga": "#d55e00",
+  "other": "#009e73",
+}
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A curve.
+
+  Attributes:
+    label: its name in the legend.
+    family: the methods of a family share a hue: ``"plain"``, ``"svrg"``,
+      ``"saga"`` or ``"other"``.
+    x: abscissae.
+    y: ordinates, ``None`` where there is none.
+    low: lower ends of the range over the seeds; may be empty.
+    high: upper ends of that range.
+  """
+
+  label: str
+  family: str
+  x: Sequence[float]
+  y: Sequence[float | None]
+  low: Sequence[float | None] = ()
+  high: Sequence[float | None] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """A pair of axes.
+
+  Attributes:
+    title: its title.
+    x: label of the abscissae.
+    y: label of the ordinates.
+    lines: the curves, at most eight.
+    log_x: whether the abscissae are on a logarithmic scale.
+    log_y: whether the ordinates are.
+    references: ordinates of horizontal lines, and what each of them is.
+  """
+
+  title: str
+  x: str
+  y: str
+  lines: Sequence[Line]
+  log_x: bool = False
+  log_y: bool = True
+  references: Sequence[tuple[float, str]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """Panels, two in a row, under one title and over one legend."""
+
+  title: str
+  panels: Sequence[Panel]
+
+  def as_json(self) -> dict[str, Any]:
+    """The figure as JSON, with four significant digits."""
+    return _rounded(dataclasses.asdict(self))
+
+
+def from_json(saved: Mapping[str, Any]) -> Figure:
+  """Makes a figure from :meth:`Figure.as_json`."""
+  panels = [
+    Panel(**{**panel, "lines": [Line(**line) for line in panel["lines"]]})
+    for panel in saved["panels"]
+  ]
+  return Figure(saved["title"], panels)
+
+
+def family(label: str) -> str:
+  """The family of a method, from its name."""
+  name = label.lower()
+  for key in ("plain", "saga"):
+    if key in name:
+      return key
+  return "svrg"
+
+
+def mean_line(
+  label: str, x: Sequence[float], values: Sequence[Sequence[float | None]]
+) -> Line:
+  """The curve of the mean over runs, and their range.
+
+  Args:
+    label: name of the method.
+    x: abscissae.
+    values: ordinates of each run; a point that one of them lacks is left out.
+  """
+  columns = [
+    column if all(v is not None and math.isfinite(v) for v in column) else None
+    for column in zip(*values, strict=True)
+  ]
+
+  def each(fn: Any) -> list[float | None]:
+    return [None if column is None else fn(column) for column in columns]
+
+  mean = each(lambda column: math.fsum(column) / len(column))
+  return Line(label, family(label), list(x), mean, each(min), each(max))
+
+
+def write(figure: Figure, path: Path) -> None:
+  """Draws a figure.
+
+  Args:
+    figure: the figure.
+    path: the file, whose suffix says in which format.
+
+  Raises:
+    ValueError: if a panel has more than eight curves.
+  """
+  path.write_bytes(draw(figure, path.suffix.removeprefix(".")))
+
+
+def draw(figure: Figure, image_format: str = "svg") -> bytes:
+  """The drawing of a figure, the same bytes for the same figure.
+
+  Args:
+    figure: the figure.
+    image_format: ``"svg"``, or another format of Matplotlib.
+
+  Raises:
+    ValueError: if a panel has more than eight curves.
+  """
+  for panel in figure.panels:
+    if len(panel.lines) > MAX_LINES:
+      raise ValueError(
+        f"A panel has at most {MAX_LINES} curves, got {len(panel.lines)} in"
+        f" {panel.title!r}."
+      )
+  import matplotlib
+  import matplotlib.figure
+
+  columns = min(2, len(figure.panels))
+  rows = -(-len(figure.panels) // columns)
+  settings = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optax_svrg",
+  }
+  stream = io.BytesIO()
+  with matplotlib.rc_context(settings):
+    drawing = matplotlib.figure.Figure(
+      figsize=(4.6 * columns, 3.1 * rows + 0.6), layout="constrained"
+    )
+    axes = drawing.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for axis, panel in zip(axes, figure.panels, strict=False):
+      handles |= _draw_panel(axis, panel)
+    for axis in axes[len(figure.panels) :]:
+      axis.remove()
+    drawing.suptitle(figure.title)
+    drawing.legend(
+      handles.values(),
+      handles.keys(),
+      loc="outside lower center",
+      ncols=4,
+      frameon=False,
+    )
+    metadata = {"Date": None} if image_format == "svg" else None
+    drawing.savefig(stream, format=image_format, dpi=120, metadata=metadata)
+  return stream.getvalue()
+
+
+def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
+  handles = {}
+  seen: dict[str, int] = {}
+  for line in panel.lines:
+    index = seen.setdefault(line.family, 0)
+    seen[line.family] += 1
+    look = {
+      "color": _COLORS[line.family],
+      "linestyle": _STYLES[index % len(_STYLES)],
+      # A second round of styles is told apart by its marker.
+      "marker": _MARKERS[index // len(_STYLES)] if len(line.x) < 12 else None,
+      "markersize": 3,
+    }
+    y = [math.nan if v is None else v for v in line.y]
+    (handles[line.label],) = axis.plot(line.x, y, **look)
+    if line.low:
+      low, high = (
+        [math.nan if v is None else v for v in ends]
+        for ends in (line.low, line.high)
+      )
+      axis.fill_between(
+        line.x, low, high, color=look["color"], alpha=0.12, linewidth=0
+      )
+  for value, label in panel.references:
+    axis.axhline(value, color="#888888", linewidth=0.8)
+    axis.annotate(
+      label,
+      (0.01, value),
+      xycoords=("axes fraction", "data"),
+      va="bottom",
+      fontsize=8,
+      color="#555555",
+    )
+  if panel.log_x:
+    axis.set_xscale("log")
+  if panel.log_y:
+    axis.set_yscale("log")
+  axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+  axis.grid(alpha=0.3)
+  return handles
+
+
+def _rounded(value: Any) -> Any:
+  if isinstance(value, float):
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+  if isinstance(value, dict):
+    return {k: _rounded(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_rounded(v) for v in value]
+  return value

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, and the compiled functions around it."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.harness.experiment import Experiment
+from benchmarks.methods import Method
+
+# Of two axes, but no matrices.
+_NOT_DECAYED = ("bias", "class_token", "positions")
+
+
+class Optimizer(NamedTuple):
+  """An optimizer by its name.
+
+  Attributes:
+    make: makes it from a learning rate schedule.
+    lr: its default peak learning rate.
+  """
+
+  make: Callable[[optax.Schedule], optax.GradientTransformation]
+  lr: float
+
+
+def is_decayed(params: optax.Params) -> Any:
+  """Marks the parameters that weight decay applies to: the matrices."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, p: p.ndim > 1 and path[-1].key not in _NOT_DECAYED, params
+  )
+
+
+OPTIMIZERS = {
+  "sgd": Optimizer(optax.sgd, lr=0.3),
+  "momentum": Optimizer(functools.partial(optax.sgd, momentum=0.9), lr=0.1),
+  "adamw": Optimizer(
+    functools.partial(optax.adamw, weight_decay=0.05, mask=is_decayed),
+    lr=0.003,
+  ),
+}
+
+
+class Observed(NamedTuple):
+  """Sums over the steps of an epoch.
+
+  Attributes:
+    loss: losses of the batches; 0 where the feed evaluates them otherwise.
+    extra_gradients: gradients of a batch in addition to those of the steps.
+    alpha: coefficients.
+    plain_moment: square distances of the plain gradient from the mean gradient
+      of the snapshot or table; 0 without one.
+    corrected_moment: square distances of the corrected gradient from it.
+  """
+
+  loss: jax.Array
+  extra_gradients: jax.Array
+  alpha: jax.Array
+  plain_moment: jax.Array
+  corrected_moment: jax.Array
+
+
+class TrainState(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    params: the parameters.
+    opt_state: the states of the method and of the optimizer.
+    observed: sums over the steps of the epoch so far.
+  """
+
+  params: optax.Params
+  opt_state: Any
+  observed: Observed
+
+
+class Program(NamedTuple):
+  """Compiled functions of a method on a feed.
+
+  Attributes:
+    init: makes a :class:`TrainState` from parameters.
+    begin: from a state, a seed, the number of an epoch, and whether to take a
+      snapshot, to the state and what ``advance`` needs of this epoch.
+    advance: from a state, the second result of ``begin``, the peak learning
+      rate, and two steps of the epoch to the state after training from the one
+      up to the other.
+    batches: from the second result of ``begin`` to the batches of the epoch,
+      with a leading axis; ``None`` where they do not fit into memory.
+    num_steps: number of steps of an epoch.
+    num_examples: number of examples in them.
+    pass_examples: number of examples of the pass of a snapshot.
+  """
+
+  init: Callable[[optax.Params], TrainState]
+  begin: Callable[[TrainState, int, int, bool], tuple[TrainState, Any]]
+  advance: Callable[[TrainState, Any, float, int, int], TrainState]
+  batches: Callable[[Any], Any] | None
+  num_steps: int
+  num_examples: int
+  pass_examples: int
+
+
+def optimizer(
+  experiment: Experiment, num_steps: int, lr: Any
+) -> optax.GradientTransformation:
+  """Makes the optimizer of an experiment.
+
+  Args:
+    experiment: the experiment.
+    num_steps: number of steps of an epoch.
+    lr: peak learning rate; may be traced, so that one program serves all.
+  """
+  total = experiment.epochs * num_steps
+  warmup = total // 10
+  if experiment.warmup_epochs is not None:
+    warmup = experiment.warmup_epochs * num_steps
+  unit = {
+    "constant": lambda: optax.constant_schedule(1.0),
+    "cosine": lambda: optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=1.0,
+      warmup_steps=warmup,
+      decay_steps=total,
+      end_value=experiment.final_lr_share,
+    ),
+  }[experiment.schedule]()
+  return OPTIMIZERS[experiment.optimizer].make(lambda step: lr * unit(step))
+
+
+def nothing_observed() -> Observed:
+  """Returns the sums over no step."""
+  zero = jnp.zeros(())
+  return Observed(zero, jnp.zeros((), int), zero, zero, zero)
+
+
+def update(
+  method: Method,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  grads: optax.Updates,
+  loss: Any = 0.0,
+  **extra_args: Any,
+) -> TrainState:
+  """Makes one step.
+
+  Args:
+    method: the method.
+    optimizer: the optimizer.
+    state: the state before.
+    grads: the gradient of the batch.
+    loss: the loss of the batch, for the record.
+    **extra_args: further arguments of the method's transformation.
+
+  Returns:
+    The state after.
+  """
+  # Without variance reduction, they are accepted and ignored.
+  transform = optax.with_extra_args_support(method.transform)
+  params, (before, opt_state), observed = state
+  corrected, after = transform.update(grads, before, params, **extra_args)
+  updates, opt_state = optimizer.update(corrected, opt_state, params)
+  return TrainState(
+    optax.apply_updates(params, updates),
+    (after, opt_state),
+    jax.tree.map(
+      jnp.add, observed, _observe(loss, grads, corrected, before, after)
+    ),
+  )
+
+
+def _observe(
+  loss: Any,
+  grads: optax.Updates,
+  corrected: optax.Updates,
+  before: Any,
+  state: Any,
+) -> Observed:
+  """Reads off a step and its correction, from the states around it."""
+  mean_grads = optax.tree.get(before, "mean_grads")
+  if mean_grads is None:
+    return Observed(*map(jnp.asarray, (loss, 0, 0.0, 0.0, 0.0)))
+  # The coefficient that this very step has used.
+  alpha = optax.tree.get(state, "alpha")
+  snapshots = optax.tree.get(before, "num_snapshots")
+  if snapshots is None:
+    extra_gradients = jnp.asarray(0)
+    known = optax.tree.get(before, "is_filled").all()
+  else:
+    known = snapshots > 0
+    # An estimate needs the second gradient even where it is 0.
+    estimated = optax.tree.get(state, "estimate") is not None
+    extra_gradients = (known if estimated else alpha != 0).astype(int)
+  # A method that takes its snapshots by itself counts by itself.
+  counted = optax.tree.get(state, "extra_gradients")
+  if counted is not None:
+    extra_gradients = counted - optax.tree.get(before, "extra_gradients")
+  moments = [
+    optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
+    for g in (grads, corrected)
+  ]
+  return Observed(
+    jnp.asarray(loss),
+    extra_gradients,
+    alpha,
+    *(jnp.where(known, moment, 0) for moment in moments),
+  )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published runs, and the tables and figures that are made of them.
+
+``benchmarks/results/<study>/runs.json`` names a module of :mod:`benchmarks`
+whose function ``render`` makes the contents of the other files of its folder,
+by name: tables in Markdown, and ``figure.json``, from which ``figure.svg`` is
+drawn.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import figures
+from benchmarks.harness.experiment import (
+  Experiment,
+  finite,
+  point_from_json,
+  Run,
+)
+
+FOLDER = Path(__file__).parent.parent / "results"
+_FIELDS = (
+  "epoch",
+  "train_loss",
+  "validation_accuracy",
+  "gradients_per_example",
+  "seconds",
+  "alpha",
+)
+
+
+def pack(
+  study: str, runs: Sequence[Run], has_curve: Callable[[Experiment], bool]
+) -> dict[str, Any]:
+  """Makes the contents of ``runs.json`` of a study.
+
+  Args:
+    study: name of the study.
+    runs: its runs.
+    has_curve: whether the whole history of an experiment is kept, and not the
+      last point alone.
+  """
+  identities = [run.experiment.identity() for run in runs]
+  common = {
+    name: value
+    for name, value in identities[0].items()
+    if all(identity[name] == value for identity in identities)
+  }
+  packed = []
+  for run, identity in zip(runs, identities, strict=True):
+    points = run.history if has_curve(run.experiment) else run.history[-1:]
+    packed.append(
+      {
+        "changes": {k: v for k, v in identity.items() if k not in common},
+        "diverged": run.diverged,
+        "history": [[_short(getattr(p, f)) for f in _FIELDS] for p in points],
+        **({"measured": finite(run.measured)} if run.measured else {}),
+      }
+    )
+  return {
+    "module": f"benchmarks.studies.{study}",
+    "command": f"python -m benchmarks {study.replace('_', '-')}",
+    **{
+      name: _distinct(run.origin.get(name) for run in runs)
+      for name in ("commit", "versions", "machine")
+    },
+    "common": common,
+    "fields": _FIELDS,
+    "runs": packed,
+  }
+
+
+def unpack(document: Mapping[str, Any]) -> list[Run]:
+  """Reads the runs of :func:`pack`."""
+  runs = []
+  for saved in document["runs"]:
+    identity = {**document["common"], **saved["changes"]}
+    history = [
+      point_from_json(dict(zip(document["fields"], values, strict=True)))
+      for values in saved["history"]
+    ]
+    if saved["diverged"]:
+      # Also where the point that was not finite has been left out.
+      history[-1] = history[-1]._replace(train_loss=math.nan)
+    experiment = Experiment.from_identity(identity)
+    measured = saved.get("measured", {})
+    runs.append(Run(experiment, history, finished=True, measured=measured))
+  return runs
+
+
+def publish(study: str, document: Mapping[str, Any]) -> None:
+  """Writes the runs of a study, and what is made of them.
+
+  Args:
+    study: name of the folder.
+    document: contents of ``runs.json``.
+  """
+  folder = FOLDER / study
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+  # A line for each run, so that changes can be read.
+  text = text.replace('{"changes"', '\n{"changes"')
+  (folder / "runs.json").write_text(text + "\n", encoding="utf-8")
+  write(folder)
+
+
+def render(folder: Path) -> dict[str, str]:
+  """Returns the contents of the files that are made of ``runs.json``."""
+  document = json.loads((folder / "runs.json").read_text("utf-8"))
+  return importlib.import_module(document["module"]).render(document)
+
+
+def write(folder: Path) -> None:
+  """Writes these files, and draws the figure."""
+  for name, text in render(folder).items():
+    (folder / name).write_text(text, encoding="utf-8")
+    if name == "figure.json":
+      drawing = figures.draw(figures.from_json(json.loads(text)))
+      (folder / "figure.svg").write_bytes(drawing)
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+  distinct: list[Any] = []
+  for value in values:
+    if value not in distinct:
+      distinct.append(value)
+  return distinct
+
+
+def _short(value: Any) -> Any:
+  if not isinstance(value, float):
+    return value
+  return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables: as published, in Markdown, and as printed on a terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+import os
+from pathlib import Path
+import statistics
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+
+# Broken by hand, so that a row takes one line.
+_HEADINGS = (
+  "final\ntrain loss",
+  "validation\naccuracy (%)",
+  "gradients\nper\nexample",
+  "variance\nratio",
+  "seconds",
+)
+_SHORT_HEADINGS = (
+  *("train loss", "accuracy (%)", "gradients/example"),
+  *("variance ratio", "seconds"),
+)
+
+
+def markdown_table(
+  columns: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+  """A table as it is published.
+
+  Args:
+    columns: the headings.
+    rows: the cells, row by row.
+
+  Returns:
+    Lines of Markdown.
+  """
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_std(values: Iterable[float], scale: float = 1.0) -> str:
+  """Mean ± sample standard deviation; ``"diverged"`` if one is not finite."""
+  values = [scale * v for v in values]
+  lost = sum(not math.isfinite(v) for v in values)
+  if lost:
+    return f"diverged ({lost} of {len(values)})"
+  text = f"{statistics.fmean(values):#.3g}"
+  if len(values) > 1:
+    text += f" ± {statistics.stdev(values):#.2g}"
+  return text
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a file that is whole at any moment, however the program ends.
+
+  Args:
+    path: the file.
+    value: its contents, without numbers that are not finite.
+  """
+  partial = path.with_name(f"{path.name}.partial")
+  text = json.dumps(
+    value, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+  )
+  partial.write_text(text + "\n", encoding="utf-8")
+  os.replace(partial, path)
+
+
+def summarise(histories: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+  """Means over the seeds, a row for each method with finished runs.
+
+  Args:
+    histories: the points of each finished run, by method: objects with
+      ``train_loss``, ``validation_accuracy``, ``gradients_per_example``,
+      ``seconds`` and ``variance_ratio``.
+
+  Returns:
+    Rows for JSON. ``std`` is the sample standard deviation, ``None`` for a
+    single run. ``variance_ratio`` is the mean over epochs with a snapshot,
+    ``None`` if there are none. The loss, the accuracy and the ratio of a method
+    are ``None`` if any of its runs has diverged: the mean of the others would
+    flatter it.
+  """
+  rows = []
+  for method, runs in histories.items():
+    if not runs:
+      continue
+    diverged = sum(
+      not all(math.isfinite(point.train_loss) for point in run) for run in runs
+    )
+    mean = lambda name, runs=runs: _mean_std(
+      [getattr(r[-1], name) for r in runs]
+    )
+    ratios = [
+      point.variance_ratio
+      for run in runs
+      for point in run
+      if point.variance_ratio is not None
+    ]
+    rows.append(
+      {
+        "method": method,
+        "runs": len(runs),
+        "diverged": diverged,
+        "final_train_loss": None if diverged else mean("train_loss"),
+        "validation_accuracy": None
+        if diverged
+        else mean("validation_accuracy"),
+        "gradients_per_example": mean("gradients_per_example")["mean"],
+        "variance_ratio": statistics.fmean(ratios)
+        if ratios and not diverged
+        else None,
+        "seconds": mean("seconds")["mean"],
+      }
+    )
+  return rows
+
+
+def print_table(
+  rows: Sequence[Mapping[str, Any]], console: rich.console.Console | None = None
+) -> None:
+  """Prints the rows of :func:`summarise`, for any width of the terminal.
+
+  Args:
+    rows: the rows.
+    console: where to print them, standard output by default.
+  """
+  console = console or rich.console.Console()
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.add_column("method", no_wrap=True)
+  for heading in _HEADINGS:
+    table.add_column(heading, justify="right", no_wrap=True)
+  for row in rows:
+    table.add_row(row["method"], *_texts(row))
+  unlimited = console.options.update(max_width=1_000)
+  if console.measure(table, options=unlimited).maximum > console.width:
+    # Several lines for each method.
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for row in rows:
+      table.add_row(f"[bold]{row['method']}[/bold]", "")
+      for heading, text in zip(_SHORT_HEADINGS, _texts(row), strict=True):
+        if text:
+          table.add_row(f" {heading}", text)
+  console.print(table)
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+  lost = f"diverged ({row['diverged']} of {row['runs']})"
+  loss, accuracy = row["final_train_loss"], row["validation_accuracy"]
+  ratio = row["variance_ratio"]
+  return [
+    lost if loss is None else _with_std(loss, 1, "#.3g", "#.2g"),
+    lost if accuracy is None else _with_std(accuracy, 100, ".2f", ".2f"),
+    f"{row['gradients_per_example']:.2f}",
+    "" if ratio is None else f"{ratio:.3f}",
+    f"{row['seconds']:.1f}",
+  ]
+
+
+def _mean_std(values: Sequence[float]) -> dict[str, float | None]:
+  std = statistics.stdev(values) if len(values) > 1 else None
+  return {"mean": statistics.fmean(values), "std": std}
+
+
+def _with_std(
+  value: Mapping[str, float | None], scale: float, mean_spec: str, std_spec: str
+) -> str:
+  text = f"{scale * value['mean']:{mean_spec}}"
+  if value["std"] is None:
+    return text
+  return f"{text} ± {scale * value['std']:{std_spec}}"

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains what a store lacks."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.checkpoints import Checkpoints
+from benchmarks.harness.experiment import Experiment, Run
+from benchmarks.harness.store import Store
+from benchmarks.harness.trainer import load, OnEpoch, shared, Trainer
+
+
+def run_all(
+  experiments: Iterable[Experiment],
+  store: Store,
+  *,
+  data_dir: Path | None = None,
+  progress: OnEpoch = lambda run, point: None,
+  checkpoint_dir: Path | None = None,
+  **options: Any,
+) -> list[Run]:
+  """Trains each experiment that the store lacks, and stores it as it ends.
+
+  Experiments on the same data and model share a trainer, and those that differ
+  in learning rate and seed alone its compiled functions.
+
+  Args:
+    experiments: the experiments.
+    store: where runs are looked up and stored.
+    data_dir: folder of the data sets that need one.
+    progress: called with each run and its state after each epoch.
+    checkpoint_dir: folder to which each epoch is saved, and from which a run
+      that was stopped goes on.
+    **options: of the trainers; results do not depend on them.
+
+  Returns:
+    The runs in the order of the experiments.
+
+  Raises:
+    benchmarks.UserError: if data or the store cannot be used.
+  """
+  experiments = list(experiments)
+  found = {experiment: store.get(experiment) for experiment in experiments}
+  groups: dict[Experiment, list[Experiment]] = {}
+  for experiment, run in found.items():
+    if run is None:
+      groups.setdefault(shared(experiment), []).append(experiment)
+  for common, group in groups.items():
+    data = load(common.dataset, common.feed, data_dir)
+    trainer = Trainer(common, data, **options)
+    for experiment in group:
+      run = found[experiment] = Run(experiment)
+      with _checkpoints(checkpoint_dir, experiment) as checkpoints:
+        trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
+      store.put(run)
+  return [found[experiment] for experiment in experiments]
+
+
+@contextlib.contextmanager
+def _checkpoints(
+  folder: Path | None, experiment: Experiment
+) -> Iterator[Checkpoints | None]:
+  """The checkpoints of one run, closed at the end."""
+  if folder is None:
+    yield None
+    return
+  folder = folder / experiment.name
+  resume = folder.exists()
+  saved = Checkpoints(folder, None, experiment.identity(), resume)
+  with contextlib.closing(saved):
+    yield saved

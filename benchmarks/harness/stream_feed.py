@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on streams: images read ahead, augmented by the paper's recipe."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+from benchmarks import models
+from benchmarks.data import recipe, sources, streams
+from benchmarks.harness import program
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.program import Observed, Program, TrainState
+from benchmarks.methods import Context, Method
+import optax_svrg
+
+_AXIS = "data"
+_KEPT_BYTES = 2**29  # Of augmented images.
+
+
+class Mixed(NamedTuple):
+  """A batch as a model sees it; every draw is made.
+
+  Attributes:
+    images: float32 of the shape (batch, image_size, image_size, channels).
+    targets: float32 of the shape (batch, classes), the probabilities.
+    weights: float32 of the shape (batch,), 1, or 0 for padding.
+    index: int32, see :class:`streams.Batch`.
+    drop_key: random key of stochastic depth.
+  """
+
+  images: jax.Array
+  targets: jax.Array
+  weights: jax.Array
+  index: jax.Array
+  drop_key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Batches of an epoch, the same ones each time they are iterated.
+
+  Attributes:
+    steps: the numbers of their steps, counted over all epochs.
+    stream: makes the batches from a step on and up to another one.
+    mix: makes the draws of a batch.
+  """
+
+  steps: range
+  stream: Callable[[int, int], Iterable[streams.Batch]]
+  mix: Callable[[streams.Batch], Mixed]
+
+  def __len__(self) -> int:
+    return len(self.steps)
+
+  def __iter__(self) -> Iterator[Mixed]:
+    return map(self.mix, self.stream(self.steps.start, self.steps.stop))
+
+  def part(self, start: int, stop: int) -> "Batches":
+    """Returns the batches from a step of the epoch up to another one."""
+    return dataclasses.replace(self, steps=self.steps[start:stop])
+
+
+class Snapshot(NamedTuple):
+  """Source of the gradients at the snapshot; both are ``None`` without one.
+
+  Attributes:
+    table: the gradients of all batches, kept from the pass.
+    params: the parameters there, for gradients that are computed again.
+  """
+
+  table: optax_svrg.GradientTable | None = None
+  params: optax.Params | None = None
+
+
+class Evaluation(NamedTuple):
+  """Performance of a model on a data set.
+
+  Attributes:
+    loss: cross-entropy.
+    accuracy: share of the examples classified correctly.
+  """
+
+  loss: Any
+  accuracy: Any
+
+
+class _Subset:
+  """Some of the examples of a source, always the same ones.
+
+  They are drawn, as the first ones may be of one class.
+  """
+
+  def __init__(self, source: streams.Source, size: int | None):
+    self._source = source
+    order = np.random.default_rng(0).permutation(len(source))
+    self._indices = np.sort(order[:size])
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Mapping[str, Any]:
+    return self._source[int(self._indices[index])]
+
+
+class StreamFeed:
+  """Makes the programs of an experiment on streams.
+
+  Args:
+    experiment: the experiment, of which method, optimizer, learning rate and
+      seed are ignored: they may differ between programs.
+    images: the whole data set.
+    remat: whether the blocks of the model are computed again for the gradient
+      instead of being kept, which changes nothing but memory and time.
+    num_workers: processes that read images; 0 for threads.
+  """
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    images: sources.ImageData,
+    remat: bool = False,
+    num_workers: int = 0,
+  ):
+    self._common = experiment
+    self._num_workers = num_workers
+    self._train = _Subset(images.train, experiment.train_examples)
+    self._validation = _Subset(
+      images.validation, experiment.validation_examples
+    )
+    self._recipe = recipe.Recipe(
+      experiment.image_size, images.num_channels, images.num_classes
+    )
+    self._mesh = jax.make_mesh(
+      (jax.device_count(),), (_AXIS,), axis_types=(AxisType.Auto,)
+    )
+    self._divided = NamedSharding(self._mesh, P(_AXIS))
+    self._replicated = NamedSharding(self._mesh, P())
+    size = experiment.image_size
+    self._make_model = models.maker(
+      experiment.model,
+      (images.num_channels, size, size),
+      images.num_classes,
+      {**experiment.model_settings, "remat": remat},
+    )
+    model = nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0)))
+    self._graphdef, shapes = nnx.split(model, nnx.Param)
+    self._shapes = nnx.as_pure(shapes)
+    self.init = jax.jit(self._init, out_shardings=self._replicated)
+    # By itself, so that it is compiled once for all methods.
+    self._mix = jax.jit(
+      self._mix_fn,
+      out_shardings=Mixed(*[self._divided] * 3, *[self._replicated] * 2),
+    )
+    # By itself as well, and so that both gradients of a batch are of the very
+    # same program.
+    self._loss_and_grad = jax.jit(
+      jax.value_and_grad(self.loss), out_shardings=self._replicated
+    )
+    self._evaluate = jax.jit(self._evaluate_fn)
+    self.nothing_observed = jax.jit(
+      program.nothing_observed, out_shardings=self._replicated
+    )
+
+  @property
+  def num_examples(self) -> int:
+    """Number of training examples."""
+    return len(self._train)
+
+  @property
+  def num_params(self) -> int:
+    """Number of parameters of the model."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(self._shapes))
+
+  def measure(
+    self, params: optax.Params, observed: Observed | None, num_steps: int
+  ) -> tuple[float, float] | None:
+    """Returns the mean loss of the steps and the validation accuracy.
+
+    The former is the paper's train loss: of augmented and mixed-up batches.
+    ``None`` before the first step.
+    """
+    if observed is None:
+      return None
+    accuracy = self._mean(params, self._validation).accuracy
+    return float(observed.loss) / num_steps, accuracy
+
+  def finish(self, params: optax.Params) -> Mapping[str, Any]:
+    """Returns the loss over the training images as they are."""
+    loss = self._mean(params, self._train).loss
+    return {"clean_train_loss": loss, "num_params": self.num_params}
+
+  def context(self, experiment: Experiment) -> Context:
+    """Returns what a method is made for."""
+    return Context(self.num_examples, experiment.batch_size, experiment.epochs)
+
+  def program(self, experiment: Experiment, method: Method) -> Program:
+    """Compiles the functions of a method, for all seeds.
+
+    Args:
+      experiment: the experiment.
+      method: its method.
+    """
+    num_steps = method.num_steps(self.context(experiment))
+    make = functools.partial(program.optimizer, experiment, num_steps)
+    init, take, update = self._compile(method, make)
+
+    def begin(state, seed, epoch, with_snapshot):
+      batches = self.batches(experiment, method, seed, epoch)
+      if not with_snapshot:
+        return state, (batches, Snapshot())
+      params, found = state.params, Snapshot()
+      if experiment.keeps_table:
+        mean, table = optax_svrg.gradient_table(self.grad, params, batches)
+        found = Snapshot(table=table)
+      else:
+        mean = optax_svrg.mean_gradient(self.grad, params, batches)
+        # Whole on each device, unlike that of the state, for all steps.
+        found = Snapshot(params=jax.tree.map(jnp.copy, params))
+      opt_state = take(state.opt_state, params, mean)
+      return state._replace(opt_state=opt_state), (batches, found)
+
+    def advance(state, epoch, lr, start, stop):
+      batches, found = epoch
+      # So that no process waits for another one for ever.
+      for batch in optax_svrg.lockstep(batches.part(start, stop)):
+        snapshot = found.table
+        if found.params is not None:
+          snapshot = self.grad(found.params, batch)
+        loss_and_grads = self._loss_and_grad(state.params, batch)
+        state = update(
+          state, loss_and_grads, batch.index, snapshot, np.float32(lr)
+        )
+      return state
+
+    num_examples = self.num_examples
+    if not method.has_fixed_batches:
+      num_examples = num_steps * experiment.batch_size
+    return Program(
+      lambda params: TrainState(params, init(params), self.nothing_observed()),
+      begin,
+      advance,
+      None,
+      num_steps,
+      num_examples,
+      num_examples,
+    )
+
+  def batches(
+    self, experiment: Experiment, method: Method, seed: int, epoch: int
+  ) -> Batches:
+    """Returns the batches of an epoch, the same ones in each pass."""
+    visits = streams.Visits(
+      self.num_examples,
+      experiment.batch_size,
+      seed,
+      has_fixed_batches=method.has_fixed_batches,
+    )
+    steps = visits.steps_per_epoch
+    _, draw_key = jax.random.split(jax.random.key(seed))
+    return Batches(
+      range(epoch * steps, (epoch + 1) * steps),
+      functools.partial(self._stream, visits),
+      # Its data, as all processes have them.
+      functools.partial(self._mix, np.asarray(jax.random.key_data(draw_key))),
+    )
+
+  def loss(self, params: optax.Params, batch: Mixed) -> jax.Array:
+    """Returns the mean cross-entropy of the examples that count."""
+    model = nnx.merge(self._graphdef, params)
+    logits = model(batch.images, rngs=nnx.Rngs(dropout=batch.drop_key))
+    losses = optax.losses.softmax_cross_entropy(logits, batch.targets)
+    return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
+
+  def grad(self, params: optax.Params, batch: Mixed) -> optax.Updates:
+    """Returns the gradient of :meth:`loss`."""
+    return self._loss_and_grad(params, batch)[1]
+
+  def _compile(
+    self, method: Method, make: Callable[[Any], optax.GradientTransformation]
+  ) -> tuple[Callable, Callable, Callable]:
+    """Initial states, a snapshot of states, and a step."""
+    tx = optax.chain(method.transform, make(0.0))
+    # The parameters are on all devices, what the optimizer keeps is divided
+    # among them, notably tables of gradients.
+    shardings = optax_svrg.state_shardings(
+      tx,
+      jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(
+          p.shape, p.dtype, sharding=divided(self._mesh, p)
+        ),
+        self._shapes,
+      ),
+    )
+
+    def take(opt_state, params, mean):
+      return optax_svrg.take_snapshot(opt_state, params, lambda _: mean)
+
+    def update(state, loss_and_grads, index, snapshot, lr):
+      loss, grads = loss_and_grads
+      is_computed = not isinstance(snapshot, optax_svrg.GradientTable)
+      if snapshot is None:
+        snapshot = grads  # There is none yet, or no method that would use it.
+      elif not is_computed:
+        snapshot = snapshot[index]
+      after = program.update(
+        method,
+        make(lr),
+        state,
+        grads,
+        loss,
+        snapshot_grads=snapshot,
+        batch_index=index,
+      )
+      if is_computed:
+        return after
+      # The pass has computed them already.
+      extra_gradients = state.observed.extra_gradients
+      return after._replace(
+        observed=after.observed._replace(extra_gradients=extra_gradients)
+      )
+
+    return (
+      jax.jit(tx.init, out_shardings=shardings),
+      jax.jit(take, donate_argnums=0, out_shardings=shardings),
+      jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=TrainState(self._replicated, shardings, self._replicated),
+      ),
+    )
+
+  @functools.cached_property
+  def _stream(self) -> Callable:
+    """Batches of steps, kept where they fit into memory."""
+    stream = functools.partial(
+      streams.train_batches,
+      self._train,
+      self._recipe,
+      sharding=self._divided,
+      num_workers=self._num_workers,
+    )
+    epochs = self._common.epochs
+    size = self.num_examples * self._common.image_size**2
+    if epochs * size * self._recipe.num_channels > _KEPT_BYTES:
+      return stream
+    # All passes and methods see the same images, with fixed batches or not.
+    return functools.lru_cache(maxsize=2 * epochs)(
+      lambda *args: list(stream(*args))
+    )
+
+  def _init(self, key: jax.Array) -> optax.Params:
+    params = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param)[1]
+    return nnx.as_pure(params)
+
+  def _mix_fn(self, draw: jax.Array, batch: streams.Batch) -> Mixed:
+    """Makes the draws of a batch, which follow from the number of its step."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(draw), batch.step)
+    mix_key, drop_key = jax.random.split(key)
+    images, targets = recipe.mix(
+      self._recipe, mix_key, batch.images, batch.labels
+    )
+    return Mixed(images, targets, batch.weights, batch.index, drop_key)
+
+  def _evaluate_fn(
+    self, params: optax.Params, batch: streams.Batch
+  ) -> Evaluation:
+    """Sums over a batch."""
+    images = recipe.standardise(self._recipe, batch.images)
+    logits = nnx.merge(self._graphdef, params)(images)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, batch.labels
+    )
+    is_right = jnp.argmax(logits, axis=-1) == batch.labels
+    return Evaluation(
+      *(jnp.sum(jnp.where(batch.weights > 0, x, 0)) for x in (losses, is_right))
+    )
+
+  def _mean(self, params: optax.Params, source: streams.Source) -> Evaluation:
+    """Over the images of a source, as they are."""
+    batches = streams.validation_batches(
+      source,
+      self._recipe,
+      self._common.batch_size,
+      self._divided,
+      self._num_workers,
+    )
+    sums = [self._evaluate(params, batch) for batch in batches]
+    return Evaluation(
+      *(sum(map(float, x)) / len(source) for x in zip(*sums, strict=True))
+    )
+
+
+def divided(mesh: Any, leaf: Any) -> NamedSharding:
+  """Divides the last axis that can be divided among all devices.
+
+  Args:
+    mesh: a mesh of one axis, ``"data"``.
+    leaf: an array, or what has a shape.
+
+  Returns:
+    The sharding; replicated where no axis can be divided.
+  """
+  spec: list[str | None] = [None] * len(leaf.shape)
+  for axis in reversed(range(len(spec))):
+    if leaf.shape[axis] and leaf.shape[axis] % mesh.size == 0:
+      spec[axis] = _AXIS
+      break
+  return NamedSharding(mesh, P(*spec))

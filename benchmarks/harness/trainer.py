@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: one loop for both feeds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+import time
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from benchmarks import methods
+from benchmarks.data import arrays, sources
+from benchmarks.harness import checkpoints as checkpointing
+from benchmarks.harness import observers
+from benchmarks.harness.array_feed import ArrayFeed
+from benchmarks.harness.experiment import Experiment, Point, Run
+from benchmarks.harness.observers import Observer, View
+from benchmarks.harness.program import Observed, Program, TrainState
+from benchmarks.harness.stream_feed import StreamFeed
+import optax_svrg
+
+# Called with a run and its state after an epoch.
+OnEpoch = Callable[[Run, Point], None]
+
+
+class Feed(Protocol):
+  """Makes programs; see :class:`ArrayFeed` and :class:`StreamFeed`."""
+
+  @property
+  def num_examples(self) -> int:
+    """Number of training examples."""
+
+  def init(self, key: jax.Array) -> optax.Params:
+    """Draws initial parameters."""
+
+  def context(self, experiment: Experiment) -> methods.Context:
+    """Returns what a method is made for."""
+
+  def program(self, experiment: Experiment, method: methods.Method) -> Program:
+    """Compiles the functions of a method."""
+
+  def nothing_observed(self) -> Observed:
+    """Returns the sums over no step."""
+
+  def measure(
+    self, params: optax.Params, observed: Observed | None, num_steps: int
+  ) -> tuple[float, float] | None:
+    """Returns train loss and validation accuracy."""
+
+  def finish(self, params: optax.Params) -> Mapping[str, Any]:
+    """Returns what is measured at the end of a run in addition."""
+
+
+def shared(experiment: Experiment) -> Experiment:
+  """Returns the experiment of a trainer: without what differs between runs."""
+  return experiment.replace(
+    measure={},
+    method="",
+    method_settings={},
+    optimizer="",
+    lr=0.0,
+    schedule="",
+    warmup_epochs=None,
+    final_lr_share=0.0,
+    snapshot_every=1,
+    seed=0,
+  )
+
+
+@functools.lru_cache(maxsize=1)
+def load(
+  dataset: str, feed: str, data_dir: Path | None
+) -> arrays.Dataset | sources.ImageData:
+  """Loads the data of an experiment.
+
+  Args:
+    dataset: name of the data set.
+    feed: name of the feed.
+    data_dir: folder of the data; ignored by ``mnist-5k``.
+
+  Raises:
+    arrays.DataError: if the data are missing or damaged.
+  """
+  data_dir = None if dataset == "mnist-5k" else data_dir
+  return (arrays if feed == "arrays" else sources).load(dataset, data_dir)
+
+
+class Trainer:
+  """Trains experiments that share data and model.
+
+  Args:
+    experiment: any of the experiments.
+    data: the whole data set, see :func:`load`.
+    **options: of :class:`StreamFeed`.
+
+  Attributes:
+    feed: makes the programs.
+  """
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    data: arrays.Dataset | sources.ImageData,
+    **options: Any,
+  ):
+    make = {"arrays": ArrayFeed, "streams": StreamFeed}[experiment.feed]
+    self.feed: Feed = make(shared(experiment), data, **options)
+    # Seeds and learning rates have a program in common.
+    self._compiled = functools.cache(self._compile)
+
+  def fit(
+    self,
+    run: Run,
+    *,
+    on_epoch: OnEpoch = lambda run, point: None,
+    checkpoints: checkpointing.Checkpoints | None = None,
+  ) -> None:
+    """Trains once.
+
+    Args:
+      run: the run; its history grows from epoch to epoch, so that it holds the
+        results so far when the training is interrupted.
+      on_epoch: called with the run and its state after each epoch.
+      checkpoints: where to save the run, and from where to go on.
+
+    Raises:
+      checkpointing.CheckpointError: if a checkpoint is damaged.
+      TimeoutError: if another process is lost.
+    """
+    experiment = run.experiment
+    at = checkpointing.START
+    if checkpoints is not None:
+      at = checkpoints.position(run)
+    for point in run.history:
+      if point.epoch:
+        on_epoch(run, point)
+    if run.finished:
+      return
+    # All is compiled before the clock starts.
+    method, program = self._compiled(experiment.replace(seed=0, lr=0.0))
+    init_key, _ = jax.random.split(jax.random.key(experiment.seed))
+    state = program.init(self.feed.init(init_key))
+    if at != checkpointing.START:
+      state = checkpoints.restore(run, state)
+    training = _Training(
+      self.feed,
+      run,
+      method,
+      program,
+      observers.make(experiment),
+      checkpoints,
+      state,
+      at,
+    )
+    if at == checkpointing.START:
+      training.record(None)
+    # So that no process waits for another one for ever.
+    for epoch in optax_svrg.lockstep(range(at.epoch, experiment.epochs)):
+      training.epoch(epoch)
+      on_epoch(run, run.last)
+
+  def _compile(self, experiment: Experiment) -> tuple[methods.Method, Program]:
+    method = methods.make(
+      experiment.method,
+      self.feed.context(experiment),
+      **experiment.method_settings,
+    )
+    return method, self.feed.program(experiment, method)
+
+
+@dataclasses.dataclass
+class _Training:
+  """A run under way; the fields are what :meth:`Trainer.fit` has."""
+
+  feed: Feed
+  run: Run
+  method: methods.Method
+  program: Program
+  observers: Sequence[Observer]
+  checkpoints: checkpointing.Checkpoints | None
+  state: TrainState
+  at: checkpointing.Position
+
+  def epoch(self, epoch: int) -> None:
+    """Trains the rest of an epoch, records and saves it."""
+    experiment, program = self.run.experiment, self.program
+    takes_snapshot = self._takes_snapshot(epoch)
+    if not self.at.step:
+      self.state = self.state._replace(observed=self.feed.nothing_observed())
+    with self._clock():
+      self.state, batches = program.begin(
+        self.state,
+        experiment.seed,
+        epoch,
+        takes_snapshot and not self.at.step,
+      )
+    seen = program.batches(batches) if self.observers else None
+    while self.at.step < program.num_steps:
+      self._look(epoch, seen)
+      self._advance(epoch, batches)
+    count = program.num_examples + takes_snapshot * program.pass_examples
+    observed = self.state.observed
+    count += int(observed.extra_gradients) * experiment.batch_size
+    self.at = checkpointing.Position(
+      epoch + 1, 0, self.at.evaluations + count, self.at.seconds
+    )
+    self.record(observed)
+    if self.at.epoch == experiment.epochs:
+      self._finish()
+    if self.checkpoints is not None and (
+      self.run.finished or self.checkpoints.is_due(epoch, program.num_steps)
+    ):
+      self._save()
+
+  def record(self, observed: Observed | None) -> None:
+    """Adds the present state to the history; ``None`` before the first step."""
+    steps = self.program.num_steps
+    measured = self.feed.measure(self.state.params, observed, steps)
+    if measured is None:
+      return
+    alpha = ratio = None
+    if observed is not None:
+      alpha = float(observed.alpha / steps)
+      if observed.plain_moment > 0:
+        ratio = float(observed.corrected_moment / observed.plain_moment)
+    self.run.history.append(
+      Point(
+        self.at.epoch,
+        *measured,
+        gradients_per_example=self.at.evaluations / self.feed.num_examples,
+        seconds=self.at.seconds,
+        alpha=alpha,
+        variance_ratio=ratio,
+      )
+    )
+
+  def _takes_snapshot(self, epoch: int) -> bool:
+    """Whether a step uses the snapshot that an epoch may begin with."""
+    experiment, steps = self.run.experiment, self.program.num_steps
+    if epoch % experiment.snapshot_every:
+      return False
+    stop = min(epoch + experiment.snapshot_every, experiment.epochs)
+    return self.method.uses_snapshot(epoch * steps, stop * steps)
+
+  def _look(self, epoch: int, batches: Any) -> None:
+    step, num_steps = self.at.step, self.program.num_steps
+    view = View(epoch, step, num_steps, self.method, self.feed.loss, batches)
+    for observer in self.observers:
+      if step in observer.stops(num_steps):
+        self.state = observer.look(view, self.state)
+
+  def _advance(self, epoch: int, batches: Any) -> None:
+    """Trains up to the next step at which something else is to be done."""
+    step, num_steps = self.at.step, self.program.num_steps
+    stops = {num_steps}.union(*(o.stops(num_steps) for o in self.observers))
+    stop = due = min(stop for stop in stops if stop > step)
+    if self.checkpoints is not None:
+      due = self.checkpoints.next_stop(epoch, step, num_steps)
+      stop = min(stop, due)
+    with self._clock():
+      self.state = jax.block_until_ready(
+        self.program.advance(
+          self.state, batches, self.run.experiment.lr, step, stop
+        )
+      )
+    self.at = self.at._replace(step=stop)
+    if self.checkpoints is not None and stop == due < num_steps:
+      self._save()
+
+  def _finish(self) -> None:
+    self.run.finished = True
+    self.run.measured |= self.feed.finish(self.state.params)
+    for observer in self.observers:
+      self.run.measured |= observer.result()
+
+  def _save(self) -> None:
+    self.checkpoints.save(self.run, self.state, self.at, self.program.num_steps)
+
+  @contextlib.contextmanager
+  def _clock(self) -> Iterator[None]:
+    """Adds the time spent to that of the run."""
+    start = time.perf_counter()
+    yield
+    seconds = self.at.seconds + time.perf_counter() - start
+    self.at = self.at._replace(seconds=seconds)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVRG with the coefficient estimated in other ways than the library's."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.methods.method import Context, Method
+import optax_svrg
+
+VARIANTS: dict[str, Mapping[str, Any]] = {
+  "decay 0.8": {"decay": 0.8},
+  "decay 0.99": {"decay": 0.99},
+  "with the current batch": {"current": True},
+  "per array": {"per_leaf": True},
+  "start full": {"start": "full"},
+  "never reset": {"start": "kept"},
+}
+
+
+class CoefficientState(NamedTuple):
+  """State of :func:`transform`.
+
+  Attributes:
+    svrg: state of the library's transformation.
+    seen: ``num_snapshots`` of ``svrg`` at the last update.
+    covariance: averages of the inner products of the control variate with the
+      gradient, one for each array of parameters or one for all, both centred.
+    variance: averages of those of the control variate with itself.
+  """
+
+  svrg: optax_svrg.SVRGState
+  seen: jax.Array
+  covariance: jax.Array
+  variance: jax.Array
+
+
+def transform(
+  decay: float = 0.97,
+  current: bool = False,
+  per_leaf: bool = False,
+  start: str = "empty",
+) -> optax.GradientTransformationExtraArgs:
+  """SVRG with a coefficient that is estimated.
+
+  Args:
+    decay: decay of the averages.
+    current: whether they include the batch that is corrected, which makes the
+      gradient biased.
+    per_leaf: whether each array of parameters has a coefficient of its own.
+    start: the averages after a snapshot: ``"empty"``; ``"full"``, as if all
+      steps before had been like the first one; or ``"kept"``, not reset.
+  """
+  svrg = optax_svrg.alpha_svrg(1.0)
+
+  def init_fn(params: optax.Params) -> CoefficientState:
+    state = svrg.init(params)
+    zeros = jnp.zeros(len(jax.tree.leaves(params)) if per_leaf else 1)
+    return CoefficientState(
+      state, jnp.zeros_like(state.num_snapshots), zeros, zeros
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: CoefficientState,
+    params: optax.Params | None = None,
+    *,
+    grad_fn: Callable,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, CoefficientState]:
+    del params, extra_args
+    before = state.svrg
+    control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
+    centred = optax.tree.sub(updates, before.mean_grads)
+    products = jnp.stack(
+      [inner_products(x, control, per_leaf) for x in (centred, control)]
+    )
+    old = jnp.stack([state.covariance, state.variance])
+    is_first = before.num_snapshots != state.seen
+    if start != "kept":
+      old = jnp.where(is_first, 0, old)
+    new = decay * old + (1 - decay) * products
+    if start == "full":
+      new = jnp.where(is_first, products, new)
+    covariance, variance = new if current else old
+    known = variance > 0
+    ratio = jnp.where(known, covariance / jnp.where(known, variance, 1), 1)
+    alpha = jnp.clip(ratio, 0, 1)
+    after = before._replace(count=before.count + 1, alpha=alpha.mean())
+    return subtract(updates, alpha, control), CoefficientState(
+      after, before.num_snapshots, *new
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def inner_products(
+  a: optax.Updates, b: optax.Updates, per_leaf: bool
+) -> jax.Array:
+  """Inner products of the arrays of two trees, or their sum; 1-D."""
+  products = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+  return products if per_leaf else products.sum(keepdims=True)
+
+
+def subtract(
+  updates: optax.Updates, alpha: jax.Array, control: optax.Updates
+) -> optax.Updates:
+  """Corrects with a coefficient for each array, or with one for all."""
+  leaves, treedef = jax.tree.flatten(updates)
+  alphas = jnp.broadcast_to(alpha, len(leaves))
+  controls = jax.tree.leaves(control)
+  return jax.tree.unflatten(
+    treedef,
+    [g - a * c for g, a, c in zip(leaves, alphas, controls, strict=True)],
+  )
+
+
+def method(context: Context, **settings: Any) -> Method:
+  """SVRG with another estimate of the coefficient, see :func:`transform`."""
+  return Method(transform(**settings), optax.constant_schedule(1.0))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A gate that enables variance reduction where it seems worth its gradients."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.methods.moment import Decision, Moment
+import optax_svrg
+
+
+class Payoff(NamedTuple):
+  """What noise has cost in an interval of training; real scalars.
+
+  Attributes:
+    progress: by how much the loss has decreased.
+    gain: by how much more, at most, it would have decreased with a control
+      variate.
+    variance_ratio: the variance that the control variate leaves, divided by
+      that without it.
+  """
+
+  progress: jax.Array
+  gain: jax.Array
+  variance_ratio: jax.Array
+
+  def pays(self, cost: float) -> jax.Array:
+    """Whether variance reduction is worth its gradients.
+
+    It must lower the loss by more than as many gradients would with plain
+    steps, and the variance by more than its cost: smaller steps lessen noise,
+    too, for nothing but slower progress.
+
+    Args:
+      cost: gradients per step with variance reduction.
+    """
+    return (self.gain > (cost - 1) * self.progress) & (
+      self.variance_ratio * cost < 1
+    )
+
+
+def payoff(
+  moments: optax_svrg.RunningMoments, displacement: optax.Updates
+) -> Payoff:
+  r"""What noise has cost since the snapshot, seen from plain steps.
+
+  For an interval of plain steps that have moved the parameters by :math:`d`
+  from those of the snapshot, the loss has changed, up to third order, by
+  :math:`\langle \bar s, d \rangle + \frac{1}{2} \langle \bar g - \bar s, d
+  \rangle`. The second term, the curvature along the path, holds all that noise
+  has cost: its effect of first order averages out. A control variate that
+  leaves the share :math:`r` of the variance saves at most :math:`1 - r` of it.
+
+  Args:
+    moments: of a few pairs of gradients at the end of the interval and at the
+      snapshot, of batches drawn at random.
+    displacement: the current parameters minus those of the snapshot.
+  """
+  change = optax.tree.sub(moments.mean_grads, moments.mean_snapshot_grads)
+  curvature = optax.tree.vdot(change, displacement) / 2
+  ratio = moments.variance_ratio(moments.optimal_alpha(per="tree"))
+  slope = optax.tree.vdot(moments.mean_snapshot_grads, displacement)
+  return Payoff(-slope - curvature, (1 - ratio) * curvature, ratio)
+
+
+class GateState(NamedTuple):
+  """What :class:`Gate` remembers.
+
+  Attributes:
+    start: the parameters at the start of the epoch.
+    is_open: whether variance is reduced.
+  """
+
+  start: optax.Params
+  is_open: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """At the start of each epoch while a gate is open.
+
+  It opens after a probe whose :class:`Payoff` pays, and closes after an epoch
+  in which the variance has decreased by less than the cost.
+
+  Attributes:
+    probes: batches of a probe.
+    every: epochs between probes.
+    cost: gradients per step, with the pass of the snapshot.
+  """
+
+  probes: int = 4
+  every: int = 4
+  cost: float = 3.0
+
+  def init(self, params: optax.Params) -> GateState:
+    """A closed gate."""
+    return GateState(jax.tree.map(jnp.array, params), jnp.zeros([], bool))
+
+  def decide(
+    self, memory: GateState, svrg: Any, params: optax.Params, at: Moment
+  ) -> Decision:
+    """Decides at the start of an epoch."""
+
+    def probe() -> jax.Array:
+      chosen = jax.random.permutation(at.key, at.num_steps)[: self.probes]
+
+      def see(moments: Any, i: jax.Array) -> tuple[Any, None]:
+        pair = (at.batch_grad_fn(p, i) for p in (params, memory.start))
+        return moments.update(*pair), None
+
+      moments = optax_svrg.RunningMoments.create(params)
+      moments, _ = jax.lax.scan(see, moments, chosen)
+      displacement = optax.tree.sub(params, memory.start)
+      return payoff(moments, displacement).pays(self.cost)
+
+    is_probed = at.is_start & ~memory.is_open & (at.epoch > 0)
+    is_probed &= at.epoch % self.every == 0
+    stays = memory.is_open & (svrg.estimate.variance_ratio * self.cost < 1)
+    is_open = jax.lax.cond(
+      is_probed,
+      probe,
+      lambda: jnp.where(at.is_start, stays, memory.is_open),
+    )
+    start = optax.tree.where(at.is_start, params, memory.start)
+    return Decision(
+      is_open,
+      is_open & at.is_start,
+      GateState(start, is_open),
+      jnp.where(is_probed, 2 * self.probes, 0),
+    )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is to the trainer."""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import numpy as np
+import optax
+
+
+class Context(NamedTuple):
+  """The training that a method is made for.
+
+  Attributes:
+    num_examples: number of training examples.
+    batch_size: examples of a batch.
+    epochs: number of epochs.
+  """
+
+  num_examples: int
+  batch_size: int
+  epochs: int
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Number of batches that are drawn anew: the remainder is dropped."""
+    return self.num_examples // self.batch_size
+
+  @property
+  def num_fixed_batches(self) -> int:
+    """Number of fixed batches: they hold all examples, as even as can be."""
+    return math.ceil(self.num_examples / self.batch_size)
+
+
+class Method(NamedTuple):
+  """A method of variance reduction.
+
+  ``transform.update`` gets ``grad_fn``, the gradient of the batch as a function
+  of the parameters; ``batch_index``, the number of the batch; and
+  ``batch_grad_fn(params, batch_index)``, the gradient of any batch of the
+  epoch. A transformation may take its snapshots by itself, by the latter; it
+  then counts the gradients it computes in a field ``extra_gradients`` of its
+  state.
+
+  Attributes:
+    transform: the transformation that precedes the optimizer.
+    coefficient: coefficient of the correction as far as it is known in
+      advance, by step. The trainer takes the snapshots of an interval where it
+      is not 0 throughout; ``None`` if the trainer is to take none.
+    has_fixed_batches: whether each example belongs to one batch for good,
+      instead of being drawn anew in each epoch.
+    has_fixed_order: whether fixed batches have the same order in each epoch.
+  """
+
+  transform: optax.GradientTransformation
+  coefficient: optax.Schedule | None = None
+  has_fixed_batches: bool = False
+  has_fixed_order: bool = False
+
+  def uses_snapshot(self, start: int, stop: int) -> bool:
+    """Whether any step from ``start`` up to ``stop`` uses one taken before."""
+    if self.coefficient is None:
+      return False
+    return bool(np.any(self.coefficient(np.arange(start, stop)) != 0))
+
+  def num_steps(self, context: Context) -> int:
+    """Number of steps of an epoch."""
+    if self.has_fixed_batches:
+      return context.num_fixed_batches
+    return context.steps_per_epoch
+
+
+# Makes a method for a training; further arguments are its settings, by name.
+Factory = Callable[..., Method]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models, by name."""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+from flax import nnx
+
+import benchmarks
+from benchmarks.models.convnet import ConvNet
+from benchmarks.models.convnext import ConvNeXt
+from benchmarks.models.mixer import Mixer
+from benchmarks.models.mlp import MLP, NUM_LAYERS, Perceptron, widths
+from benchmarks.models.swin import Swin
+from benchmarks.models.vit import ViT
+
+__all__ = ["MLP", "MODELS", "NUM_LAYERS", "maker", "widths"]
+
+_partial = functools.partial
+
+# Each makes a model from the size of square images, their number of channels,
+# the number of classes and ``rngs``; further arguments are its settings. Models
+# take images ``[batch, size, size, channels]``.
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+  **{
+    name: _partial(Perceptron, num_layers=num_layers)
+    for name, num_layers in NUM_LAYERS.items()
+  },
+  "convnet": ConvNet,
+  "vit": _partial(ViT, patch_size=7, width=32, depth=2, heads=4),
+  "mixer": _partial(Mixer, patch_size=7, width=32, depth=2),
+  "convnext-femto": ConvNeXt,
+  "convnext-base": _partial(
+    ConvNeXt, depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024)
+  ),
+  "vit-tiny": ViT,
+  "vit-base": _partial(ViT, width=768, heads=12),
+  "swin-femto": Swin,
+  "mixer-s32": Mixer,
+  "mixer-s16": _partial(Mixer, patch_size=16),
+}
+
+
+def maker(
+  name: str,
+  image_shape: tuple[int, int, int],
+  num_classes: int,
+  settings: Mapping[str, Any],
+) -> Callable[[nnx.Rngs], nnx.Module]:
+  """Returns a function of ``rngs`` that makes a model.
+
+  Args:
+    name: a key of ``MODELS``.
+    image_shape: channels, height and width of the images.
+    num_classes: number of outputs.
+    settings: arguments of the model by name, as JSON has them.
+
+  Raises:
+    benchmarks.UserError: if the images are not square; the function, if they
+      do not suit the model.
+  """
+  num_channels, height, width = image_shape
+  if height != width:
+    raise benchmarks.UserError(
+      f"Images must be square, got {height} x {width} pixels."
+    )
+  make = functools.partial(
+    MODELS[name], height, num_channels, num_classes, **settings
+  )
+
+  def made(rngs: nnx.Rngs) -> nnx.Module:
+    try:
+      return make(rngs=rngs)
+    except ValueError as error:
+      raise benchmarks.UserError(f"{name}: {error}") from error
+
+  return made

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small convolutional net."""
+
+import itertools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from benchmarks.models import layers
+
+
+class ConvNet(nnx.Module):
+  """A small convolutional net: 16, 32 and 64 channels, halved in size twice.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: of the images.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+    dtype: of the computation; weights and logits are of float32.
+    remat: without effect, as there are no blocks.
+  """
+
+  def __init__(
+    self,
+    image_size: int,
+    num_channels: int,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+  ):
+    self.image_shape = (image_size, image_size, num_channels)
+    channels = (num_channels, 16, 32, 64)
+    self.convs = nnx.List(
+      [
+        nnx.Conv(*size, (3, 3), strides=stride, dtype=dtype, rngs=rngs)
+        for size, stride in zip(
+          itertools.pairwise(channels), (1, 2, 2), strict=True
+        )
+      ]
+    )
+    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    """Returns the logits, float32 ``[batch, num_classes]``."""
+    layers.check_images(x, self.image_shape)
+    for conv in self.convs:
+      x = nnx.relu(conv(x))
+    return self.head(x.mean(axis=(1, 2)).astype(jnp.float32))

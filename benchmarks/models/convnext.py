@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ConvNeXt."""
+
+from collections.abc import Sequence
+import functools
+import itertools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.models import layers
+
+# Of the map of features, in pixels: up to this size a matrix product is several
+# times faster than XLA's convolution on the CPU.
+_MATRIX_PIXELS = 256
+
+
+class ConvNeXt(layers.Network):
+  """ConvNeXt (Liu et al., 2022, "A ConvNet for the 2020s").
+
+  As ``models/convnext.py`` of the authors: stages of blocks (a depthwise 7 x 7
+  convolution, LayerNorm, a perceptron, layer scale from 1e-6), halved in size
+  by LayerNorm and a 2 x 2 convolution between stages; the mean over pixels,
+  LayerNorm and the head at the end.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: of the images.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+    drop_path: rate of stochastic depth of the last block; it rises linearly
+      from 0 in the first one.
+    dtype: of the computation; weights and logits are of float32.
+    remat: whether each block is computed anew for the backward pass.
+    patch_size: of the stem, in pixels.
+    depths: number of blocks of each stage.
+    widths: number of features of each stage.
+
+  Raises:
+    ValueError: if an argument is out of range, or if the image cannot be cut
+      into patches or halved as often as there are stages.
+  """
+
+  def __init__(
+    self,
+    image_size: int,
+    num_channels: int,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    drop_path: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+    patch_size: int = 4,
+    depths: Sequence[int] = (2, 2, 6, 2),
+    widths: Sequence[int] = (48, 96, 192, 384),
+  ):
+    if len(widths) != len(depths):
+      raise ValueError(
+        f"widths must be as many as depths, {len(depths)}, got {widths}."
+      )
+    size = layers.grid(image_size, patch_size)
+    layers.check_halving(image_size, size, depths)
+    super().__init__(
+      image_size,
+      num_channels,
+      num_classes,
+      widths[-1],
+      rngs=rngs,
+      drop_path=drop_path,
+      dtype=dtype,
+      remat=remat,
+    )
+    make_norm = functools.partial(layers.norm, dtype=dtype, rngs=rngs)
+    make_cut = functools.partial(
+      layers.Cut,
+      dtype=dtype,
+      rngs=rngs,
+      kernel_init=layers.normal,
+      bias_init=layers.zeros,
+    )
+    self.stem = make_cut(patch_size, num_channels, widths[0])
+    self.stem_norm = make_norm(widths[0])
+    self.downsample_norms = nnx.List(
+      [make_norm(width) for width in widths[:-1]]
+    )
+    self.downsamples = nnx.List(
+      [make_cut(2, *pair) for pair in itertools.pairwise(widths)]
+    )
+    rates = layers.rates(drop_path, depths)
+    self.stages = nnx.List(
+      [
+        nnx.List(
+          [_ConvNeXtBlock(width, rate, dtype, rngs=rngs) for rate in stage]
+        )
+        for width, stage in zip(widths, rates, strict=True)
+      ]
+    )
+    self.norm = make_norm(widths[-1])
+
+  def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    x = self.stem_norm(self.stem(x))
+    for i, blocks in enumerate(self.stages):
+      if i:
+        x = self.downsamples[i - 1](self.downsample_norms[i - 1](x))
+      x = self._apply(blocks, x, layers.fold(key, i))
+    return self.norm(x.mean(axis=(1, 2)))
+
+
+class _ConvNeXtBlock(nnx.Module):
+  def __init__(self, width: int, rate: float, dtype: Any, *, rngs: nnx.Rngs):
+    self.rate = rate
+    self.kernel = nnx.Param(layers.normal(rngs.params(), (7, 7, width)))
+    self.bias = nnx.Param(jnp.zeros(width))
+    self.norm = layers.norm(width, dtype, rngs=rngs)
+    self.mlp = layers.FeedForward(width, 4 * width, dtype, rngs=rngs)
+    self.layer_scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
+
+  def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    kernel, bias, scale = (
+      param[...].astype(x.dtype)
+      for param in (self.kernel, self.bias, self.layer_scale)
+    )
+    y = depthwise(x, kernel) + bias[None, None, None]
+    y = self.mlp(self.norm(y)) * scale[None, None, None]
+    return x + layers.drop(y, self.rate, key)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Convolves each channel with a kernel of its own.
+
+  On the CPU, small maps of features are multiplied with the matrix of the
+  convolution, several times faster there than XLA's convolution and its
+  gradients.
+
+  Args:
+    x: ``[batch, height, width, channels]``; zero outside.
+    kernel: ``[size, size, channels]`` with an odd size, of the same dtype.
+
+  Returns:
+    An array like ``x``.
+  """
+  _, height, width, _ = x.shape
+  if jax.default_backend() == "cpu" and height * width <= _MATRIX_PIXELS:
+    return _depthwise_by_matrix(x, kernel)
+  return _depthwise_by_convolution(x, kernel)
+
+
+def _depthwise_by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel[:, :, None],
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
+  )
+
+
+def _depthwise_by_matrix(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  _, height, width, _ = x.shape
+
+  def taps(length: int) -> jax.Array:
+    """1 where a tap of the kernel takes an input to an output."""
+    size = len(kernel)
+    tap, source, target = np.ogrid[:size, :length, :length]
+    return jnp.asarray(source - target + size // 2 == tap, kernel.dtype)
+
+  # Rows y and columns x of the input; v and u of the output.
+  matrix = jnp.einsum("ijc,jxu->icxu", kernel, taps(width))
+  matrix = jnp.einsum("icxu,iyv->cyxvu", matrix, taps(height))
+  return jnp.einsum("byxc,cyxvu->bvuc", x, matrix)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logistic regression and perceptrons as in the alpha-SVRG paper."""
+
+from collections.abc import Sequence
+import itertools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from benchmarks.models import layers
+
+NUM_LAYERS = {"logreg": 1, "mlp2": 2, "mlp4": 4}
+
+
+class MLP(nnx.Module):
+  """A perceptron with ReLU; with one layer it is logistic regression.
+
+  Args:
+    sizes: numbers of units, from the inputs to the outputs.
+    rngs: random streams for the initial weights.
+    dtype: of the computation; that of inputs and weights unless given.
+  """
+
+  def __init__(
+    self,
+    sizes: Sequence[int],
+    *,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike | None = None,
+  ):
+    self.layers = nnx.List(
+      [
+        nnx.Linear(*size, dtype=dtype, rngs=rngs)
+        for size in itertools.pairwise(sizes)
+      ]
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns the logits."""
+    for layer in self.layers[:-1]:
+      x = nnx.relu(layer(x))
+    return self.layers[-1](x)
+
+
+def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
+  """Interpolates geometrically between the numbers of inputs and of classes.
+
+  Args:
+    num_layers: number of linear layers.
+    num_inputs: number of inputs.
+    num_classes: number of outputs.
+
+  Returns:
+    The ``num_layers + 1`` numbers of units, from the inputs to the outputs;
+    those in between are rounded down one after the other, as in the authors'
+    code.
+  """
+  ratio = (num_classes / num_inputs) ** (1 / num_layers)
+  sizes = [num_inputs]
+  for _ in range(num_layers - 1):
+    sizes.append(int(ratio * sizes[-1]))
+  return [*sizes, num_classes]
+
+
+class Perceptron(nnx.Module):
+  """Logistic regression or a perceptron of the paper.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: of the images.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+    num_layers: number of linear layers.
+    dtype: of the computation; weights are of float32.
+    remat: without effect, as there are no blocks.
+  """
+
+  def __init__(
+    self,
+    image_size: int,
+    num_channels: int,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    num_layers: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+  ):
+    self.image_shape = (image_size, image_size, num_channels)
+    sizes = widths(num_layers, image_size**2 * num_channels, num_classes)
+    self.mlp = MLP(sizes, rngs=rngs, dtype=dtype)
+
+  def __call__(
+    self, images: jax.Array, rngs: nnx.Rngs | None = None
+  ) -> jax.Array:
+    """Returns the logits, float32 ``[batch, num_classes]``."""
+    layers.check_images(images, self.image_shape)
+    logits = self.mlp(images.reshape(len(images), -1))
+    return logits.astype(jnp.float32)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Swin transformer."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.models import layers
+
+# Of its norms, PyTorch's own; the other architectures have 1e-6.
+_SWIN_EPSILON = 1e-5
+
+
+class Swin(layers.Network):
+  """Swin transformer (Liu et al., 2021): attention in shifted windows.
+
+  As ``models/swin_transformer.py`` of the authors: windows in every second
+  block are shifted by half a window, with a bias by relative position and a
+  mask where the shift has joined what does not touch; 2 x 2 patches are merged
+  between stages, with twice the features. A window is at most as large as the
+  stage's map, and then is not shifted.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: of the images.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+    drop_path: rate of stochastic depth of the last block; it rises linearly
+      from 0 in the first one.
+    dtype: of the computation; weights and logits are of float32.
+    remat: whether each block is computed anew for the backward pass.
+    patch_size: height and width of a patch, in pixels.
+    width: number of features of a patch in the first stage.
+    depths: number of blocks of each stage.
+    heads: number of heads of each stage.
+    window: height and width of a window, in patches.
+
+  Raises:
+    ValueError: if an argument is out of range, if the image cannot be cut into
+      patches and windows or halved as often as there are stages, or the width
+      not divided among the heads.
+  """
+
+  def __init__(
+    self,
+    image_size: int,
+    num_channels: int,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    drop_path: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+    patch_size: int = 4,
+    width: int = 40,
+    depths: Sequence[int] = (2, 2, 6, 2),
+    heads: Sequence[int] = (2, 4, 8, 16),
+    window: int = 7,
+  ):
+    if len(heads) != len(depths):
+      raise ValueError(
+        f"heads must be as many as depths, {len(depths)}, got {heads}."
+      )
+    if window < 1:
+      raise ValueError(f"window must be positive, got {window}.")
+    size = layers.grid(image_size, patch_size)
+    layers.check_halving(image_size, size, depths)
+    widths = [width * 2**i for i in range(len(depths))]
+    super().__init__(
+      image_size,
+      num_channels,
+      num_classes,
+      widths[-1],
+      rngs=rngs,
+      drop_path=drop_path,
+      dtype=dtype,
+      remat=remat,
+    )
+    make_norm = functools.partial(
+      layers.norm, dtype=dtype, rngs=rngs, epsilon=_SWIN_EPSILON
+    )
+    self.embed = layers.Cut(patch_size, num_channels, width, dtype, rngs=rngs)
+    self.embed_norm = make_norm(width)
+    self.stages = nnx.List(
+      [
+        nnx.List(
+          [
+            _SwinBlock(
+              widths[i],
+              heads[i],
+              rate,
+              dtype,
+              size=size // 2**i,
+              window=window,
+              shifted=bool(j % 2),
+              rngs=rngs,
+            )
+            for j, rate in enumerate(stage)
+          ]
+        )
+        for i, stage in enumerate(layers.rates(drop_path, depths))
+      ]
+    )
+    self.merge_norms = nnx.List([make_norm(4 * w) for w in widths[:-1]])
+    self.merges = nnx.List(
+      [
+        layers.linear(4 * w, 2 * w, dtype, rngs=rngs, use_bias=False)
+        for w in widths[:-1]
+      ]
+    )
+    self.norm = make_norm(widths[-1])
+
+  def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    x = self.embed_norm(self.embed(x))
+    for i, blocks in enumerate(self.stages):
+      if i:
+        # The authors' order of the four: by column first.
+        x = layers.cut(x, 2).swapaxes(-3, -2)
+        x = x.reshape(*x.shape[:3], -1)
+        x = self.merges[i - 1](self.merge_norms[i - 1](x))
+      x = self._apply(blocks, x, layers.fold(key, i))
+    return self.norm(x).mean(axis=(1, 2))
+
+
+class _SwinBlock(layers.AttentionBlock):
+  def __init__(
+    self,
+    width: int,
+    heads: int,
+    rate: float,
+    dtype: Any,
+    *,
+    size: int,
+    window: int,
+    shifted: bool,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(
+      width, heads, rate, dtype, rngs=rngs, epsilon=_SWIN_EPSILON
+    )
+    self.window = min(window, size)
+    if size % self.window:
+      raise ValueError(
+        f"window must divide the {size} x {size} patches of a stage, got"
+        f" {window}."
+      )
+    self.shift = window // 2 if shifted and size > window else 0
+    self.bias = nnx.Param(
+      layers.normal(rngs.params(), ((2 * self.window - 1) ** 2, heads))
+    )
+
+  def _attend(self, x: jax.Array) -> jax.Array:
+    size = x.shape[1]
+    x = jnp.roll(x, (-self.shift, -self.shift), axis=(1, 2))
+    x = layers.cut(x, self.window)
+    # All windows of all examples are a batch, with the same masks by example.
+    tokens = x.reshape(-1, self.window**2, x.shape[-1])
+    bias = self.bias[...].astype(x.dtype)[_relative(self.window)]
+    bias = jnp.moveaxis(bias, -1, 0)[None]
+    mask = None
+    if self.shift:
+      mask = _shift_mask(size, self.window, self.shift)[:, None]
+      mask = jnp.tile(mask, (len(x), 1, 1, 1))
+    x = self.attention(tokens, bias, mask).reshape(x.shape)
+    x = x.swapaxes(2, 3).reshape(len(x), size, size, -1)
+    return jnp.roll(x, (self.shift, self.shift), axis=(1, 2))
+
+
+def _relative(window: int) -> np.ndarray:
+  """Numbers of the relative positions of two tokens of a window."""
+  rows, columns = np.divmod(np.arange(window**2), window)
+  rows = rows[:, None] - rows + window - 1
+  columns = columns[:, None] - columns + window - 1
+  return rows * (2 * window - 1) + columns
+
+
+def _shift_mask(size: int, window: int, shift: int) -> np.ndarray:
+  """Which tokens of each window touched before the shift."""
+  part = np.searchsorted(
+    [size - window, size - shift], np.arange(size), "right"
+  )
+  region = layers.cut((3 * part[:, None] + part)[..., None], window)
+  region = region.reshape(-1, window**2)
+  return region[:, :, None] == region[:, None]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision transformer."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from benchmarks.models import layers
+
+
+class ViT(layers.Network):
+  """Vision transformer (Dosovitskiy et al., 2021), tiny as in DeiT.
+
+  As ``models/vision_transformer.py`` of the authors: a class token and learned
+  positions, blocks with the norms first, biases of queries, keys and values,
+  and a last norm.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: of the images.
+    num_classes: number of outputs.
+    rngs: random streams for the initial weights.
+    drop_path: rate of stochastic depth of the last block; it rises linearly
+      from 0 in the first one.
+    dtype: of the computation; weights and logits are of float32.
+    remat: whether each block is computed anew for the backward pass.
+    patch_size: height and width of a patch, in pixels.
+    width: number of features of a patch.
+    depth: number of blocks.
+    heads: of the attention.
+
+  Raises:
+    ValueError: if an argument is out of range, if the image cannot be cut into
+      patches, or the width not divided among the heads.
+  """
+
+  def __init__(
+    self,
+    image_size: int,
+    num_channels: int,
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    drop_path: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    remat: bool = False,
+    patch_size: int = 16,
+    width: int = 192,
+    depth: int = 12,
+    heads: int = 3,
+  ):
+    size = layers.grid(image_size, patch_size)
+    super().__init__(
+      image_size,
+      num_channels,
+      num_classes,
+      width,
+      rngs=rngs,
+      drop_path=drop_path,
+      dtype=dtype,
+      remat=remat,
+    )
+    self.embed = layers.Cut(patch_size, num_channels, width, dtype, rngs=rngs)
+    self.class_token = nnx.Param(layers.normal(rngs.params(), (1, width)))
+    self.positions = nnx.Param(
+      layers.normal(rngs.params(), (size**2 + 1, width))
+    )
+    [rates] = layers.rates(drop_path, [depth])
+    self.blocks = nnx.List(
+      [
+        layers.AttentionBlock(width, heads, rate, dtype, rngs=rngs)
+        for rate in rates
+      ]
+    )
+    self.norm = layers.norm(width, dtype, rngs=rngs)
+
+  def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    x = self.embed(x)
+    x = x.reshape(len(x), -1, x.shape[-1])
+    token = self.class_token[...].astype(x.dtype)
+    token = jnp.broadcast_to(token, (len(x), *token.shape))
+    x = jnp.concatenate([token, x], axis=1)
+    x = x + self.positions[...].astype(x.dtype)[None]
+    x = self._apply(self.blocks, x, key)
+    # Of the class token only: LayerNorm is by token.
+    return self.norm(x[:, 0])
