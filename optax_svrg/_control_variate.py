@@ -531,7 +531,9 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
   """The sums of arrays of one shape, in one sweep."""
 
   def one_by_one() -> tuple[jax.Array, ...]:
-    return tuple(map(jnp.sum, terms))
+    # lax.reduce makes all results vary over the mapped axes of any.
+    sums = tuple(map(jnp.sum, terms))
+    return _compat.vary_like(sums, jax.eval_shape(together))
 
   def together() -> tuple[jax.Array, ...]:
     zeros = tuple(jnp.zeros([], x.dtype) for x in terms)
