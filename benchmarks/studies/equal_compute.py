@@ -19,25 +19,19 @@ def _larger(template: Experiment) -> Experiment:
 ARMS: dict[str, study.Arm] = {
   **study.plain_lengths(),
   "plain, 3x the batch": _larger,
-  "SVRG": study.arm("svrg"),
   "alpha-SVRG, linear from 0.75": study.arm("alpha-svrg", alpha0=0.75),
   "adaptive SVRG": study.arm("adaptive"),
-  "adaptive SVRG, gradient table": study.arm("snapshots", mean="table"),
-  "SAGA": study.arm("saga"),
   "adaptive SAGA": study.arm("adaptive-saga"),
 }
 CELLS = study.cells(
   study.cell("mnist-5k", "logreg", "adamw"),
   study.cell("fashion-mnist", "mlp2", "adamw"),
 )
-# Each against plain with at least as many gradients.
+# Each against plain with as many gradients.
 RIVALS = {
-  "SVRG": TRIPLE,
+  "plain, 3x the batch": TRIPLE,
   "alpha-SVRG, linear from 0.75": TRIPLE,
   "adaptive SVRG": TRIPLE,
-  "plain, 3x the batch": TRIPLE,
-  "adaptive SVRG, gradient table": "plain, 2x the epochs",
-  "SAGA": "plain",
   "adaptive SAGA": "plain",
 }
 

@@ -258,8 +258,8 @@ class TestCoefficients:
   def test_averages_that_are_kept(self):
     """The first step after the second snapshot."""
     alphas = [
-      self.follow(coefficients.transform(start=start))[1][3].svrg.alpha
-      for start in ("kept", "empty")
+      self.follow(coefficients.transform(kept=kept))[1][3].svrg.alpha
+      for kept in (True, False)
     ]
     assert 0 < alphas[0] < alphas[1] == 1
 
