@@ -33,7 +33,7 @@ PLACEMENTS = ["jit", "shard_map", "fsdp", "host"]
 @pytest.fixture(scope="module")
 def measured():
   """What a process of its own has compiled, by method, table and placement."""
-  from benchmarks.cost import tpu_program
+  from benchmarks.cost import steps, tpu_program
 
   result = subprocess.run(
     [sys.executable, "-m", "tests.workers.tpu"],
@@ -45,8 +45,7 @@ def measured():
   )
   assert result.returncode == 0, result.stderr[-2000:]
   cases = [
-    (tpu_program.Case(*case), counts)
-    for case, counts in json.loads(result.stdout)
+    (steps.Case(*case), counts) for case, counts in json.loads(result.stdout)
   ]
   return {
     (case.method, case.num_batches, case.table_dtype, case.placement): counts

@@ -7,13 +7,14 @@ is imported.
 
 import itertools
 import json
+import math
 import sys
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cost import hlo, tpu_program
-from benchmarks.cost.tpu_program import Case
+from benchmarks.cost import hlo, steps, tpu_program
+from benchmarks.cost.steps import Case
 
 SHAPE = (14, 14, 192)
 PARAMS = {
@@ -59,16 +60,20 @@ def cases():
 
 
 def shapes_of(table):
-  """The arrays of a table on one device, as HLO writes them."""
+  """The arrays of a table on one device, as HLO writes them.
+
+  Those of no more than one tile are moved whole, whatever is updated.
+  """
   names = {"float32": "f32", "bfloat16": "bf16"}
   for x in jax.tree.leaves(table):
-    lengths = ",".join(map(str, x.sharding.shard_shape(x.shape)))
-    yield f"{names[x.dtype.name]}[{lengths}]"
+    shape = x.sharding.shard_shape(x.shape)
+    if math.prod(shape) > 8 * 128:
+      yield f"{names[x.dtype.name]}[{','.join(map(str, shape))}]"
 
 
 def measure(case):
   mesh = tpu_program.make_mesh(case.topology)
-  step = tpu_program.make_step(case, mesh, loss, PARAMS, SHAPE)
+  step = steps.make_step(case, mesh, loss, PARAMS, SHAPE)
   compiled = tpu_program.compile_step(step)
   text, memory = compiled.as_text(), compiled.memory_analysis()
   own = step.args[1][0]
@@ -76,7 +81,7 @@ def measure(case):
   return {
     "copies": [x.line for x in hlo.copies(text, set(shapes_of(table)))],
     "reduced": hlo.traffic(text, mesh.size).num_bytes,
-    "params": tpu_program.bytes_per_device(step.args[0]),
+    "params": steps.bytes_per_device(step.args[0]),
     "table": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(table)),
     "state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)),
     "arguments": memory.argument_size_in_bytes,
