@@ -66,6 +66,16 @@ COMMANDS: dict[str, Entry] = {
   "equal-compute": Entry(
     "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
   ),
+  "convex": Entry(
+    "benchmarks.studies.convex.study",
+    "Convex problems to high precision, beside other packages.",
+    "convex",
+  ),
+  "tomography": Entry(
+    "benchmarks.studies.tomography",
+    "Poisson tomography by SVRG, beside L-BFGS-B.",
+    "convex",
+  ),
   "report": Entry(
     "benchmarks.studies.report", "Make published tables and figures again."
   ),
