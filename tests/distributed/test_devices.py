@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+from flax import jax_utils
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -185,6 +186,63 @@ class TestAxisName:
       helpers.assert_close(
         jax.tree.map(lambda x, i=i: x[i], got), want, rtol=1e-5, atol=1e-7
       )
+
+  def test_replicated_for_pmap(self, want):
+    """States and parameters with an axis of devices, outside of pmap too."""
+    split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)
+    tx = make("data")
+    params, state = jax_utils.replicate((PARAMS, tx.init(PARAMS)))
+    mean = jax.pmap(
+      lambda p, b: optax_svrg.mean_gradient(GRAD, p, b, axis_name="data"),
+      axis_name="data",
+    )
+    state = optax_svrg.take_snapshot(state, params, lambda p: mean(p, split))
+
+    def step(params, state, batch):
+      grad_fn = lambda p: GRAD(p, batch)
+      updates, state = tx.update(
+        grad_fn(params), state, params, grad_fn=grad_fn
+      )
+      return optax.apply_updates(params, updates), state
+
+    step = jax.pmap(step, axis_name="data")
+    for batch in split:
+      params, state = step(params, state, batch)
+    got = jax_utils.unreplicate((params, state[0].mean_grads))
+    helpers.assert_close(
+      got, (want[0], want[1][0].mean_grads), rtol=1e-5, atol=1e-7
+    )
+    assert optax_svrg.summary(state)["alpha"] == 0.75
+
+  @pytest.mark.parametrize("check_vma", [True, helpers.slow(False)])
+  def test_weights_over_devices(self, check_vma):
+    """Of padded batches, of which a device may have nothing that is valid."""
+    x = RNG.normal(size=(2, 16, 3)).astype(np.float32)
+    valid = np.ones((2, 16), np.float32)
+    valid[:, 4:8] = 0
+    valid[1, 13] = 0
+
+    def mean_of(axis_name):
+      def grad(params, batch):
+        x, mask = batch
+        return params + mask @ x / mask.sum()
+
+      return lambda p, b: optax_svrg.mean_gradient(
+        grad, p, b, weights=lambda b: b[1].sum(), axis_name=axis_name
+      )
+
+    vary = optax_svrg.device_local(mean_of("data"), "data")
+    mapped = jax.shard_map(
+      vary if check_vma else mean_of("data"),
+      mesh=make_mesh(),
+      in_specs=(P(), P("data")),
+      out_specs=P(),
+      check_vma=check_vma,
+    )
+    batches = tuple(zip(x, valid, strict=True))
+    got = jax.jit(mapped)(jnp.zeros(3), batches)
+    want = np.average(x.reshape(-1, 3), axis=0, weights=valid.ravel())
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
   def test_vmap(self, want):
     split = jax.tree.map(lambda x: x.reshape(8, 4, -1), BATCHES)

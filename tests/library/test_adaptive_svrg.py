@@ -238,9 +238,13 @@ class TestSnapshot:
     tx = optax_svrg.adaptive_svrg()
     mean = {"w": jnp.zeros(3)}
     fresh = used = with_mean(tx, params, mean)
+
+    def pair(seed):
+      s, noise = (helpers.random_like(params, i) for i in (seed, 10 + seed))
+      return {"w": 0.8 * s["w"] + 0.2 * noise["w"]}, s
+
     for seed in range(3):
-      pair = [helpers.random_like(params, i) for i in (seed, 10 + seed)]
-      _, used = observe(tx, used, *pair)
+      _, used = observe(tx, used, *pair(seed))
     assert used.estimate.second_moment > 0
     ratio = used.estimate.variance_ratio
     used = optax_svrg.take_snapshot(used, params, lambda _: mean)
@@ -248,9 +252,8 @@ class TestSnapshot:
     averages = estimate.covariance, estimate.variance, estimate.second_moment
     assert averages == (0, 0, 0)
     assert estimate.variance_ratio == ratio != 1
-    pair = [helpers.random_like(params, i) for i in (5, 6)]
-    _, fresh = observe(tx, fresh, *pair)
-    _, used = observe(tx, used, *pair)
+    _, fresh = observe(tx, fresh, *pair(5))
+    _, used = observe(tx, used, *pair(5))
     helpers.assert_equal(used.estimate, fresh.estimate)
 
 

@@ -667,6 +667,20 @@ class TestRunningMoments:
       moments.optimal_alpha(per=per), direct_alpha(g, s, per), rtol=0, atol=atol
     )
 
+  @pytest.mark.parametrize("exponent", [-100, -73, 73, 110])
+  def test_scale(self, exponent):
+    """From 1e-30 to 1e33, where squares are out of the range of float32."""
+    grads, snapshot_grads = (stack(make_params(), seed=i) for i in (0, 1))
+    snapshot_grads = jax.tree.map(lambda g, s: g + s, grads, snapshot_grads)
+    scaled = jax.tree.map(lambda x: x * 2.0**exponent, (grads, snapshot_grads))
+    plain, moments = streamed(grads, snapshot_grads), streamed(*scaled)
+    for per in PERS:
+      alpha, want = (m.optimal_alpha(per=per) for m in (moments, plain))
+      helpers.assert_close(alpha, want, rtol=1e-5)
+      np.testing.assert_allclose(
+        moments.variance_ratio(alpha), plain.variance_ratio(want), rtol=1e-4
+      )
+
   def test_first_gradient_may_have_no_square(self):
     s = jnp.array([1e25, 1e25 + 2e18]) + jnp.zeros(2)
     moments = streamed(s, 2 * s)

@@ -80,7 +80,7 @@ class TestEquinox:
     state = optax_svrg.take_snapshot(tx.init(params), params, lambda p: p)
     grads = eqx.filter_grad(self.loss)(self.MODEL, BATCHES[0])
     with pytest.raises(
-      ValueError, match=r"The snapshot holds None .* eqx\.combine\(q, static\)"
+      ValueError, match=r"The snapshot holds None .*eqx\.combine\(q, static\)"
     ):
       tx.update(
         grads,
