@@ -78,6 +78,16 @@ COMMANDS: dict[str, Entry] = {
   "torch": Entry(
     "benchmarks.cost.torch_peer", "Epochs beside plain PyTorch.", "torch"
   ),
+  "convex": Entry(
+    "benchmarks.studies.convex.study",
+    "Convex problems to high precision, beside other packages.",
+    "convex",
+  ),
+  "tomography": Entry(
+    "benchmarks.studies.tomography",
+    "Poisson tomography by SVRG, beside L-BFGS-B.",
+    "convex",
+  ),
   "report": Entry(
     "benchmarks.studies.report", "Make published tables and figures again."
   ),

@@ -72,6 +72,7 @@ sphinx_gallery_conf = {
   "image_srcset": ["2x"],
   "show_memory": False,
   "show_signature": False,
+  "min_reported_time": 600,
   "write_computation_times": False,
   "download_all_examples": False,
 }

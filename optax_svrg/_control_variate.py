@@ -109,11 +109,11 @@ class Given:
 
   @property
   def always_off(self) -> bool:
-    """Whether it is known to be 0; an array may hold a traced value."""
+    """Returns whether the coefficient is the Python number 0."""
     return isinstance(self.alpha, (int, float, np.number)) and self.alpha == 0
 
   def init(self, params: optax.Params) -> None:
-    """Nothing is estimated."""
+    """Returns no state, as nothing is estimated."""
 
   def coefficient(self, count: jax.Array, estimate: Any) -> Any:
     """The coefficient after ``count`` updates."""
@@ -122,7 +122,7 @@ class Given:
     return value
 
   def update(self, estimate: Any, correction: Correction) -> None:
-    """Nothing is learnt."""
+    """Does nothing, as nothing is estimated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Estimated:
     _checks.check_positive(self.max_alpha, "max_alpha")
 
   def init(self, params: optax.Params) -> CoefficientEstimate:
-    """Averages of nothing, in the precision that fits the parameters."""
+    """Returns empty averages, in the precision of the parameters."""
     dtype = _scalar_dtype(params)
     # Arrays of their own, so that the state can be donated.
     return CoefficientEstimate(
@@ -166,11 +166,11 @@ class Estimated:
     )
 
   def coefficient(self, count: jax.Array, estimate: Any) -> jax.Array:
-    """The best coefficient by the averages, from 0 to ``max_alpha``."""
+    """Returns the coefficient of least variance, from 0 to ``max_alpha``."""
     return _best(estimate, self.max_alpha, self.start, self.guarded)
 
   def update(self, estimate: Any, correction: Correction) -> Any:
-    """Takes the observation of a step, if there is one, into the averages."""
+    """Includes the observation of a step, if there is one, in the averages."""
     if correction.seen is None:
       return estimate
     return _average(estimate, correction.seen, correction.alpha, self.decay)
@@ -180,7 +180,7 @@ Rule = Given | Estimated
 
 
 def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
-  """Forgets the averages; the variance ratio stays as it was last known."""
+  """Resets the averages; the variance ratio keeps its last value."""
   return estimate._replace(
     covariance=jnp.zeros_like(estimate.covariance),
     variance=jnp.zeros_like(estimate.variance),
@@ -280,7 +280,7 @@ def no_correction(
   sum_axes: Any,
   fixed_unit: bool,
 ) -> Correction:
-  """The gradient unchanged, with the types that :func:`correct` gives."""
+  """Returns the gradient unchanged, with the types of :func:`correct`."""
   # A zero that varies over the mapped axes that the inner products vary over.
   zeros = [jnp.zeros_like(g.real).sum() for g in jax.tree.leaves(updates)]
   zero = _total(zeros, alpha.dtype, sum_axes) + jnp.zeros_like(alpha)
@@ -293,13 +293,13 @@ def no_correction(
 
 
 def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
-  """Whether all numbers of a tree of arrays are finite, a scalar."""
+  """Returns whether all numbers of a tree are finite, a scalar."""
   defects = [jnp.sum(_defect(x)) for x in jax.tree.leaves(tree)]
   return _total(defects, jnp.float32, sum_axes) == 0
 
 
 def everywhere(conditions: list[jax.Array], sum_axes: Any) -> jax.Array:
-  """Whether all conditions hold, on all devices of some mapped axes."""
+  """Returns whether all conditions hold on all devices of mapped axes."""
   return _total([~c for c in conditions], jnp.int32, sum_axes) == 0
 
 

@@ -22,6 +22,7 @@ _ACCELERATOR_OVERHEAD = 1e9
 _NEWTON_RATE = 0.05  # Expected of Newton's method before it has been tried.
 _MAX_FORCING = 0.3
 _NEWTON_STEPS = 3
+_MIN_PRODUCTS = 20  # Of a step's Hessian with vectors, at most that or more.
 _NUM_ITERS = 8  # Of the power method.
 _MAX_ATTEMPTS = 6  # At a step of Newton's method, with more and more damping.
 _DAMPING = 1e-6  # Of the first such attempt, relative to the curvature.
@@ -446,11 +447,9 @@ class _Problem:
     )
     return np.asarray(v, np.float64) * point.norm, int(count)
 
-  def move(
-    self, point: _Point, direction: np.ndarray, length: float
-  ) -> np.ndarray:
+  def move(self, point: _Point, direction: np.ndarray) -> np.ndarray:
     """A step that, with ``l1``, ends where a weight would change its sign."""
-    w = point.w + length * direction
+    w = point.w + direction
     sign = np.where(point.w == 0, -point.subgradient, point.w)
     w = np.where((self.l1 > 0) & (w * sign <= 0), 0, w)
     return w.astype(self.dtype)
@@ -527,19 +526,19 @@ class _Solver:
   def newton_step(self, forcing: float) -> bool:
     """A step, with more and more damping; returns whether there is a better."""
     for _ in range(_MAX_ATTEMPTS):
+      left = self.max_epochs - self.passes - 1
       direction, count = self.problem.newton_direction(
         self.point,
         forcing,
         self.damping * self.curvature,
-        max(1, self.max_epochs - self.passes - 1),
+        # A first attempt must not take most of the budget.
+        min(max(_MIN_PRODUCTS, self.passes // 4), max(1, left)),
       )
-      self.passes += count
-      for length in (1.0, 0.25):
-        self.passes += 1
-        if self.accept(self.problem.move(self.point, direction, length)):
-          self.damping = self.damping / 4 if self.damping > 1e-8 else 0.0
-          return True
-      self.damping = max(_DAMPING, 16 * self.damping)
+      self.passes += count + 1
+      if self.accept(self.problem.move(self.point, direction)):
+        self.damping = self.damping / 4 if self.damping > 1e-8 else 0.0
+        return True
+      self.damping = max(_DAMPING, 64 * self.damping)
     return False
 
   def accept(self, w: np.ndarray) -> bool:

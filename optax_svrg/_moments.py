@@ -13,18 +13,15 @@ from optax_svrg import _checks, _control_variate, _variance
 
 
 class RunningMoments(NamedTuple):
-  r"""Moments of pairs of gradients that are seen one after the other.
+  r"""Moments of pairs of gradients that arrive one after the other.
 
-  For :func:`optax_svrg.optimal_alpha` and the variance that a coefficient
-  leaves, over a whole pass of batches of which no two gradients need to be held
-  at a time. The moments are population moments (divided by the number of
-  pairs), in which each pair counts the same; leave out a short last batch,
-  whose gradient is noisier. They are updated in a numerically stable way
-  (Welford), from differences to the running mean, and may be as large or small
-  as the dtype allows. Memory is five times the parameters'.
-
-  It is a tree of arrays, whose shapes and dtypes do not change: a carry of
-  :func:`jax.lax.scan`, and an argument that can be donated to :func:`jax.jit`.
+  They give the coefficients of :func:`optax_svrg.optimal_alpha`, and the
+  variance that these leave, for gradients that do not fit in memory together.
+  Moments are divided by the number of pairs, all pairs of equal weight: leave
+  out a short last batch. They are updated by Welford's method, may be as large
+  or small as the dtype allows, and take five times the memory of the
+  parameters. Shapes and dtypes never change: use them as a carry of
+  :func:`jax.lax.scan` or as a donated argument.
 
   Attributes:
     count: number of pairs seen.
@@ -34,7 +31,7 @@ class RunningMoments(NamedTuple):
       ``unit ** 2``.
     var_snapshot_grads: variance of each component of those at the snapshot, in
       the same units.
-    cov: covariance of each component of the two, its real part, in the same
+    cov: real part of the covariance of each component of the two, in the same
       units.
     unit: a power of two: 1 if squares of the gradients are in the range of the
       dtype.
@@ -63,15 +60,13 @@ class RunningMoments(NamedTuple):
 
   @classmethod
   def create(cls, params: optax.Params) -> "RunningMoments":
-    """The moments of no gradients yet.
+    """Returns the moments of no gradients.
 
     Args:
-      params: parameters with float or complex leaves, or gradients like those
-        to come.
+      params: parameters with float or complex leaves, or gradients.
 
     Returns:
-      Zeros, in the dtypes of ``params`` promoted with float32 for the means,
-      and real ones of that width for the second moments.
+      Zeros, in the dtypes of ``params`` promoted with float32.
 
     Raises:
       TypeError: if a leaf of ``params`` is not of a float or complex dtype.
@@ -103,7 +98,7 @@ class RunningMoments(NamedTuple):
   def update(
     self, grads: optax.Updates, snapshot_grads: optax.Updates
   ) -> "RunningMoments":
-    """The moments with one more pair of gradients.
+    """Returns the moments with one more pair of gradients.
 
     Args:
       grads: the gradient of a batch at the current parameters.
@@ -180,27 +175,21 @@ class RunningMoments(NamedTuple):
     return _variance.unflatten(treedef, ratios, per)
 
   def variance_ratio(self, alpha: Any) -> jax.Array:
-    r"""The variance that a coefficient leaves, as part of that without it.
+    r"""Variance with a coefficient, divided by the variance without.
 
     .. math::
 
       \frac{\sum_k \operatorname{Var}(g_k - \alpha_k s_k)}
       {\sum_k \operatorname{Var}(g_k)}
 
-    A reduction of the variance pays, roughly, if it is larger than what it
-    costs: with one snapshot per epoch the correction takes three gradients per
-    example in place of one (its own, that at the snapshot, and that of the pass
-    for the mean gradient), as much as batches three times as large, which would
-    leave 1/3.
-
     Args:
-      alpha: the coefficient, a real scalar; or a tree of them as
-        :meth:`optimal_alpha` gives, whose leaves are scalars or arrays of the
-        shapes of the parameters. Ignored, and may be NaN, where nothing varies
-        at the snapshot.
+      alpha: the coefficient, a real scalar; or a tree of them as from
+        :meth:`optimal_alpha`, whose leaves are scalars or arrays of the shapes
+        of the parameters. Ignored where the snapshot gradient has zero
+        variance.
 
     Returns:
-      A scalar with a rounding error of about that of 1; 1 if nothing varies.
+      A scalar; 1 if nothing varies.
 
     Raises:
       TypeError: if ``alpha`` is not real.

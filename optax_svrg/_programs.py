@@ -9,7 +9,7 @@ import weakref
 
 
 class _Uses:
-  """How often a program was asked for."""
+  """Number of times a program was requested."""
 
   def __init__(self) -> None:
     self.count = 0

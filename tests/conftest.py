@@ -31,24 +31,6 @@ for name, value in {
   jax.config.update(name, value)  # JAX may have read its environment already.
 
 
-# Not ported to the two tiers yet.
-_OLD = {
-  f"test_{name}.py"
-  for name in (
-    *("architectures", "benchmarks", "communication", "convex", "grid"),
-    *("paper", "recipe", "resume", "sources", "step_cost"),
-    *("streams", "torch_peer", "variance"),
-  )
-}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  for item in items:
-    if item.path.name in _OLD and item.path.parent.name == "tests":
-      item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(autouse=True)
 def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
   """Implicit promotion of dtypes and ranks is an error."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads compiled programs: what operations move, send, and wait for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 import math
 import re
 from typing import NamedTuple
@@ -29,13 +29,18 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"')
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-# Operations that name, group or pass on arrays, and move none.
+# Operations that name, group or pass on arrays, and move none. Asynchronous
+# calls are of computations on the host, whose arrays they name.
 _FREE = frozenset(
   (
     *("bitcast", "constant", "get-tuple-element", "parameter", "tuple"),
-    *("conditional", "while", "call", "opt-barrier", "after-all"),
+    *("conditional", "while", "call", "call-start", "call-done"),
+    *("opt-barrier", "after-all"),
   )
 )
+
+
+_CALLS = frozenset(("conditional", "call", "call-start", "async-start"))
 
 
 class Operation(NamedTuple):
@@ -93,7 +98,7 @@ class Program(NamedTuple):
         if trips is None and self._communicates(operation.called):
           raise ValueError(f"unknown number of trips: {operation.line.strip()}")
         times = int(trips["n"]) if trips else 0
-      elif operation.kind not in ("conditional", "call", "async-start"):
+      elif operation.kind not in _CALLS:
         continue
       for called in operation.called:
         for inner, count in self.executed(called):
@@ -233,16 +238,16 @@ def moved_bytes(text: str) -> int:
   )
 
 
-def large_operations(text: str, num_bytes: int) -> list[Operation]:
-  """Operations of at least this size that do not update an array in place.
+def copies(text: str, shapes: Container[str]) -> list[Operation]:
+  """Operations that write an array of one of some shapes, but not in place.
 
   Args:
     text: the HLO.
-    num_bytes: size of a result in bytes.
+    shapes: as ``f32[8,128]``.
 
   Returns:
-    Operations that write so large an array elsewhere: all but those that name
-    or pass on an array, and updates of a part of their operand, alone or fused.
+    All operations with such a result but those that name or pass on an array,
+    and updates of a part of their operand, alone or fused.
   """
   program = parse(text)
   return [
@@ -250,7 +255,9 @@ def large_operations(text: str, num_bytes: int) -> list[Operation]:
     for name, _ in program.executed()
     for operation in program.computations[name]
     if operation.kind not in _FREE
-    and max(sizes(operation.shape), default=0) >= num_bytes
+    and any(
+      match.group() in shapes for match in _ARRAY.finditer(operation.shape)
+    )
     and not _updates_in_place(program, operation)
   ]
 

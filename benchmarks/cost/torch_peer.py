@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares an epoch with the authors' algorithm in plain PyTorch.
-
-Run ``python -m benchmarks.torch_peer --help``. It needs PyTorch, which is in
-the extra ``torch``.
-"""
+"""Compares an epoch with the authors' algorithm in plain PyTorch."""
 
 from collections.abc import Callable, Mapping, Sequence
 import copy
@@ -20,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import grid, reporting, step_cost, train
-from benchmarks.models import small as models
+import benchmarks
+from benchmarks import cli
+from benchmarks.cost import problem, step_cost
+from benchmarks.harness import report, store
 
 ALPHA, LR = 0.75, 0.05
-# Of the authors' code, and what each is called in benchmarks.step_cost.
+# Of the authors' code, and what each is called in benchmarks.cost.problem.
 VARIANTS = {
   "plain": "plain",
   "recompute": "alpha-svrg",
@@ -36,13 +34,13 @@ class Peer(NamedTuple):
   """A model in both libraries.
 
   Attributes:
-    ours: makes it, see :data:`benchmarks.models.MODELS`.
+    ours: the model in Flax.
     theirs: makes the module.
     weights: makes the state of the module from our parameters, as arrays.
     batch_size: number of examples in a batch.
   """
 
-  ours: Callable[..., Any]
+  ours: problem.Model
   theirs: Callable[[], Any]
   weights: Callable[[Any], dict[str, Any]]
   batch_size: int
@@ -50,10 +48,6 @@ class Peer(NamedTuple):
 
 def _linear(params: Mapping[str, Any], name: str) -> dict[str, Any]:
   return {f"{name}.weight": params["kernel"].T, f"{name}.bias": params["bias"]}
-
-
-def _norm(params: Mapping[str, Any], name: str) -> dict[str, Any]:
-  return {f"{name}.weight": params["scale"], f"{name}.bias": params["bias"]}
 
 
 def _mlp(sizes: Sequence[int]) -> Any:
@@ -72,78 +66,6 @@ def _mlp_weights(params: Any) -> dict[str, Any]:
   return weights
 
 
-def _vit(width: int, depth: int, num_heads: int) -> Any:
-  import torch
-  from torch import nn
-
-  channels, height, _ = step_cost.IMAGE_SHAPE
-  size = 7
-  side = height // size
-
-  class Block(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.norm1 = nn.LayerNorm(width, eps=1e-6)
-      self.qkv = nn.Linear(width, 3 * width)
-      self.out = nn.Linear(width, width)
-      self.norm2 = nn.LayerNorm(width, eps=1e-6)
-      self.mlp = nn.Sequential(
-        nn.Linear(width, 4 * width),
-        nn.GELU(approximate="tanh"),
-        nn.Linear(4 * width, width),
-      )
-
-    def forward(self, x):
-      qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, num_heads, -1))
-      q, k, v = qkv.permute(2, 0, 3, 1, 4)
-      y = nn.functional.scaled_dot_product_attention(q, k, v)
-      x = x + self.out(y.transpose(1, 2).flatten(-2))
-      return x + self.mlp(self.norm2(x))
-
-  class ViT(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.embed = nn.Linear(channels * size**2, width)
-      self.positions = nn.Parameter(torch.zeros(side**2, width))
-      self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
-      self.norm = nn.LayerNorm(width, eps=1e-6)
-      self.head = nn.Linear(width, step_cost.NUM_CLASSES)
-
-    def forward(self, x):
-      x = x.view(-1, channels, side, size, side, size)
-      x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), side**2, -1)
-      x = self.blocks(self.embed(x) + self.positions)
-      return self.head(self.norm(x).mean(1))
-
-  return ViT()
-
-
-def _vit_weights(params: Any) -> dict[str, Any]:
-  weights = {"positions": params["positions"]}
-  weights |= _linear(params["embed"], "embed")
-  weights |= _norm(params["norm"], "norm")
-  weights |= _linear(params["head"], "head")
-  for i, block in params["blocks"].items():
-    name = f"blocks.{i}"
-    parts = [block["attention"][part] for part in ("query", "key", "value")]
-    qkv = {
-      # Heads and their features are one axis here.
-      "kernel": np.concatenate(
-        [p["kernel"].reshape(len(p["kernel"]), -1) for p in parts], axis=1
-      ),
-      "bias": np.concatenate([p["bias"].ravel() for p in parts]),
-    }
-    out = block["attention"]["out"]
-    kernel = out["kernel"].reshape(-1, out["kernel"].shape[-1])
-    weights |= _linear(qkv, f"{name}.qkv")
-    weights |= _linear({**out, "kernel": kernel}, f"{name}.out")
-    weights |= _norm(block["norms"][0], f"{name}.norm1")
-    weights |= _norm(block["norms"][1], f"{name}.norm2")
-    weights |= _linear(block["mlp"]["layers"][0], f"{name}.mlp.0")
-    weights |= _linear(block["mlp"]["layers"][1], f"{name}.mlp.2")
-  return weights
-
-
 def _convnet() -> Any:
   from torch import nn
 
@@ -151,8 +73,8 @@ def _convnet() -> Any:
   # With stride 2, "SAME" of our convolutions pads below and to the right only.
   pad = nn.ZeroPad2d((0, 1, 0, 1))
   return nn.Sequential(
-    nn.Unflatten(1, step_cost.IMAGE_SHAPE),
-    nn.Conv2d(step_cost.IMAGE_SHAPE[0], first, 3, padding=1),
+    nn.Unflatten(1, (1, *problem.IMAGE_SHAPE[:2])),
+    nn.Conv2d(1, first, 3, padding=1),
     nn.ReLU(),
     pad,
     nn.Conv2d(first, second, 3, stride=2),
@@ -162,7 +84,7 @@ def _convnet() -> Any:
     nn.ReLU(),
     nn.AdaptiveAvgPool2d(1),
     nn.Flatten(),
-    nn.Linear(third, step_cost.NUM_CLASSES),
+    nn.Linear(third, problem.NUM_CLASSES),
   )
 
 
@@ -176,13 +98,9 @@ def _convnet_weights(params: Any) -> dict[str, Any]:
 
 
 def _mlp_peer(hidden: Sequence[int], batch_size: int) -> Peer:
-  sizes = (
-    math.prod(step_cost.IMAGE_SHAPE),
-    *hidden,
-    step_cost.NUM_CLASSES,
-  )
+  sizes = (math.prod(problem.IMAGE_SHAPE), *hidden, problem.NUM_CLASSES)
   return Peer(
-    lambda shape, classes, rngs: models.MLP(sizes, rngs=rngs),
+    problem.mlp(*hidden),
     functools.partial(_mlp, sizes),
     _mlp_weights,
     batch_size,
@@ -194,13 +112,9 @@ PEERS = {
   "mlp-263-88-29-batch-128": _mlp_peer((263, 88, 29), 128),
   "mlp-1024-1024-batch-128": _mlp_peer((1024, 1024), 128),
   "mlp-1024-1024-batch-1000": _mlp_peer((1024, 1024), 1000),
-  "vit-128-batch-128": Peer(
-    step_cost.MODELS["vit-128"],
-    functools.partial(_vit, width=128, depth=4, num_heads=4),
-    _vit_weights,
-    128,
+  "convnet-batch-128": Peer(
+    step_cost.MODELS["convnet"], _convnet, _convnet_weights, 128
   ),
-  "convnet-batch-128": Peer(models.ConvNet, _convnet, _convnet_weights, 128),
 }
 
 
@@ -271,7 +185,7 @@ def compare(
   """
   import torch
 
-  problem = step_cost.Problem(
+  task = problem.Problem(
     peer.ours, peer.batch_size, steps, jnp.float32, optax.sgd(LR)
   )
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -282,14 +196,14 @@ def compare(
     return {name: as_tensor(w) for name, w in weights.items()}
 
   model = peer.theirs().to(device)
-  start = as_theirs(problem.params)
+  start = as_theirs(task.params)
   model.load_state_dict(start)
   batches = [
-    (as_tensor(images), as_tensor(labels).long())
-    for images, labels in problem.batches
+    (as_tensor(images).flatten(1), as_tensor(labels).long())
+    for images, labels in task.batches
   ]
   epoch = torch_epoch(model, batches, variant)
-  ours = problem.programs(ALPHA)[VARIANTS[variant]]
+  ours = task.programs(ALPHA)[VARIANTS[variant]]
   epoch()
   carry = ours.run(ours.state)
   theirs_after, ours_after = model.state_dict(), as_theirs(carry[0])
@@ -301,16 +215,16 @@ def compare(
     "difference": largest(theirs_after, ours_after),
     "change": largest(ours_after, start),
   }
-  times = step_cost.seconds(
+  times = problem.seconds(
     {
-      "theirs": step_cost.Program(lambda _: epoch(), None),
-      "ours": step_cost.Program(ours.run, carry),
+      "theirs": problem.Program(lambda _: epoch(), None),
+      "ours": problem.Program(ours.run, carry),
     },
     rounds,
   )
   return {
     **result,
-    "ratio": step_cost.ratio(times, "theirs", "ours"),
+    "ratio": problem.ratio(times, "theirs", "ours"),
     "seconds": times,
   }
 
@@ -322,7 +236,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     rows: results of :func:`compare`, with the names of the ``model`` and of
       the ``variant``.
   """
-  return reporting.markdown_table(
+  return report.markdown_table(
     (
       *("model", "variant", "time of PyTorch / ours", "our seconds"),
       *("largest difference of a weight", "largest change of a weight"),
@@ -341,47 +255,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   )
 
 
-@click.command(cls=train.Command)
-@grid.cell_option(PEERS)
+@click.command()
+@cli.cell_option(PEERS)
 @step_cost.steps_option
-@click.option(
-  "--rounds",
-  type=click.IntRange(min=1),
-  default=7,
-  show_default=True,
-  help="How many epochs are timed.",
-)
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, path_type=Path),
-  default=Path("results", "torch_peer"),
-  show_default=True,
-  help="Folder for results.json.",
-)
+@step_cost.rounds_option
+@cli.out_option("torch")
 def main(cells: Sequence[str], steps: int, rounds: int, out: Path) -> None:
   """Trains the same epochs with PyTorch and with this package.
 
   In float32, from the same weights. Prints a table, and writes a JSON file.
   Compilation is not measured.
   """
-  try:
-    import torch
-  except ImportError as e:
-    raise click.UsageError(
-      'PyTorch is missing: python -m pip install -e ".[benchmarks,torch]"'
-    ) from e
+  import torch
+
   if jax.default_backend() == "gpu" and not torch.cuda.is_available():
-    raise click.UsageError(
+    raise benchmarks.UserError(
       "JAX has a GPU, this PyTorch none; JAX_PLATFORMS=cpu compares on the CPU."
     )
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise click.UsageError(f"--out {out}: {e.strerror}.") from e
   # As PyTorch multiplies by default, on GPUs too.
   jax.config.update("jax_default_matmul_precision", "float32")
   record: dict[str, Any] = {
-    **train.environment(),
+    **store.environment(),
     **{"steps": steps, "rounds": rounds, "rows": []},
     "torch": {
       "version": torch.__version__,
@@ -393,10 +287,11 @@ def main(cells: Sequence[str], steps: int, rounds: int, out: Path) -> None:
       row = {"model": name, "variant": variant}
       row |= compare(PEERS[name], variant, steps, rounds)
       record["rows"].append(row)
-    reporting.write_json(out / "results.json", record)
+    store.write_json(out / "results.json", record)
     click.echo(name, err=True)
-  click.echo(table(record["rows"]))
-  click.echo(f"Written to {out}.")
+  text = table(record["rows"])
+  (out / "table.md").write_text(text + "\n", encoding="utf-8")
+  click.echo(text)
 
 
 if __name__ == "__main__":

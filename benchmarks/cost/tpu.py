@@ -15,12 +15,8 @@ import jax
 
 import benchmarks
 from benchmarks import cli
-from benchmarks.cost.tpu_program import (
-  Case,
-  ENVIRONMENT,
-  METHODS,
-  PLACEMENTS,
-)
+from benchmarks.cost.steps import Case, METHODS, PLACEMENTS
+from benchmarks.cost.tpu_program import ENVIRONMENT
 from benchmarks.harness import report, store
 
 MODELS = ("mlp-1024", "vit-tiny", "vit-base", "convnext-femto")

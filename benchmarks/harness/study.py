@@ -9,6 +9,7 @@ benchmarks report`` makes the published table and figure again.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -42,6 +43,9 @@ over all comparisons of its table. The percentage is the mean difference from
 the rival's mean loss; in square brackets is its 95 % interval, that of the
 single comparison."""
 
+# How much longer plain training is that spends as many gradients.
+LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
+
 # Makes the experiments of a method from the template of a problem.
 Arm = Callable[[Experiment], Experiment]
 
@@ -53,6 +57,15 @@ def arm(
   return lambda template: template.replace(
     method=method, method_settings=settings, **(changes or {})
   )
+
+
+def plain_lengths() -> dict[str, Arm]:
+  """Plain training of each of ``LENGTHS``."""
+
+  def longer(factor: int) -> Arm:
+    return lambda e: e.replace(method="plain", epochs=factor * e.epochs)
+
+  return {name: longer(factor) for name, factor in LENGTHS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +147,9 @@ class Results:
     cells: the problems.
     arms: the methods.
     runs: the runs, of which others are ignored.
+
+  Attributes:
+    runs: from a problem and a method to the verdict's runs, by seed.
   """
 
   def __init__(
@@ -144,8 +160,9 @@ class Results:
   ):
     self._cells, self._all_arms = cells, arms
     self._runs = {run.experiment: run for run in runs if run.finished}
+    self.runs = functools.cache(self._verdict_runs)
 
-  @property
+  @functools.cached_property
   def cells(self) -> list[str]:
     """Names of the problems that have runs of each method."""
     return [
@@ -168,13 +185,6 @@ class Results:
       pairs = itertools.product(rates, comparison.TUNING_SEEDS)
       return [self._experiment(cell, arm, *pair) for pair in pairs]
     return [self._experiment(cell, arm, lr, seed) for seed in seeds]
-
-  def runs(self, cell: str, arm: str) -> list[Run]:
-    """The verdict's runs of a method, in the order of the seeds."""
-    lr = self.lr(cell, arm)
-    if lr is None:
-      return []
-    return self._found(cell, arm, lr, range(self._cells[cell].num_seeds))
 
   def lr(self, cell: str, arm: str) -> float | None:
     """The learning rate of a method; ``None`` while it is not chosen."""
@@ -221,10 +231,6 @@ class Results:
     values = self.values(cell, arm, "validation_accuracy")
     return f"{100 * math.fsum(values) / len(values):.1f}"
 
-  def compare(self, cell: str, arm: str, rival: str) -> comparison.Comparison:
-    """A method against a rival."""
-    return comparison.compare(self.losses(cell, arm), self.losses(cell, rival))
-
   def verdicts(
     self, pairs: Sequence[tuple[str, str]], cells: Iterable[str] | None = None
   ) -> dict[tuple[str, str, str], str]:
@@ -232,17 +238,15 @@ class Results:
     chosen = self.cells if cells is None else cells
     return comparison.verdicts(
       {
-        (c, arm, rival): self.compare(c, arm, rival)
+        (c, arm, rival): comparison.compare(
+          self.losses(c, arm), self.losses(c, rival)
+        )
         for c, (arm, rival) in itertools.product(chosen, pairs)
       }
     )
 
-  def ratios(self, arm: str, base: str, cells: Iterable[str]) -> list[float]:
-    """Mean losses divided by those of another method, problem by problem."""
-    return [self.mean(c, arm) / self.mean(c, base) for c in cells]
-
   def curves(
-    self, cell: str, arms: Iterable[str], field: str, x: str = "epoch"
+    self, cell: str, arms: Iterable[str], field: str
   ) -> list[figures.Line]:
     """Curves of a field over the training, a line for each method."""
     lines = []
@@ -251,11 +255,39 @@ class Results:
       lines.append(
         figures.mean_line(
           name,
-          [getattr(point, x) for point in histories[0]],
+          [point.epoch for point in histories[0]],
           [[getattr(point, field) for point in h] for h in histories],
         )
       )
     return lines
+
+  def point(self, cell: str, arm: str) -> tuple[float, float]:
+    """Gradients per example, and loss."""
+    gradients = self.mean(cell, arm, "gradients_per_example")
+    return gradients, self.mean(cell, arm)
+
+  def over_plain(self, cell: str, arm: str) -> str:
+    """The loss over that of plain with as many gradients, if known."""
+    curve = [self.point(cell, name) for name in LENGTHS]
+    ratio = comparison.over_plain(*self.point(cell, arm), curve)
+    return "" if ratio is None else f"{ratio:.2f}"
+
+  def against_gradients(self, cell: str, arms: Iterable[str]) -> figures.Panel:
+    """Losses by gradients, and those of plain of all lengths."""
+    x, y = zip(*(self.point(cell, name) for name in LENGTHS), strict=True)
+    lines = [figures.Line("plain, 1 to 3 times the epochs", "plain", x, y)]
+    for name in arms:
+      x, y = self.point(cell, name)
+      lines.append(figures.Line(name, figures.family(name), [x], [y]))
+    return figures.Panel(
+      cell, "gradients per example", "final train loss", lines
+    )
+
+  def _verdict_runs(self, cell: str, arm: str) -> list[Run]:
+    lr = self.lr(cell, arm)
+    if lr is None:
+      return []
+    return self._found(cell, arm, lr, range(self._cells[cell].num_seeds))
 
   def _found(
     self, cell: str, arm: str, lr: float, seeds: Iterable[int]
@@ -299,11 +331,6 @@ class Study:
   figure: Callable[[Results], figures.Figure] | None = None
   has_curve: Callable[[Experiment], bool] = lambda experiment: False
 
-  def results(self, runs: Iterable[Run], cells: Iterable[str] = ()) -> Results:
-    """Orders runs by problem and method."""
-    chosen = {name: self.cells[name] for name in cells} or self.cells
-    return Results(chosen, self.arms, runs)
-
   def render(self, document: Mapping[str, Any]) -> dict[str, str]:
     """Makes the published files from the published runs.
 
@@ -313,7 +340,7 @@ class Study:
     Returns:
       Contents by name of the file: the table, and the figure as data.
     """
-    results = self.results(publishing.unpack(document))
+    results = Results(self.cells, self.arms, publishing.unpack(document))
     parts = [
       f"# {self.title}",
       f"    {document['command']}",
@@ -350,7 +377,7 @@ class Study:
       out: Path,
       publish: bool,
     ) -> None:
-      if publish and (epochs or examples):
+      if publish and (epochs or examples or seeds):
         raise click.UsageError("--publish takes the sizes of the study.")
       changes = {"epochs": epochs, "train_examples": examples}
       chosen = {}
@@ -379,7 +406,7 @@ class Study:
     stored = store.Store(out)
     runs: dict[Experiment, Run] = {}
     for cell, _ in itertools.product(self.cells, range(2)):
-      results = self.results(runs.values())
+      results = Results(self.cells, self.arms, runs.values())
       wanted = [
         experiment
         for arm in results.arms(cell)

@@ -37,7 +37,20 @@ def cut(images: Any, size: int) -> Any:
 
 
 class Network(nnx.Module):
-  """What the other architectures share: features, then a linear head."""
+  """What the architectures share: features, then a linear head.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: number of channels of the images.
+    num_classes: number of outputs.
+    num_features: number of inputs of the head.
+    rngs: random streams for the initial weights.
+    drop_path: rate of stochastic depth of the last block; it rises linearly
+      from 0 in the first one.
+    remat: whether each block is computed again for the backward pass.
+    dtype: dtype of the computation; weights and logits are float32.
+    head_init: initial weights of the head.
+  """
 
   def __init__(
     self,
@@ -47,9 +60,9 @@ class Network(nnx.Module):
     num_features: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float,
-    remat: bool,
-    dtype: jax.typing.DTypeLike,
+    drop_path: float = 0.0,
+    remat: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     head_init: nnx.Initializer = normal,
   ):
     if not 0 <= drop_path < 1:
@@ -57,12 +70,12 @@ class Network(nnx.Module):
     self.image_shape = (image_size, image_size, num_channels)
     self.drop_path = drop_path
     self.remat = remat
-    self.dtype = dtype
-    self.head = nnx.Linear(
+    self.dtype = jnp.dtype(dtype)
+    self.head = linear(
       num_features,
       num_classes,
+      jnp.float32,
       kernel_init=head_init,
-      dtype=jnp.float32,
       rngs=rngs,
     )
 

@@ -19,7 +19,7 @@ References:
   <https://github.com/davidyyd/alpha-SVRG>`_
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import itertools
 import math
 from pathlib import Path
@@ -314,6 +314,15 @@ def experiments(
   ]
 
 
+def by_cell(runs: Iterable[Run]) -> dict[Cell, list[Run]]:
+  """Orders runs by data set and model."""
+  rows: dict[Cell, list[Run]] = {}
+  for run in runs:
+    cell = run.experiment.dataset, run.experiment.model
+    rows.setdefault(cell, []).append(run)
+  return rows
+
+
 def _values(runs: Sequence[Run], name: str, field: str) -> dict[int, float]:
   """A field of the finished runs of a method, by seed."""
   return {
@@ -422,10 +431,7 @@ def describe(cells: Sequence[Experiment], full: Scale) -> str:
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published files from the published runs."""
-  rows: dict[Cell, list[Run]] = {}
-  for run in publishing.unpack(document):
-    cell = run.experiment.dataset, run.experiment.model
-    rows.setdefault(cell, []).append(run)
+  rows = by_cell(publishing.unpack(document))
   first = [runs[0].experiment for runs in rows.values()]
   is_small = all(e.model == "convnext-femto" for e in first)
   table = TABLES["small" if is_small else "imagenet"]
@@ -587,11 +593,7 @@ def main(
     )
   if jax.process_index():
     return
-  rows: dict[Cell, list[Run]] = {}
-  for run in runs:
-    cell = run.experiment.dataset, run.experiment.model
-    rows.setdefault(cell, []).append(run)
   if scale_name != "full":
     click.echo(describe(cells, SCALES["full"]))
   click.echo(f"\nThe paper's figures are of {table.source}.\n")
-  click.echo(tables(rows, table))
+  click.echo(tables(by_cell(runs), table))

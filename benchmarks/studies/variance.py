@@ -343,7 +343,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 @click.option(
   "--dataset",
   type=click.Choice(arrays.DATASETS),
-  default="fashion-mnist",
+  default="mnist-5k",
   show_default=True,
 )
 @cli.data_dir_option
@@ -372,14 +372,14 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 @click.option(
   "--train-examples",
   type=cli.positive,
-  default=10_240,
+  default=4_000,
   show_default=True,
   help="The first ones of the data set.",
 )
 @click.option(
   "--points",
   type=click.IntRange(min=3),
-  default=6,
+  default=5,
   show_default=True,
   help="Measurements per epoch.",
 )

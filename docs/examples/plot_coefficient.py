@@ -88,6 +88,8 @@ axes[0].set_ylabel("coefficient")
 axes[1].set_ylabel("variance ratio")
 axes[1].set_xlabel("epoch")
 axes[1].axhline(1 / 3, color="gray", linestyle=":")
-axes[1].text(1, 1 / 3, "1/3: SVRG's gradients per step", va="bottom")
+axes[1].text(
+  epochs, 1 / 3, "1 / (gradients per step of SVRG)", ha="right", va="bottom"
+)
 figure.legend(loc="outside upper center", ncols=2, frameon=False)
 plt.show()

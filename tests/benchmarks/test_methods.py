@@ -116,8 +116,6 @@ class TestSnapshots:
       # 1/16, 1/8, 1/4, 1/2, and all.
       ("growing samples", EPOCHS + 15 / 16 + EPOCHS - 4),
       ("mean of the previous epoch", EPOCHS - 1),
-      ("mean so far", EPOCHS),
-      ("first half", EPOCHS),
       ("second half", EPOCHS),
     ],
   )
@@ -260,15 +258,15 @@ class TestCoefficients:
   def test_averages_that_are_kept(self):
     """The first step after the second snapshot."""
     alphas = [
-      self.follow(coefficients.transform(start=start))[1][3].svrg.alpha
-      for start in ("kept", "empty")
+      self.follow(coefficients.transform(kept=kept))[1][3].svrg.alpha
+      for kept in (True, False)
     ]
     assert 0 < alphas[0] < alphas[1] == 1
 
 
 @pytest.mark.standard_promotion
 class TestSagaVariants:
-  """With gradients that shrink from visit to visit, so that no guard acts."""
+  """With gradients that shrink from visit to visit."""
 
   NUM_BATCHES = 12  # More than one axis of the table holds.
   ORDER = tuple(np.random.default_rng(0).permutation(12)) * 3
@@ -311,18 +309,8 @@ class TestSagaVariants:
   def test_without_an_addition_is_adaptive_saga(self):
     """The study is of the library's arithmetic."""
     want, _ = self.run(optax_svrg.adaptive_saga(self.NUM_BATCHES))
-    for guarded in (False, True):
-      got, _ = self.run(self.variant(guarded=guarded))
-      helpers.assert_close(got, want, rtol=1e-4)
-
-  @pytest.mark.parametrize(
-    "change", [{"per_leaf": True}, {"preconditioned": True}, {"share": 0.5}]
-  )
-  def test_others_differ(self, change):
-    want, _ = self.run(optax_svrg.adaptive_saga(self.NUM_BATCHES))
-    got, _ = self.run(self.variant(**change))
-    with pytest.raises(AssertionError):
-      helpers.assert_close(got, want, rtol=1e-2)
+    got, _ = self.run(self.variant())
+    helpers.assert_close(got, want, rtol=1e-6)
 
   def test_a_part_of_a_table_leaves_the_rest_uncorrected(self):
     corrected, states = self.run(self.variant(share=0.5))
@@ -332,19 +320,22 @@ class TestSagaVariants:
     plain = self.grads(self.ORDER[last], last)
     same = helpers.flat(corrected[-1]) == helpers.flat(plain)
     np.testing.assert_array_equal(same, ~is_kept)
-
-  def test_entries_that_are_computed_again(self):
-    order = (*range(self.NUM_BATCHES), 1)
-    _, states = self.run(self.variant(fills=(1,)), order)
-    first, last = (
-      saga_variants.entries(state.saga, self.NUM_BATCHES)["b"][:, 0]
-      for state in states[-2:]
+    variances = helpers.flat(
+      jax.tree.map(
+        lambda t: t.var(axis=0),
+        saga_variants.entries(states[11].saga, self.NUM_BATCHES),
+      )
     )
-    helpers.assert_close(first[1], self.grads(1, 1)["b"][0], rtol=1e-6)
+    assert variances[is_kept].min() > variances[~is_kept].max()
+
+  def test_a_table_that_is_filled_first(self):
+    _, (state, *_) = self.run(self.variant(filled_first=True), (1,))
+    table = saga_variants.entries(state.saga, self.NUM_BATCHES)["b"][:, 0]
     others = np.delete(np.arange(self.NUM_BATCHES), 1)
-    np.testing.assert_array_equal(last[others], others + 1)
-    helpers.assert_close(last[1], self.grads(1, 12)["b"][0], rtol=1e-6)
-    assert states[-1].extra_gradients == self.NUM_BATCHES
+    np.testing.assert_array_equal(table[others], others + 1)
+    helpers.assert_close(table[1], self.grads(1, 0)["b"][0], rtol=1e-6)
+    assert state.saga.is_filled.all()
+    assert state.extra_gradients == self.NUM_BATCHES
 
   def test_the_oldest_entry_is_refreshed(self):
     _, states = self.run(self.variant(refreshed=1), (2, 1, 1, 1))
@@ -357,9 +348,8 @@ class TestSagaVariants:
   @pytest.mark.parametrize(
     ("name", "epochs"),
     [
-      ("AdamW's metric", 12),
+      ("half a table", 12),
       ("table filled first", 11),
-      ("table refilled twice", 10),
       ("one more entry per step", 6),
     ],
   )

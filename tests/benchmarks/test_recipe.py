@@ -16,7 +16,6 @@ _OFF = {
   "padding": 0,
   "flip": 0.0,
   "magnitude": None,
-  "color_jitter": 0.0,
   "erasing": 0.0,
   "mixup": 0.0,
   "cutmix": 0.0,
@@ -253,36 +252,6 @@ def test_the_law_of_rand_augment(monkeypatch):
   assert abs(np.mean(strengths == 1) - at_most) < 5 * math.sqrt(at_most / n)
   assert abs(np.median(strengths) - 0.9) < 5 * 0.05 * math.sqrt(math.pi / 2 / n)
   assert {fill for _, _, fill in calls} == {_FILL[3]}
-
-
-def test_color_jitter_acts_only_without_rand_augment():
-  image = noise(8, 8, 3)
-  for jitter in (0.0, 0.4):
-    same = recipe_lib.augment(
-      only(8, magnitude=9.0, color_jitter=jitter), rng(3), image
-    )
-    if jitter:
-      np.testing.assert_array_equal(same, first)  # noqa: F821
-    first = same  # noqa: F841
-  got = recipe_lib.augment(only(8, color_jitter=0.4), rng(3), image)
-  assert np.mean(got != image) > 0.9
-  np.testing.assert_array_equal(
-    recipe_lib.augment(only(8), rng(3), image), image
-  )
-
-
-@channels
-def test_color_jitter(channels):
-  """Contrast and saturation leave one shade of grey as it is."""
-  image = np.full((4, 4, channels), 100, np.uint8)
-  got = [
-    recipe_lib.augment(only(4, channels, color_jitter=0.4), rng(i), image)
-    for i in range(300)
-  ]
-  assert all(np.ptp(x) <= 1 for x in got)
-  values = [x.mean() for x in got]
-  assert 59 <= min(values) < 63
-  assert 137 < max(values) <= 140
 
 
 @channels

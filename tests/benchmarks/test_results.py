@@ -53,9 +53,15 @@ def test_origin_is_known(folder):
   document = json.loads((folder / "runs.json").read_text("utf-8"))
   command = document["command"].removeprefix("python -m benchmarks ")
   assert command.split()[0] in cli.COMMANDS
-  for commit in document["commit"]:
+  # Lists where runs are of several commits or machines.
+  commits, origins = (
+    x if isinstance(x, list) else [x]
+    for x in (document["commit"], document["versions"])
+  )
+  assert commits
+  for commit in commits:
     assert re.fullmatch("[0-9a-f]{40}", commit)
-  for versions in document["versions"]:
+  for versions in origins:
     assert {"jax", "optax", "optax_svrg", "python"} <= versions.keys()
 
 

@@ -183,9 +183,9 @@ def test_publishing_takes_the_sizes_of_the_study(untrained, tmp_path):
 @pytest.mark.standard_promotion
 def test_a_command_trains_and_reports(tmp_path):
   """Once without stubs; a second time nothing is trained."""
-  args = ["--cell", "mnist-5k-mlp2-adamw", "--seeds", "1", "--epochs", "1"]
+  args = ["--cell", "mnist-5k-logreg-adamw", "--seeds", "1", "--epochs", "1"]
   args += ["--examples", "192", "--out", str(tmp_path)]
-  command = load("saga").command()
+  command = load("coefficient").command()
   first = CliRunner().invoke(command, args)
   assert first.exit_code == 0, first.output
   stored = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs benchmarks.train in a process that kills itself; see test_resume.py."""
+"""Trains in a process that kills itself; see test_resume.py."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ import time
 import jax
 import orbax.checkpoint as ocp
 
-from benchmarks import train
+from benchmarks import cli
+from benchmarks.harness.array_feed import ArrayFeed
 
 
 def _kill(after=0.0):
@@ -33,7 +34,7 @@ def main(args, num_devices, kill):
   jax.config.update("jax_num_cpu_devices", num_devices)
   if kill is not None:
     _arm(*kill)
-  train.main([str(arg) for arg in args])
+  cli.main(["train", *map(str, args)])
 
 
 def _arm(what, number, delay):
@@ -45,24 +46,26 @@ def _arm(what, number, delay):
     is_late = kind == "steps" and counts[kind] > number + 4
     return is_late or (kind == what and counts[kind] == number)
 
-  def while_it_runs(kind, fn):
+  def while_it_runs(kind, fn, is_meant=lambda args: True):
     def interrupted(*args):
-      if count(kind):
+      if is_meant(args) and count(kind):
         threading.Thread(target=_kill, args=(delay,), daemon=True).start()
       return fn(*args)
 
     return interrupted
 
-  make_program = train.Trainer._make_program
+  make_program = ArrayFeed.program
 
   def make_interrupted(*args):
     program = make_program(*args)
     return program._replace(
-      steps=while_it_runs("steps", program.steps),
-      snapshot=program.snapshot and while_it_runs("pass", program.snapshot),
+      advance=while_it_runs("steps", program.advance),
+      begin=while_it_runs(
+        "pass", program.begin, is_meant=lambda args: args[-1]
+      ),
     )
 
-  train.Trainer._make_program = make_interrupted
+  ArrayFeed.program = make_interrupted
   save = ocp.CheckpointManager.save
 
   def interrupted_save(*args, **kwargs):

@@ -110,9 +110,7 @@ def _batch_loss(l2: float) -> Callable[..., jax.Array]:
   return lambda weights, batch: _mean_loss(l2)(weights, *batch)
 
 
-def _minimize(
-  method: str, problem: Problem, tol: float
-) -> Callable[[], Found]:
+def _minimize(method: str, problem: Problem, tol: float) -> Callable[[], Found]:
   loss = _batch_loss(problem.l2)
   prox = optax_svrg.prox_l1(problem.l1) if problem.l1 else None
 
@@ -316,9 +314,7 @@ SOLVERS = {
     "scikit-learn",
     _PARTIAL(_scikit_learn, "newton-cholesky"),
     [4, 8, 16],
-    lambda problem: (
-      _is_l2(problem) and math.prod(problem.shape) <= _MAX_NEWTON
-    ),
+    lambda problem: _is_l2(problem) and math.prod(problem.shape) <= _MAX_NEWTON,
     is_stochastic=False,
   ),
   "scikit-learn liblinear": Solver(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same epochs in plain PyTorch and with this package."""
 
-import functools
 import importlib.util
 import json
 import re
@@ -10,8 +9,8 @@ import sys
 from click.testing import CliRunner
 import pytest
 
-from benchmarks import step_cost, torch_peer
-from benchmarks.models import small as models
+from benchmarks import cli
+from benchmarks.cost import problem, torch_peer
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -21,12 +20,6 @@ needs_torch = pytest.mark.skipif(
 # As those that are published, but small.
 PEERS = {
   "mlp": torch_peer._mlp_peer((16, 12), 8),
-  "vit": torch_peer.Peer(
-    functools.partial(models.ViT, width=16, depth=1),
-    functools.partial(torch_peer._vit, width=16, depth=1, num_heads=4),
-    torch_peer._vit_weights,
-    8,
-  ),
   "convnet": torch_peer.PEERS["convnet-batch-128"]._replace(batch_size=8),
 }
 
@@ -49,8 +42,8 @@ def test_all_published_models_take_our_weights():
   import torch
 
   for peer in torch_peer.PEERS.values():
-    problem = step_cost.Problem(peer.ours, 2, 1, np.float32, None)
-    weights = peer.weights(jax.tree.map(np.asarray, problem.params))
+    task = problem.Problem(peer.ours, 2, 1, np.float32, None)
+    weights = peer.weights(jax.tree.map(np.asarray, task.params))
     peer.theirs().load_state_dict(
       {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
     )
@@ -77,8 +70,8 @@ def test_command(tmp_path, monkeypatch):
 
 def test_without_torch(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  result = CliRunner().invoke(torch_peer.main, [])
+  result = CliRunner().invoke(cli.main, ["torch"])
   assert result.exit_code == 2
   assert re.fullmatch(
-    r"Error: PyTorch is missing: .*\[benchmarks,torch\]\"\n", result.output
+    r"Error: torch needs the package 'torch': .*\[torch\]\"\.\n", result.output
   )
