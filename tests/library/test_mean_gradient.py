@@ -280,7 +280,7 @@ class TestLoaders:
 
   @pytest.mark.parametrize(
     ("length", "message"),
-    [(3, "hold 3 batches.* there are more"), (5, "5 .* there are only 4")],
+    [(3, "3 .* there are more"), (5, "5 .* there are only 4")],
   )
   @pytest.mark.parametrize("how", ["length", "num_batches"])
   def test_a_length_that_is_wrong(self, length, message, how):
@@ -405,7 +405,7 @@ class TestCompilation:
       UserWarning, match=r"new .* jax\.tree_util\.Partial"
     ) as w:
       epoch()
-    assert w[0].filename == __file__
+    assert len(w) == 1
     with warnings.catch_warnings():
       warnings.simplefilter("error")
       epoch()
