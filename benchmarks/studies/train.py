@@ -210,7 +210,7 @@ class Results:
     if path.exists() and not overwrite:
       try:
         found = json.loads(path.read_text("utf-8"))["identity"]
-      except (OSError, ValueError, KeyError) as error:
+      except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.UsageError(
           f"--out {self._folder}: results.json is not of this command; give"
           " another folder, or --overwrite."
