@@ -13,7 +13,7 @@ import pytest
 import optax_svrg
 from tests import helpers
 
-PROBLEM = helpers.finite_sum([3, 4, 1])
+PROBLEM = helpers.finite_sum([4, 4, 1])
 
 
 @pytest.fixture(params=helpers.tree_names())
@@ -338,7 +338,8 @@ class TestWithoutVariance:
     tx = optax_svrg.adaptive_svrg(decay=0.5)
     state = with_mean(tx, params, {"w": jnp.zeros(2)})
     update = jax.jit(lambda s, g, c: observe(tx, s, g, c))
-    for step in range(3):
+    # At the second step already: the first one knows the scale.
+    for step in range(2):
       s = helpers.random_like(params, step, scale)
       g = {"w": slope * s["w"]}
       updates, state = update(state, g, s)

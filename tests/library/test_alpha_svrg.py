@@ -13,7 +13,7 @@ import pytest
 import optax_svrg
 from tests import helpers
 
-PROBLEM = helpers.finite_sum([3, 4, 1])
+PROBLEM = helpers.finite_sum([4, 4, 1])
 SNAPSHOT_ARGS = ("grad_fn", "snapshot_grads")
 EAGERLY_IS_SLOW = [True, helpers.slow(False)]
 
@@ -43,9 +43,17 @@ def correct(tx, params, state, batch, arg="grad_fn", **kwargs):
 class TestInvariants:
   """DESIGN section 1, for every kind of parameters."""
 
-  @pytest.mark.parametrize("arg", SNAPSHOT_ARGS)
-  @pytest.mark.parametrize("alpha", [0, jnp.array(0.0), lambda _: 0.0])
-  @pytest.mark.parametrize("jit", EAGERLY_IS_SLOW)
+  @pytest.mark.parametrize(
+    ("alpha", "arg", "jit"),
+    [
+      (0, "snapshot_grads", True),
+      (jnp.array(0.0), "grad_fn", False),
+      (lambda _: 0.0, "grad_fn", True),
+      helpers.slow(0, "grad_fn", False),
+      helpers.slow(jnp.array(0.0), "snapshot_grads", True),
+      helpers.slow(lambda _: 0.0, "snapshot_grads", False),
+    ],
+  )
   def test_alpha_zero_is_the_identity(self, params, alpha, arg, jit):
     tx = optax_svrg.alpha_svrg(alpha)
     state = helpers.with_snapshot(tx, params, PROBLEM)
@@ -69,8 +77,9 @@ class TestInvariants:
     helpers.assert_equal(updates, PROBLEM.grad(point, PROBLEM.batches[0]))
     assert (state.alpha, state.count, state.num_snapshots) == (0, 1, 0)
 
-  @pytest.mark.parametrize("arg", SNAPSHOT_ARGS)
-  @pytest.mark.parametrize("alpha", [1, -0.5])
+  @pytest.mark.parametrize(
+    ("alpha", "arg"), [(1, "grad_fn"), (-0.5, "snapshot_grads")]
+  )
   def test_unbiased(self, params, alpha, arg):
     tx = optax_svrg.alpha_svrg(alpha)
     state = helpers.with_snapshot(tx, params, PROBLEM)
@@ -96,8 +105,14 @@ class TestInvariants:
       bound = 2 * float(jnp.finfo(like.dtype).eps) * size
       np.testing.assert_array_less(np.abs(got - want), bound)
 
-  @pytest.mark.parametrize("arg", SNAPSHOT_ARGS)
-  @pytest.mark.parametrize("jit", EAGERLY_IS_SLOW)
+  @pytest.mark.parametrize(
+    ("arg", "jit"),
+    [
+      ("grad_fn", True),
+      helpers.slow("snapshot_grads", True),
+      helpers.slow("grad_fn", False),
+    ],
+  )
   def test_exact_at_the_snapshot(self, params, arg, jit):
     tx = optax_svrg.alpha_svrg(1.0)
     state = helpers.with_snapshot(tx, params, PROBLEM)
@@ -671,10 +686,11 @@ class TestMisuse:
     self, grad_fn, message, jit, has_snapshot
   ):
     """Also before the first snapshot, where it is not needed yet."""
-    state = self.TX.init(self.PARAMS)
+    tx = optax_svrg.alpha_svrg(0.5)
+    state = tx.init(self.PARAMS)
     if has_snapshot:
       state = optax_svrg.take_snapshot(state, self.PARAMS, lambda p: p)
-    update = lambda g, s: self.TX.update(g, s, grad_fn=grad_fn)
+    update = lambda g, s: tx.update(g, s, grad_fn=grad_fn)
     with pytest.raises(ValueError, match=message):
       (jax.jit(update) if jit else update)(self.PARAMS, state)
 

@@ -109,15 +109,12 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    name
-    if name in ("adamw", "lbfgs", "muon", "partition")
-    else helpers.slow(name)
-    for name in OPTIMIZERS
-  ],
-)
+def names(mapping, *fast):
+  """Its keys as parameters of a test, of which some are of the fast tier."""
+  return [name if name in fast else helpers.slow(name) for name in mapping]
+
+
+@pytest.mark.parametrize("name", names(OPTIMIZERS, "adamw", "partition"))
 def test_the_optimizer_sees_the_corrected_gradient(name):
   """A chain equals the optimizer alone, fed with the formula by hand."""
   alpha = optax_svrg.linear_decay(0.75, 2, 3)
@@ -171,7 +168,9 @@ def test_the_optimizer_sees_the_corrected_gradient(name):
   chex.assert_trees_all_close(state[1], want_state, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+  "name", names(WRAPPERS, "named_chain", "MultiSteps", "masked_all")
+)
 def test_take_snapshot_finds_the_state(name):
   tx = WRAPPERS[name](optax_svrg.alpha_svrg(0.5))
   take = jax.jit(lambda s, p: optax_svrg.take_snapshot(s, p, mean_grad))
@@ -483,7 +482,7 @@ def test_frozen_base_weights():
     optax_svrg.alpha_svrg(
       optax_svrg.linear_decay(0.75, 4, 3), snapshot_dtype=jnp.bfloat16
     ),
-    optax_svrg.adaptive_svrg(),
+    helpers.slow(optax_svrg.adaptive_svrg()),
   ],
 )
 def test_checkpoint(tmp_path, transform):
@@ -609,7 +608,9 @@ class TestSAGA:
       chex.assert_trees_all_close(updates, want, rtol=1e-4, atol=1e-6)
     assert saga_state(state).alpha > 0
 
-  @pytest.mark.parametrize("name", SAGA_WRAPPERS)
+  @pytest.mark.parametrize(
+    "name", names(SAGA_WRAPPERS, "chain", "conditionally_transform")
+  )
   def test_wrappers_pass_the_index_on(self, kind, name):
     tx = SAGA_WRAPPERS[name](SAGA[kind]())
     _, state = self.run(tx, steps=18)
@@ -723,7 +724,7 @@ class TestSAGA:
     with pytest.raises(ValueError, match=r"batch_index.*may have dropped"):
       tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch_index=0)
 
-  @pytest.mark.parametrize("inside", [False, True])
+  @pytest.mark.parametrize("inside", [True, helpers.slow(False)])
   def test_apply_if_finite(self, kind, inside):
     """A bad step leaves no trace, whichever comes first."""
     if inside:

@@ -125,12 +125,11 @@ def rounding(tree):
 
 
 class TestPerExampleGrads:
-  @pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 5, 6, 7, 100])
-  @pytest.mark.parametrize("jit", [False, True])
-  def test_is_a_loop_over_examples(self, x64, chunk_size, jit):
+  @pytest.mark.parametrize("chunk_size", [None, 1, 4, 6, 100])
+  def test_is_a_loop_over_examples(self, x64, chunk_size):
     params, batch = make_params(float), data(6, float)
     grads = optax_svrg.per_example_grads(loss, chunk_size=chunk_size)
-    got = (jax.jit(grads) if jit else grads)(params, batch)
+    got = jax.jit(grads)(params, batch)
     singles = [
       jax.grad(loss)(params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch))
       for i in range(6)
@@ -374,7 +373,7 @@ class TestGradientVariance:
     )
 
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-  @pytest.mark.parametrize("exponent", [-100, -83, -40, 40, 83, 120])
+  @pytest.mark.parametrize("exponent", [-100, -40, 40, 120])
   def test_scale(self, exponent, dtype):
     # From 1e-30 to 1e36; powers of two, so that nothing is rounded.
     grads = stack({"a": jnp.ones(3, dtype), "b": jnp.ones((), dtype)})
@@ -452,7 +451,7 @@ def test_wrong_stacks(grads, error, message):
     optax_svrg.optimal_alpha(grads, grads)
 
 
-@pytest.mark.parametrize("per", PERS)
+@pytest.mark.parametrize("per", ["component", "tree", helpers.slow("leaf")])
 class TestOptimalAlpha:
   @pytest.mark.parametrize("tree", TREES)
   def test_against_numpy(self, tree, per):

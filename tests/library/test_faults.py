@@ -200,6 +200,7 @@ def test_saga(kind, bad, jit):
   assert 3 < faults < 15
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_adamw_goes_on():
   """The whole training, compiled: a snapshot and every third step are bad."""

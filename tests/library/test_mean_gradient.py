@@ -85,7 +85,7 @@ def test_dtypes_and_structure(tree):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, helpers.slow(jnp.bfloat16)])
 def test_error_does_not_grow_with_the_number_of_batches(dtype):
   """Of 10,000 batches a plain sum in float32 is off by 1e-4."""
   values = np.random.default_rng(0).normal(size=(10_000, 1, 3)) + 1
@@ -124,7 +124,7 @@ class TestSparse:
     return jnp.mean(jnp.square(x @ params - 1))
 
   @pytest.mark.standard_promotion
-  @pytest.mark.parametrize("jit", [False, True])
+  @pytest.mark.parametrize("jit", [True, helpers.slow(False)])
   def test_as_dense_ones(self, jit):
     dense, batches = self.batches()
     params, grad = jnp.arange(4.0), jax.grad(self.loss)
@@ -183,7 +183,7 @@ class TestWeights:
       for i, n in enumerate(valid)
     ]
 
-  @pytest.mark.parametrize("jit", [False, True])
+  @pytest.mark.parametrize("jit", [True, helpers.slow(False)])
   def test_mean_over_the_valid_examples(self, jit):
     """A batch without any has no gradient, and is left out."""
     batches = self.batches(4, 0, 1)
@@ -280,7 +280,7 @@ class TestLoaders:
 
   @pytest.mark.parametrize(
     ("length", "message"),
-    [(3, "hold 3 batches.* there are more"), (5, "5 .* there are only 4")],
+    [(3, "3 .* there are more"), (5, "5 .* there are only 4")],
   )
   @pytest.mark.parametrize("how", ["length", "num_batches"])
   def test_a_length_that_is_wrong(self, length, message, how):
@@ -405,7 +405,7 @@ class TestCompilation:
       UserWarning, match=r"new .* jax\.tree_util\.Partial"
     ) as w:
       epoch()
-    assert w[0].filename == __file__
+    assert len(w) == 1
     with warnings.catch_warnings():
       warnings.simplefilter("error")
       epoch()
@@ -682,7 +682,7 @@ class TestGradientTable:
     "make",
     [
       lambda: optax_svrg.alpha_svrg(0.75),
-      lambda: optax_svrg.adaptive_svrg(),
+      helpers.slow(lambda: optax_svrg.adaptive_svrg()),
     ],
   )
   def test_the_same_trajectory_as_with_grad_fn(self, x64, make):

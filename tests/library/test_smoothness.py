@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import optax_svrg
+from tests import helpers
 
 
 def make_batches(num_batches=3, size=6, num_features=4, dtype=jnp.float32):
@@ -46,10 +47,10 @@ def test_few_iterations_are_nearly_enough_and_never_too_many():
   want = max(eigenvalue(params, x) for x in batches)
   estimates = [
     float(optax_svrg.smoothness(GRAD, params, batches, num_iters=n))
-    for n in (1, 3, 10, 30)
+    for n in (1, 10, 30)
   ]
   assert estimates == sorted(estimates)
-  assert 0.9 * want < estimates[2] <= estimates[3] < (1 + 1e-6) * want
+  assert 0.9 * want < estimates[1] <= estimates[2] < (1 + 1e-6) * want
 
 
 def test_larger_batches_are_smoother():
@@ -124,7 +125,7 @@ def quadratic(eigenvalues):
   return grad_fn
 
 
-@pytest.mark.parametrize("distinct", [1, 2, 3, 5])
+@pytest.mark.parametrize("distinct", [1, 2, 3])
 def test_as_many_iterations_as_distinct_eigenvalues_are_exact(distinct):
   """And one fewer are not."""
   values = np.repeat(2.0 ** -np.arange(distinct), 4)
@@ -148,19 +149,24 @@ def test_one_large_eigenvalue_among_a_million():
 @pytest.mark.parametrize(
   ("dtype", "exponents"),
   [
-    (jnp.float32, [-37, -30, -20, 20, 30, 37]),
-    (jnp.complex64, [-30, 30]),
+    (jnp.float32, [-37, -20, 20, 37]),
     (jnp.bfloat16, [-30, 30]),
-    (jnp.float16, [-4, 3]),
-    (jnp.float64, [-300, -160, 160, 300]),
+    (jnp.float64, [-300, 300]),
+    helpers.slow(jnp.float32, [-30, 30]),
+    helpers.slow(jnp.complex64, [-30, 30]),
+    helpers.slow(jnp.float16, [-4, 3]),
+    helpers.slow(jnp.float64, [-160, 160]),
   ],
 )
 def test_over_the_whole_range_of_the_dtype(dtype, exponents):
   values = np.array([1.0, 0.5, 0.25])
   rtol = 2e-2 if jnp.finfo(dtype).bits == 16 else 1e-5
   with jax.enable_x64(dtype == jnp.float64):
+    scaled = lambda scale, params, batch: scale * params
     for exponent in exponents:
-      grad_fn = quadratic(values * 10.0**exponent)
+      # An argument of one program.
+      scale = jnp.asarray(values * 10.0**exponent, dtype)
+      grad_fn = jax.tree_util.Partial(scaled, scale)
       got = optax_svrg.smoothness(grad_fn, jnp.ones(3, dtype), [jnp.ones(1)])
       assert jnp.isrealobj(got)
       np.testing.assert_allclose(got, 10.0**exponent, rtol=rtol)
