@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import shutil
 import urllib.request
 
 import optax_svrg
@@ -26,6 +27,7 @@ extensions = [
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # Tables have headings of their own.
 exclude_patterns = ["_build", "examples", "sg_execution_times.rst"]
 
 autodoc_member_order = "bysource"
@@ -89,23 +91,26 @@ html_theme_options = {
 
 
 def _write_benchmarks(app: object) -> None:
-  """Writes a page for the stored results of the benchmarks."""
+  """Writes a page for the stored results of each benchmark."""
   del app
-  results = ROOT / "benchmarks" / "results"
   pages = DOCS / "benchmarks"
-  pages.mkdir(exist_ok=True)
-  names = sorted(table.parent.name for table in results.glob("*/table.md"))
-  for name in names:
-    source = f"../../benchmarks/results/{name}"
-    lines = [f"# {name}", "", "```{include} " + f"{source}/table.md", "```", ""]
-    for figure in sorted((results / name).glob("*.svg")):
-      lines += [f"![{name}]({source}/{figure.name})", ""]
-    (pages / f"{name}.md").write_text("\n".join(lines))
+  shutil.rmtree(pages, ignore_errors=True)
+  pages.mkdir()
+  names = []
+  for table in sorted((ROOT / "benchmarks" / "results").glob("*/table.md")):
+    names.append(table.parent.name)
+    text = table.read_text()
+    if not text.startswith("# "):
+      text = f"# {names[-1].replace('-', ' ').capitalize()}\n\n{text}"
+    for figure in sorted(table.parent.glob("*.svg")):
+      path = os.path.relpath(figure, pages)
+      text += f"\n![Figure of the results]({path})\n"
+    (pages / f"{names[-1]}.md").write_text(text)
   index = (DOCS / "benchmarks.md.in").read_text()
-  toctree = ["```{toctree}", ":maxdepth: 1", "", *names, "```", ""]
-  (pages / "index.md").write_text(
-    index + ("\n".join(["", *toctree]) if names else "")
-  )
+  if names:
+    toctree = ["```{toctree}", ":maxdepth: 1", "", *names, "```", ""]
+    index += "\n" + "\n".join(toctree)
+  (pages / "index.md").write_text(index)
 
 
 def setup(app: object) -> None:

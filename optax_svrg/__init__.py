@@ -94,7 +94,7 @@ from optax_svrg._variance import GradientVariance as GradientVariance
 from optax_svrg._variance import optimal_alpha as optimal_alpha
 from optax_svrg._variance import per_example_grads as per_example_grads
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
   "GradientTable",

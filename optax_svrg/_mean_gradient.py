@@ -420,7 +420,7 @@ def _loop(
     fn,
     ("mean_gradient", donate, *jax.tree.leaves(shardings)),
     lambda call: _accumulation(call, shardings, donate),
-    warns=True,
+    warn_level=4,
   )
   for index, batch in enumerate(batches):
     batch = _sharding.owned(batch)

@@ -115,7 +115,7 @@ def estimate(
     lambda call: jax.jit(
       functools.partial(_largest_curvature, call, num_iters)
     ),
-    warns=True,
+    warn_level=3,
   )
   largest = None
   for index, batch in enumerate(batches):

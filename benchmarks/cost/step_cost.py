@@ -31,6 +31,7 @@ from benchmarks.harness import report, store
 import optax_svrg
 
 _PEAK_SIZE, _PEAK_PRODUCTS = 4096, 4
+_WIDTH = 1000
 
 MODELS = {
   "mlp-256": mlp(256, 256),
@@ -139,14 +140,14 @@ def updates_alone(
   """The transformation and AdamW, without the gradients.
 
   Args:
-    size: number of parameters.
+    size: number of parameters, a multiple of 1,000: of a matrix.
     dtype: their dtype.
 
   Returns:
     For each method the compiled update, and the program that calls it.
   """
   params, grads, snapshot_grads, mean = jax.random.normal(
-    jax.random.key(0), (4, size)
+    jax.random.key(0), (4, size // _WIDTH, _WIDTH)
   ).astype(dtype)
   transforms = {
     "plain": no_transform(),
@@ -198,8 +199,8 @@ def measure_updates(size: int, dtype: Any, rounds: int) -> list[dict[str, Any]]:
   updates = updates_alone(size, dtype)
   programs = {name: program for name, (_, program) in updates.items()}
   add = jax.jit(jnp.add, donate_argnums=0)
-  other = jnp.ones(size, dtype)
-  programs["add"] = Program(lambda x: add(x, other), jnp.ones(size, dtype))
+  other = jnp.ones((size // _WIDTH, _WIDTH), dtype)
+  programs["add"] = Program(lambda x: add(x, other), jnp.ones_like(other))
   times = seconds(programs, rounds)
   array_bytes = other.nbytes
   # Adding moves three. The best of all rounds, here and of the updates: what

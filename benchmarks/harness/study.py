@@ -33,16 +33,14 @@ LEARNING_RATES = {
   ("mlp4", "momentum"): (0.05, 0.1, 0.2),
   ("mlp4", "adamw"): (0.0025, 0.005, 0.01),
 }
-NOTES = f"""\
+NOTES = """\
 Final train losses are means over the seeds ± sample standard deviation, with
 the learning rate in brackets (`*`: at an end of its grid). Where several
-learning rates were tried, each method has the one of least loss over
-{len(comparison.TUNING_SEEDS)} seeds that take no part in the verdicts. A
-verdict is by a paired t-test over the seeds at 5 %, after Holm's correction
-over all comparisons of its table. The percentage is the mean difference from
-the rival's mean loss; in square brackets is its 95 % interval, that of the
-single comparison."""
-
+learning rates were tried, each method has the one of least mean loss over two
+seeds that take no part in the verdicts. A verdict is by a paired t-test over
+the seeds at 5 %, after Holm's correction over all comparisons of its table. The
+percentage is the mean difference from the rival's mean loss; in square brackets
+is its 95 % interval, that of the single comparison."""
 # How much longer plain training is that spends as many gradients.
 LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
 
@@ -93,6 +91,14 @@ class Cell:
     parts += [f"noise-{e.label_noise:g}"] if e.label_noise else []
     parts += [e.augment] if e.augment != "none" else []
     return "-".join(parts)
+
+  def text(self, name: str) -> str:
+    """An item of a list that tells the size of the problem."""
+    e = self.template
+    return (
+      f"- {name}: {e.train_examples} training examples, batches of"
+      f" {e.batch_size}, {e.epochs} epochs, {self.num_seeds} seeds"
+    )
 
 
 def cells(*problems: Cell) -> dict[str, Cell]:
@@ -261,10 +267,12 @@ class Results:
       )
     return lines
 
-  def point(self, cell: str, arm: str) -> tuple[float, float]:
-    """Gradients per example, and loss."""
+  def point(
+    self, cell: str, arm: str, field: str = "train_loss"
+  ) -> tuple[float, float]:
+    """Gradients per example, and the mean of a field."""
     gradients = self.mean(cell, arm, "gradients_per_example")
-    return gradients, self.mean(cell, arm)
+    return gradients, self.mean(cell, arm, field)
 
   def over_plain(self, cell: str, arm: str) -> str:
     """The loss over that of plain with as many gradients, if known."""
@@ -272,16 +280,26 @@ class Results:
     ratio = comparison.over_plain(*self.point(cell, arm), curve)
     return "" if ratio is None else f"{ratio:.2f}"
 
-  def against_gradients(self, cell: str, arms: Iterable[str]) -> figures.Panel:
-    """Losses by gradients, and those of plain of all lengths."""
-    x, y = zip(*(self.point(cell, name) for name in LENGTHS), strict=True)
-    lines = [figures.Line("plain, 1 to 3 times the epochs", "plain", x, y)]
-    for name in arms:
-      x, y = self.point(cell, name)
-      lines.append(figures.Line(name, figures.family(name), [x], [y]))
-    return figures.Panel(
-      cell, "gradients per example", "final train loss", lines
-    )
+  def against_gradients(
+    self, cell: str, arms: Iterable[str]
+  ) -> list[figures.Panel]:
+    """Loss and accuracy by gradients, with plain training of all lengths."""
+
+    def panel(field: str, label: str, log_y: bool) -> figures.Panel:
+      points = [self.point(cell, name, field) for name in LENGTHS]
+      x, y = zip(*points, strict=True)
+      lines = [figures.Line("plain, 1 to 3 times the epochs", "plain", x, y)]
+      for name in arms:
+        x, y = self.point(cell, name, field)
+        lines.append(figures.Line(name, figures.family(name), [x], [y]))
+      return figures.Panel(
+        cell, "gradients per example", label, lines, log_y=log_y
+      )
+
+    return [
+      panel("train_loss", "final train loss", True),
+      panel("validation_accuracy", "validation accuracy", False),
+    ]
 
   def _verdict_runs(self, cell: str, arm: str) -> list[Run]:
     lr = self.lr(cell, arm)
@@ -346,6 +364,7 @@ class Study:
       f"    {document['command']}",
       self.table(results),
       NOTES,
+      "\n".join(self.cells[name].text(name) for name in results.cells),
     ]
     files = {"table.md": "\n\n".join(parts) + "\n"}
     if self.figure is not None:

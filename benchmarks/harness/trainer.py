@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import optax
 
 from benchmarks import methods
 from benchmarks.data import arrays, sources
@@ -25,34 +24,7 @@ import optax_svrg
 
 # Called with a run and its state after an epoch.
 OnEpoch = Callable[[Run, Point], None]
-
-
-class Feed(Protocol):
-  """Makes programs; see :class:`ArrayFeed` and :class:`StreamFeed`."""
-
-  @property
-  def num_examples(self) -> int:
-    """Number of training examples."""
-
-  def init(self, key: jax.Array) -> optax.Params:
-    """Draws initial parameters."""
-
-  def context(self, experiment: Experiment) -> methods.Context:
-    """Returns what a method is made for."""
-
-  def program(self, experiment: Experiment, method: methods.Method) -> Program:
-    """Compiles the functions of a method."""
-
-  def nothing_observed(self) -> Observed:
-    """Returns the sums over no step."""
-
-  def measure(
-    self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> tuple[float, float] | None:
-    """Returns train loss and validation accuracy."""
-
-  def finish(self, params: optax.Params) -> Mapping[str, Any]:
-    """Returns what is measured at the end of a run in addition."""
+Feed = ArrayFeed | StreamFeed
 
 
 def shared(experiment: Experiment) -> Experiment:

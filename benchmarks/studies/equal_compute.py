@@ -68,7 +68,11 @@ def figure(results: study.Results) -> figures.Figure:
   names = [name for name in ARMS if name not in study.LENGTHS]
   return figures.Figure(
     "Means over the seeds",
-    [results.against_gradients(cell, names) for cell in results.cells],
+    [
+      panel
+      for cell in results.cells
+      for panel in results.against_gradients(cell, names)
+    ],
   )
 
 

@@ -44,7 +44,7 @@ def figure(results: study.Results) -> figures.Figure:
   panels = []
   for cell in results.cells:
     best = sorted(STRATEGIES, key=lambda name: results.mean(cell, name))[:6]
-    panels.append(results.against_gradients(cell, best))
+    panels += results.against_gradients(cell, best)
   return figures.Figure("The six snapshot strategies of least loss", panels)
 
 

@@ -18,6 +18,16 @@ from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.trainer import Trainer
 
+# Ordinate and abscissa of each panel of the figure.
+_PANELS = (
+  ("train_loss", "train loss", "epoch", "epochs"),
+  ("validation_accuracy", "validation accuracy", "epoch", "epochs"),
+  (
+    *("train_loss", "train loss"),
+    *("gradients_per_example", "gradient evaluations per example"),
+  ),
+  ("variance_ratio", "variance, corrected / plain", "epoch", "epochs"),
+)
 _SNAPSHOTS = ("svrg", "alpha-svrg", "adaptive")
 
 
@@ -310,49 +320,26 @@ class Results:
 
   def _figure(self, title: str) -> figures.Figure:
     """Loss, accuracy and variance ratio of the finished runs."""
-
-    def panel(y: str, label: str, x: str, x_label: str, **look: Any) -> Any:
-      lines = []
-      for name in self._names[: figures.MAX_LINES]:
-        histories = [run.history for run in self._finished(name)]
-        if histories:
-          first, *_ = histories
-          lines.append(
-            figures.mean_line(
-              name,
-              [getattr(point, x) for point in first],
-              [[getattr(point, y) for point in h] for h in histories],
-            )
-          )
-      return figures.Panel("", x_label, label, lines, **look)
-
-    loss, epochs = "train loss", "epochs"
-    return figures.Figure(
-      title,
-      [
-        panel("train_loss", loss, "epoch", epochs),
-        panel(
-          "validation_accuracy",
-          "validation accuracy",
-          "epoch",
-          epochs,
-          log_y=False,
-        ),
-        panel(
-          "train_loss",
-          loss,
-          "gradients_per_example",
-          "gradient evaluations per example",
-        ),
-        panel(
-          "variance_ratio",
-          "variance, corrected / plain",
-          "epoch",
-          epochs,
-          references=((1 / 3, "1/3: worth three gradients per step"),),
-        ),
-      ],
-    )
+    panels = []
+    for y, y_label, x, x_label in _PANELS:
+      lines = [
+        figures.mean_line(
+          name,
+          [getattr(point, x) for point in runs[0].history],
+          [[getattr(point, y) for point in run.history] for run in runs],
+        )
+        for name in self._names[: figures.MAX_LINES]
+        if (runs := self._finished(name))
+      ]
+      is_ratio = y == "variance_ratio"
+      references = [(1 / 3, "1/3: worth three gradients per step")] * is_ratio
+      is_log = y != "validation_accuracy"
+      panels.append(
+        figures.Panel(
+          *("", x_label, y_label, lines), log_y=is_log, references=references
+        )
+      )
+    return figures.Figure(title, panels)
 
 
 def _title(options: Mapping[str, Any]) -> str:

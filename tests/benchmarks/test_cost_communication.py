@@ -103,12 +103,10 @@ def test_work_during_a_reduction():
 
 def test_moved_bytes_leave_branches_out():
   entry, table = 8 * 128 * 4, 9 * 8 * 128 * 4
-  start = 3 * entry + 4
-  update, last = 2 * table + entry, 2 * table + entry
-  assert (
-    hlo.moved_bytes(TPU)
-    == start + update + (start + entry) + (2 * table) + last
-  )
+  reduction = (2 * entry + 4) + entry  # The start; then the end.
+  update, copy = 2 * table + entry, 2 * table
+  want = reduction + update + reduction + copy + update
+  assert hlo.moved_bytes(TPU) == want
 
 
 def test_a_loop_of_unknown_length():

@@ -100,7 +100,7 @@ class TestReadme:
   def test_links_lead_somewhere(self):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", self.TEXT)
     local = [link for link in links if "://" not in link]
-    assert local
+    assert local or not FOLDERS
     for link in local:
       assert (Path(README.parent) / link).exists(), link
 

@@ -220,8 +220,13 @@ def batches_of(feed, experiment, seed=0, epoch=0):
 class TestStreams:
   def test_the_two_gradients_of_a_batch_are_equal_at_the_snapshot(self, images):
     experiment = STREAMS.replace(
-      model="vit-tiny",
-      model_settings={**SMALL["vit-tiny"], "drop_path": 0.2},
+      model="mixer-s16",
+      model_settings={
+        "patch_size": 8,
+        "width": 8,
+        "depth": 1,
+        "drop_path": 0.2,
+      },
       method="svrg",
     )
     feed = stream_feed.StreamFeed(experiment, images)

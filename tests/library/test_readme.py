@@ -35,3 +35,11 @@ def test_links_work_on_pypi():
   links = re.findall(r"\]\(([^)]*)\)", README)
   assert links
   assert all(link.startswith("https://") for link in links)
+
+
+def test_files_that_it_links_exist():
+  pattern = r"optax_svrg/(?:blob/)?main/([^)\s]*)"
+  paths = re.findall(pattern, README)
+  assert len(paths) >= 4
+  for path in paths:
+    assert (ROOT / path).is_file(), path
