@@ -12,7 +12,7 @@ import jax
 import pytest
 
 # Compilation makes the first example slow; time is no subject of these tests.
-hypothesis.settings.register_profile("default", deadline=None, max_examples=15)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("default")
 
 
