@@ -74,13 +74,7 @@ def figure(results: study.Results) -> figures.Figure:
 
 
 def _is_shown(experiment: Experiment) -> bool:
-  return (
-    experiment.model == "mlp2"
-    and not experiment.method_settings
-    and not experiment.label_noise
-    and experiment.augment == "none"
-    and experiment.seed < 100
-  )
+  return not experiment.method_settings and experiment.seed < 100
 
 
 STUDY = study.Study(
