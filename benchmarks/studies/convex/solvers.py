@@ -169,6 +169,7 @@ def _scikit_learn(
 
 def _copt(name: str, problem: Problem, count: float) -> Callable[[], Found]:
   import copt  # Optional.
+  import copt.penalty
 
   passes = {"saga": 1, "svrg": 3}[name]
   labels = problem.labels.astype(np.float64)
