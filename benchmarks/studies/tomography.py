@@ -38,14 +38,14 @@ _METHODS = {
 }
 _LBFGS = "L-BFGS-B"
 NOTES = f"""\
-Poisson counts of a {SIZE} x {SIZE} image, {NUM_ANGLES} angles x {NUM_BINS} bins,
-a smooth penalty of differences of neighbours, no negative values; {NUM_SUBSETS}
-fixed subsets of angles, in a new random order each epoch. SVRG takes
-the gradients of the snapshot from a table, renewed each epoch. Steps are 1; the
-diagonal preconditioner is renewed at epochs 0, 1, 2, 4 and 8; momentum is
-Nesterov's, {_MOMENTUM}. The error is the distance from the converged image, over its
-norm. Seconds are those of the processor, on one core, without compilation, in
-float64; all methods compute the same projections by the same compiled code."""
+Poisson counts of a {SIZE} x {SIZE} image at {NUM_ANGLES} angles x {NUM_BINS}
+bins, a smooth penalty of differences of neighbours, no negative values;
+{NUM_SUBSETS} fixed subsets of angles, in a new random order each epoch. SVRG
+takes the gradients of the snapshot from a table, renewed each epoch. Steps are
+1; the diagonal preconditioner is renewed at epochs 0, 1, 2, 4 and 8; momentum
+is Nesterov's, {_MOMENTUM}. The error is the distance from the converged image,
+over its norm. Seconds are those of the processor, on one core, without
+compilation, in float64; all methods share the code of the projections."""
 
 Subset = dict[str, jax.Array]
 

@@ -51,18 +51,31 @@ def test_evaluate(penalty, num_classes):
   assert start == pytest.approx(math.log(num_classes))
 
 
+KEYS = [("l1", 2), ("l2", 2), ("l2", 10)]
+
+
 @pytest.fixture(scope="module")
 def minima():
   """Minima of the small problems, by penalty and number of classes."""
   with jax.enable_x64(True):
-    return {
-      key: study.reference(small(*key))
-      for key in (("l2", 2), ("l2", 10), ("l1", 2))
-    }
+    return {key: study.reference(small(*key)) for key in KEYS}
 
 
-@pytest.mark.parametrize("key", [("l2", 2), ("l2", 10), ("l1", 2)])
-@pytest.mark.parametrize("name", list(solvers.SOLVERS))
+# What compiles much, or is compared with only, is in the slow tier.
+@pytest.mark.parametrize(
+  ("name", "key"),
+  [
+    pytest.param(
+      name,
+      key,
+      marks=()
+      if key == KEYS[0] and name in ("fit_linear", solvers.BASELINE)
+      else pytest.mark.slow,
+    )
+    for name in solvers.SOLVERS
+    for key in KEYS
+  ],
+)
 def test_solvers_minimise_the_same(name, key, minima, x64):
   solver, problem = solvers.SOLVERS[name], small(*key)
   if solvers.versions()[solver.package] is None:
