@@ -66,6 +66,18 @@ COMMANDS: dict[str, Entry] = {
   "equal-compute": Entry(
     "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
   ),
+  "step-cost": Entry(
+    "benchmarks.cost.step_cost", "Time and bytes of steps, beside the least."
+  ),
+  "communication": Entry(
+    "benchmarks.cost.communication", "Bytes that data parallel training sends."
+  ),
+  "tpu": Entry(
+    "benchmarks.cost.tpu", "Needs of steps on TPUs, by their compiler."
+  ),
+  "torch": Entry(
+    "benchmarks.cost.torch_peer", "Epochs beside plain PyTorch.", "torch"
+  ),
   "convex": Entry(
     "benchmarks.studies.convex.study",
     "Convex problems to high precision, beside other packages.",

@@ -24,7 +24,7 @@ _keystr = jax.tree_util.keystr
 
 
 def is_masked(node: Any) -> bool:
-  """Whether a tree node is the placeholder that ``optax.masked`` leaves."""
+  """Returns whether a node is the placeholder that ``optax.masked`` leaves."""
   return isinstance(node, optax.MaskedNode)
 
 
@@ -49,7 +49,7 @@ def as_axes(axis_name: Any) -> tuple[Any, ...] | None:
 
 
 def dtype_kind(dtype: Any) -> str:
-  """Whether a dtype is complex or real; integers are of their own kinds."""
+  """Returns the kind of a dtype: complex, real, or that of an integer."""
   for kind in (jnp.complexfloating, jnp.floating):
     if jnp.issubdtype(dtype, kind):
       return kind.__name__
@@ -66,7 +66,7 @@ def dtype_of(leaf: Any) -> Any:
 
 
 def wide_dtype(dtype: Any) -> Any:
-  """The dtype to form sums in: float32 for narrower ones."""
+  """Dtype of sums: float32 for narrower ones."""
   # Not jnp.promote_types, which refuses under strict dtype promotion.
   return np.promote_types(dtype, np.float32)
 
@@ -200,7 +200,7 @@ def _difference(got: Sequence[Any], want: Sequence[Any]) -> str:
 
 
 def _pair_hint(got: Any, want_def: Any) -> str:
-  """What to do about a gradient that comes in a pair with something else."""
+  """Advice about a gradient that comes in a pair with something else."""
   if not isinstance(got, tuple) or len(got) != 2:
     return ""
   first, second = map(jax.tree.structure, got)
@@ -218,7 +218,7 @@ def _pair_hint(got: Any, want_def: Any) -> str:
 
 
 def _per_example_hint(got_leaves: Any, want_leaves: Any) -> str:
-  """What to do about gradients of examples in place of their mean."""
+  """Advice about gradients of examples in place of their mean."""
   if all(
     np.ndim(g) == np.ndim(w) + 1 and np.shape(g)[1:] == np.shape(w)
     for (_, g), (_, w) in zip(got_leaves, want_leaves, strict=True)
@@ -329,7 +329,7 @@ def check_coefficient(value: Any, name: str) -> None:
 
 
 def check_decay(value: Any, name: str) -> None:
-  """Raises unless ``value`` is a number from 0 to, but without, 1."""
+  """Raises unless ``value`` is a number in [0, 1)."""
   check_coefficient(value, name)
   if not isinstance(value, jax.core.Tracer) and not 0 <= value < 1:
     raise ValueError(f"{name} must be in [0, 1), got {value}.")
@@ -380,7 +380,7 @@ def wide_index(index: Any) -> jax.Array:
 
 
 def is_sparse(node: Any) -> bool:
-  """Whether a tree node is a sparse array, whose leaves are its non-zeros."""
+  """Returns whether a node is a sparse array; its leaves are its non-zeros."""
   # Whoever has one has imported the module, which is slow to import.
   sparse = sys.modules.get("jax.experimental.sparse")
   return sparse is not None and isinstance(node, sparse.JAXSparse)
@@ -412,7 +412,7 @@ def check_same_size(
 
 
 def check_batches(batches: Any) -> None:
-  """Raises TypeError for what iterates, but not over batches."""
+  """Raises TypeError for iterables that do not yield batches."""
   # Not by iter(batches): a data loader may start its workers then.
   iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
   if not iterable or isinstance(batches, (dict, str)):

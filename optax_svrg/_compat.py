@@ -43,21 +43,21 @@ def vary_like(tree: Any, like: Any) -> Any:
 
 
 def on_host(x: Any) -> bool:
-  """Whether an array is in the memory of the host."""
+  """Returns whether an array is in the memory of the host."""
   space = getattr(jax.typeof(x), "memory_space", None)
   return space is not None and space == jax.memory.Space.Host
 
 
 def is_committed(x: jax.Array) -> bool:
-  """Whether an array is tied to its devices instead of following others."""
+  """Returns whether an array is tied to its devices."""
   return getattr(x, "committed", True)
 
 
 def outside_of_branches(fn: Callable[[], Any]) -> Callable[[], Any]:
-  """Computes ahead of a branch what XLA for CPU is slow at inside of one.
+  """Computes convolutions ahead of a branch on CPU.
 
-  It does not bring convolutions there into the form that its fast
-  implementation has (JAX 0.10 to 0.12: 3 to 8 times the time).
+  Inside of one, XLA for CPU does not use its fast implementation of them (JAX
+  0.10 to 0.12: 3 to 8 times slower).
 
   Args:
     fn: a function that would be called in a branch of :func:`jax.lax.cond`.
@@ -77,7 +77,7 @@ def outside_of_branches(fn: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _has_primitive(jaxpr: Any, name: str) -> bool:
-  """Whether a program has a primitive, also inside of its operations."""
+  """Returns whether a program has a primitive, at any depth."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == name:
       return True

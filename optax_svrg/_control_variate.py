@@ -26,6 +26,8 @@ from optax_svrg import _checks, _compat
 
 # Deviations below this many roundings of the mean are treated as zero.
 _ROUNDINGS = 4
+# float32 sums of more terms, one after the other, lose digits that matter.
+_LONGEST_SEQUENTIAL_SUM = 8192
 
 
 class CoefficientEstimate(NamedTuple):
@@ -107,11 +109,11 @@ class Given:
 
   @property
   def always_off(self) -> bool:
-    """Whether it is known to be 0; an array may hold a traced value."""
+    """Returns whether the coefficient is the Python number 0."""
     return isinstance(self.alpha, (int, float, np.number)) and self.alpha == 0
 
   def init(self, params: optax.Params) -> None:
-    """Nothing is estimated."""
+    """Returns no state, as nothing is estimated."""
 
   def coefficient(self, count: jax.Array, estimate: Any) -> Any:
     """The coefficient after ``count`` updates."""
@@ -120,7 +122,7 @@ class Given:
     return value
 
   def update(self, estimate: Any, correction: Correction) -> None:
-    """Nothing is learnt."""
+    """Does nothing, as nothing is estimated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Estimated:
     _checks.check_positive(self.max_alpha, "max_alpha")
 
   def init(self, params: optax.Params) -> CoefficientEstimate:
-    """Averages of nothing, in the precision that fits the parameters."""
+    """Returns empty averages, in the precision of the parameters."""
     dtype = _scalar_dtype(params)
     # Arrays of their own, so that the state can be donated.
     return CoefficientEstimate(
@@ -164,11 +166,11 @@ class Estimated:
     )
 
   def coefficient(self, count: jax.Array, estimate: Any) -> jax.Array:
-    """The best coefficient by the averages, from 0 to ``max_alpha``."""
+    """Returns the coefficient of least variance, from 0 to ``max_alpha``."""
     return _best(estimate, self.max_alpha, self.start, self.guarded)
 
   def update(self, estimate: Any, correction: Correction) -> Any:
-    """Takes the observation of a step, if there is one, into the averages."""
+    """Includes the observation of a step, if there is one, in the averages."""
     if correction.seen is None:
       return estimate
     return _average(estimate, correction.seen, correction.alpha, self.decay)
@@ -178,7 +180,7 @@ Rule = Given | Estimated
 
 
 def reset(estimate: CoefficientEstimate) -> CoefficientEstimate:
-  """Forgets the averages; the variance ratio stays as it was last known."""
+  """Resets the averages; the variance ratio keeps its last value."""
   return estimate._replace(
     covariance=jnp.zeros_like(estimate.covariance),
     variance=jnp.zeros_like(estimate.variance),
@@ -231,16 +233,20 @@ def correct(
     finite is not hidden.
   """
 
-  def subtract(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+  def subtract(
+    alpha: jax.Array, g: jax.Array, s: jax.Array, m: jax.Array
+  ) -> jax.Array:
     dtype = _checks.wide_dtype(g.dtype)
-    a = coefficient.astype(dtype)
+    a = alpha.astype(dtype)
     # In this order g = s and a = 1 give the mean to the last bit.
     corrected = (
       _widen(g, dtype) - a * _widen(jnp.asarray(s), dtype)
     ) + a * m.astype(dtype)
     return corrected.astype(g.dtype)
 
-  corrected = jax.tree.map(subtract, updates, control, mean)
+  corrected = jax.tree.map(
+    functools.partial(subtract, coefficient), updates, control, mean
+  )
   got = None
   if estimate is None:
     is_finite = all_finite(corrected, sum_axes)
@@ -256,11 +262,14 @@ def correct(
   usable = is_finite | ~jnp.isfinite(coefficient)
   used = active & (coefficient != 0) & usable
   seen = None if got is None else _observation(got, active, usable)
-  return Correction(
-    jax.tree.map(lambda c, g: jnp.where(used, c, g), corrected, updates),
-    jnp.where(used, coefficient, 0),
-    seen,
-  )
+  # Subtracted once more, by another coefficient to XLA: otherwise it keeps the
+  # corrected gradient in memory from the sums to the result.
+  applied = jnp.where(used, coefficient, 0)
+
+  def result(g: jax.Array, s: jax.Array, m: jax.Array) -> jax.Array:
+    return jnp.where(used, subtract(applied, g, s, m), g)
+
+  return Correction(jax.tree.map(result, updates, control, mean), applied, seen)
 
 
 def no_correction(
@@ -271,7 +280,7 @@ def no_correction(
   sum_axes: Any,
   fixed_unit: bool,
 ) -> Correction:
-  """The gradient unchanged, with the types that :func:`correct` gives."""
+  """Returns the gradient unchanged, with the types of :func:`correct`."""
   # A zero that varies over the mapped axes that the inner products vary over.
   zeros = [jnp.zeros_like(g.real).sum() for g in jax.tree.leaves(updates)]
   zero = _total(zeros, alpha.dtype, sum_axes) + jnp.zeros_like(alpha)
@@ -284,13 +293,13 @@ def no_correction(
 
 
 def all_finite(tree: Any, sum_axes: Any = None) -> jax.Array:
-  """Whether all numbers of a tree of arrays are finite, a scalar."""
+  """Returns whether all numbers of a tree are finite, a scalar."""
   defects = [jnp.sum(_defect(x)) for x in jax.tree.leaves(tree)]
   return _total(defects, jnp.float32, sum_axes) == 0
 
 
 def everywhere(conditions: list[jax.Array], sum_axes: Any) -> jax.Array:
-  """Whether all conditions hold, on all devices of some mapped axes."""
+  """Returns whether all conditions hold on all devices of mapped axes."""
   return _total([~c for c in conditions], jnp.int32, sum_axes) == 0
 
 
@@ -522,7 +531,9 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
   """The sums of arrays of one shape, in one sweep."""
 
   def one_by_one() -> tuple[jax.Array, ...]:
-    return tuple(map(jnp.sum, terms))
+    # lax.reduce makes all results vary over the mapped axes of any.
+    sums = tuple(map(jnp.sum, terms))
+    return _compat.vary_like(sums, jax.eval_shape(together))
 
   def together() -> tuple[jax.Array, ...]:
     zeros = tuple(jnp.zeros([], x.dtype) for x in terms)
@@ -536,7 +547,10 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
 
   if not terms[0].ndim:
     return terms
-  # XLA for CPU does not fuse sums into one loop, unless they are one operation.
+  # XLA for CPU does not fuse sums into one loop, unless they are one operation,
+  # which it then adds up in order: not accurate along a long axis.
+  if terms[0].shape[-1] > _LONGEST_SEQUENTIAL_SUM:
+    return one_by_one()
   return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 
 

@@ -24,27 +24,24 @@ _ended: list[str] = []
 def lockstep(
   batches: Iterable[Any], *, timeout: float = 300.0
 ) -> Iterator[Any]:
-  """Batches that every process has, or an error in all of them.
+  """Yields batches that every process has, or raises an error in all of them.
 
-  Where several processes compute as one (:func:`jax.distributed.initialize`),
-  each loads its part of a batch. If one of them has fewer batches than others,
-  or a short one, these wait for it in a reduction, for ever. With this, all
-  processes tell one another of a batch before they use it: its structure,
-  shapes and dtypes, or that there is none. Nothing is sent between devices and
-  nothing waits for them; the hosts exchange a line over the network, while the
-  devices are still busy with the batches before.
+  Where several processes compute as one (:func:`jax.distributed.initialize`)
+  and one of them runs out of batches or has a short one, the others would wait
+  for it in a reduction forever. With this, the hosts compare structure, shapes
+  and dtypes of each batch before it is used, over the network and while the
+  devices are busy; nothing is sent between devices.
 
-  :func:`optax_svrg.mean_gradient` does this by itself when its parameters are
-  spread over several processes. Use it for the batches of the training steps,
-  where they are not known to be equally many: ``for batch in
-  lockstep(batches)``. All processes must come to its calls in the same order.
+  :func:`optax_svrg.mean_gradient` does this by itself when its parameters span
+  several processes. Use it for the batches of the training steps: ``for batch
+  in lockstep(batches)``. All processes must make its calls in the same order.
   In a single process it changes nothing.
 
   Args:
     batches: any iterable of batches, which are trees of arrays, of the part of
       this process or of global arrays.
-    timeout: for how many seconds to wait for the other processes. It must be
-      longer than any of them may take for a batch.
+    timeout: number of seconds to wait for the other processes, more than any of
+      them may take for a batch.
 
   Returns:
     An iterator over ``batches``.
@@ -54,7 +51,7 @@ def lockstep(
     ValueError: if ``timeout`` is not positive; while iterating, if another
       process has fewer or more batches, one of another structure, shape or
       dtype, or failed to make it.
-    TimeoutError: while iterating, if another process has not come to the batch
+    TimeoutError: while iterating, if another process does not reach the batch
       in time, or has died.
 
   Examples:
@@ -62,9 +59,6 @@ def lockstep(
     >>> batches = (np.full(2, i) for i in range(3))
     >>> [int(batch.sum()) for batch in optax_svrg.lockstep(batches)]
     [0, 2, 4]
-
-  .. seealso:: :func:`jax.experimental.multihost_utils.assert_equal`, which is
-    enough where the number of batches is known beforehand.
   """
   _checks.check_batches(batches)
   _checks.check_positive(timeout, "timeout")
@@ -77,7 +71,7 @@ def lockstep(
 
 
 def spans_processes(tree: Any) -> bool:
-  """Whether any array is in part on devices of other processes."""
+  """Returns whether any array is partly on devices of other processes."""
   return any(
     not leaf.is_fully_addressable
     for leaf in jax.tree.leaves(tree)
@@ -86,13 +80,7 @@ def spans_processes(tree: Any) -> bool:
 
 
 class _Lockstep:
-  """Iterates over batches that all processes have found to be alike.
-
-  Attributes:
-    batches: the batches of this process.
-    timeout: how many seconds to wait for the others.
-    client: of the coordination service.
-  """
+  """Iterates over batches that are alike in all processes."""
 
   def __init__(self, batches: Iterable[Any], timeout: float, client: Any):
     self._batches = iter(batches)
@@ -136,11 +124,11 @@ class _Lockstep:
     return batch
 
   def _keys(self, index: int) -> tuple[str, str]:
-    """The folder of what the processes have, and the key of the verdict."""
+    """Returns the folder of the processes' batches, and the verdict's key."""
     return f"{self._name}/{index}", f"{self._name}/verdict/{index}"
 
   def _compare(self, index: int, mine: str) -> str:
-    """Whether all processes have the same, and if not, which have what."""
+    """Returns whether all processes have the same, or which have what."""
     is_first = jax.process_index() == 0
     deadline = time.monotonic() + self._timeout
     folder, verdict = self._keys(index)
@@ -163,7 +151,7 @@ class _Lockstep:
     return result
 
   def _judge(self, folder: str, deadline: float) -> str:
-    """Waits for all processes, and compares what they have."""
+    """Waits for all processes, and compares their batches."""
     got = [
       self._get(f"{folder}/{process}", deadline)
       for process in range(jax.process_count())
@@ -178,7 +166,7 @@ class _Lockstep:
     return self._client.blocking_key_value_get(key, max(milliseconds, 1))
 
   def _reason(self, folder: str, error: Exception) -> str:
-    """Names the processes that did not come."""
+    """Names the processes that did not arrive."""
     known = {
       int(key.rpartition("/")[2])
       for key, _ in self._client.key_value_dir_get(folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mean gradient over a data set, and a table of those of its batches."""
+"""Mean gradient over a data set, and a table of its batches' gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -37,55 +37,49 @@ def mean_gradient(
     \nabla f(\theta) = \frac{1}{n} \sum_B |B| \, \nabla f_B(\theta),
     \qquad n = \sum_B |B|
 
-  Each batch is weighted by its number of examples, so that a short last batch
-  counts by its size. The mean is kept in float32 for narrower dtypes, and
-  compensated for rounding, so that its error does not grow with the number of
-  batches: two arrays of the size of the parameters, donated from batch to
-  batch. The accumulation is compiled once per shape of a batch, and the host
-  does not wait for the device between batches. Wrap ``batches`` to see
-  progress, e.g. in ``tqdm``.
+  Each batch is weighted by its number of examples. The mean is accumulated in
+  float32 for narrower dtypes, with compensation for rounding. The accumulation
+  is compiled once per shape of a batch, and the host does not wait for the
+  device between batches. Wrap ``batches`` to see progress, e.g. in ``tqdm``.
 
   Args:
     grad_fn: a pure function ``grad_fn(params, batch)`` to the mean gradient
       over that batch, a tree like ``params``; usually ``jax.grad(loss)``. Make
       it once, outside of the training loop: as with :func:`jax.jit`, a new
-      function object is compiled again, with what it closes over. To pass
-      values that change as arguments, give a :class:`jax.tree_util.Partial`.
+      function object is compiled again. To pass values that change, give a
+      :class:`jax.tree_util.Partial`.
     params: parameters with float or complex leaves, at which gradients are
       taken.
-    batches: any iterable of batches: a generator, a data loader, an array whose
-      first axis is the batches; inside :func:`jax.jit` also of traced batches.
-      A batch is a tree of arrays, dense or sparse, whose leading axis is the
-      examples, of the same length in all leaves; scalar leaves (a number, a
-      random key) are ignored. All batches have the same structure and numbers
-      of axes. NumPy arrays are copied, so that a loader may reuse its buffers.
-      Where ``params`` are spread over several processes, each has its own
-      iterable, and they are kept in step by :func:`optax_svrg.lockstep`.
-    weights: a function from a batch to its weight, a real scalar, in place of
-      its number of examples; e.g. ``lambda batch: batch["mask"].sum()`` where
-      batches are padded. A batch of weight 0 is ignored, whatever its gradient.
+    batches: any iterable of batches: a generator, a data loader, an array with
+      a leading axis of batches; inside :func:`jax.jit` also traced. A batch is
+      a tree of arrays, dense or sparse, with a leading axis of examples, of the
+      same length in all leaves; scalar leaves are ignored. All batches have the
+      same structure and numbers of axes. NumPy arrays are copied, so a loader
+      may reuse its buffers. Where ``params`` span several processes, each
+      process gives its own iterable, and :func:`optax_svrg.lockstep` is applied
+      to it.
+    weights: a function from a batch to its weight, a real scalar, instead of
+      its number of examples; e.g. ``lambda batch: batch["mask"].sum()`` for
+      padded batches. A batch of weight 0 is ignored.
     axis_name: name of the axis (or tuple of names) of an enclosing
-      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`, each member
-      of which has ``batches`` of its own and a device-local ``grad_fn``. The
-      result is reduced once, at the end of the pass.
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` whose members
+      each have ``batches`` of their own and a device-local ``grad_fn``. The
+      result is averaged over it once, at the end.
 
   Returns:
-    The mean gradient: a tree with the structure and shapes of ``params``, and
-    their dtypes promoted with float32. Inside :func:`jax.jit`, NaN if all
-    batches have the weight 0.
+    The mean gradient, a tree like ``params`` in their dtypes promoted with
+    float32. Inside :func:`jax.jit`, NaN if all weights are 0.
 
   Raises:
     TypeError: if ``grad_fn`` or ``weights`` cannot be called, ``batches`` is a
-      mapping or not iterable, or leaves of ``params`` or of a batch have no
-      dtype that is fit for it.
-    ValueError: if ``batches`` is empty, a batch is empty or its leaves disagree
-      in their number of examples, a batch differs from the first one in
-      structure or number of axes, a weight is not a scalar, all weights are 0,
-      a gradient differs from ``params`` in structure, shape or kind of dtype,
-      ``axis_name`` is no enclosing axis, or gradients have already been summed
-      over it; if another process has other batches than this one.
-    TimeoutError: if another process has not come to a batch in 300 s. To wait
-      longer, give ``optax_svrg.lockstep(batches, timeout=...)``.
+      mapping or not iterable, or a leaf has an unsuitable dtype.
+    ValueError: if ``batches`` or a batch is empty, batches differ in structure
+      or number of axes, or their leaves in length, a weight is not a scalar,
+      all weights are 0, a gradient does not match ``params``, or ``axis_name``
+      is not an enclosing axis or gradients have already been summed over it; if
+      processes have different batches.
+    TimeoutError: if another process does not reach a batch within 300 s. To
+      wait longer, give ``optax_svrg.lockstep(batches, timeout=...)``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_svrg
@@ -95,18 +89,13 @@ def mean_gradient(
     >>> print(optax_svrg.mean_gradient(jax.grad(loss), w, [x[:4], x[4:]]))
     [4. 0.]
 
-    Data that lie on the device as one array need no loop in Python: inside
-    :func:`jax.jit`, batches of equal shape are scanned.
+    Inside :func:`jax.jit`, batches of equal shape are scanned:
 
     >>> grad = jax.grad(loss)
     >>> mean = jax.jit(lambda w, batches: optax_svrg.mean_gradient(
     ...     grad, w, batches))
     >>> print(mean(w, jnp.arange(20.0).reshape(5, 2, 2)))
     [-18. -20.]
-
-  References:
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025
   """
   _check_arguments(grad_fn, params, batches, weights)
   total, _ = _pass(grad_fn, params, batches, weights, None)
@@ -119,13 +108,12 @@ def mean_gradient(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GradientTable:
-  """The gradients of the batches of a data set, as an argument of programs.
+  """Gradients of the batches of a data set, as an argument of programs.
 
   ``table[i]``, for a Python or traced integer ``i`` in [0, ``len(table)``), is
-  the gradient of batch ``i``, to be given to ``update`` as ``snapshot_grads``.
-  A Python integer out of this range raises an IndexError; a traced one gives
-  numbers that are not finite, which ``update`` takes for a gradient that cannot
-  be used, so that the plain one passes.
+  the gradient of batch ``i``: the argument ``snapshot_grads`` of ``update``. A
+  Python integer out of range raises an IndexError; a traced one gives NaN, with
+  which ``update`` passes the gradient unchanged.
 
   Attributes:
     grads: a tree like the parameters, with a leading axis of batches on each
@@ -162,45 +150,41 @@ def gradient_table(
   dtype: Any = None,
   memory_kind: str | None = None,
 ) -> tuple[optax.Updates, GradientTable]:
-  """The mean gradient over a data set, and the gradient of each batch.
+  """Mean gradient over a data set, and the gradient of each batch.
 
-  The pass of :func:`optax_svrg.mean_gradient` computes the gradients of all
-  batches at the snapshot. Where the steps visit the same batches, in any order,
-  they can take them from this table instead of computing them again: two
-  gradients per example and epoch instead of three, for the memory of as many
-  copies of the parameters as there are batches.
+  If the steps visit the batches of the snapshot pass, in any order, they can
+  take the gradients at the snapshot from this table: two gradients per example
+  and epoch instead of three, for the memory of as many copies of the parameters
+  as there are batches.
 
   Args:
-    grad_fn: as for :func:`optax_svrg.mean_gradient`.
-    params: as for :func:`optax_svrg.mean_gradient`.
-    batches: as for :func:`optax_svrg.mean_gradient`.
+    grad_fn: see :func:`optax_svrg.mean_gradient`.
+    params: see :func:`optax_svrg.mean_gradient`.
+    batches: see :func:`optax_svrg.mean_gradient`.
     num_batches: number of batches, where ``batches`` has no usable length. With
       neither, all batches are read into memory first.
-    weights: as for :func:`optax_svrg.mean_gradient`.
+    weights: see :func:`optax_svrg.mean_gradient`.
     dtype: dtype of the table, ``None`` for the parameters'. The mean is that of
-      the rounded gradients, so that the estimator stays unbiased.
-    memory_kind: kind of memory of the table, ``None`` for that of the
-      parameters. With ``"pinned_host"`` it is in the memory of the host from
-      the beginning, and ``table[i]`` moves one gradient to the device. It needs
-      ``params`` that are not traced.
+      the rounded gradients, so the estimator stays unbiased.
+    memory_kind: kind of memory of the table, ``None`` for the parameters'. With
+      ``"pinned_host"`` it is in the memory of the host, and ``table[i]`` moves
+      one gradient to the device; ``params`` must not be traced.
 
   Returns:
     The mean gradient, as of :func:`optax_svrg.mean_gradient`, and a
-    :class:`GradientTable`, in the order of ``batches``.
+    :class:`GradientTable` in the order of ``batches``.
 
   Raises:
     TypeError: as :func:`optax_svrg.mean_gradient`, or if ``dtype`` is not a
       float or complex dtype, or ``num_batches`` not an integer.
-    ValueError: as :func:`optax_svrg.mean_gradient`; if there are more or fewer
-      batches than ``num_batches``, or their length, says; if ``dtype`` would
-      drop imaginary parts; if the devices of ``params`` have no
-      ``memory_kind``; or, before any gradient is computed, if the table does
-      not fit into the memory that the device, or the host, has left.
+    ValueError: as :func:`optax_svrg.mean_gradient`; if the number of batches
+      differs from ``num_batches`` or their length; if ``dtype`` would drop
+      imaginary parts; if the devices of ``params`` have no ``memory_kind``; or,
+      before any gradient is computed, if the table does not fit into memory.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
-    >>> loss = lambda w, x: jnp.mean((w - x) ** 2)
-    >>> grad = jax.grad(loss)
+    >>> grad = jax.grad(lambda w, x: jnp.mean((w - x) ** 2))
     >>> batches = [jnp.array([0.0, 2.0]), jnp.array([4.0, 8.0])]
     >>> params = jnp.array(1.0)
     >>> tx = optax.chain(optax_svrg.alpha_svrg(1.0), optax.sgd(0.1))
@@ -209,24 +193,12 @@ def gradient_table(
     -5.0 -10.0
     >>> state = optax_svrg.take_snapshot(
     ...     tx.init(params), params, lambda _: mean)
-    >>> @jax.jit
-    ... def step(params, state, batch, table, i):
-    ...   updates, state = tx.update(
-    ...       grad(params, batch), state, params, snapshot_grads=table[i])
-    ...   return optax.apply_updates(params, updates), state
     >>> for i in (1, 0):
-    ...   params, state = step(params, state, batches[i], table, i)
+    ...   updates, state = tx.update(
+    ...       grad(params, batches[i]), state, params, snapshot_grads=table[i])
+    ...   params = optax.apply_updates(params, updates)
     >>> print(f"{params:.2f}")
     1.90
-
-  References:
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025, whose code has a variant that
-    keeps the gradients of an epoch; Johnson and Zhang, `Accelerating Stochastic
-    Gradient Descent using Predictive Variance Reduction
-    <https://papers.nips.cc/paper/4937>`_, 2013
-
-  .. seealso:: :func:`optax_svrg.adaptive_saga`, which needs no pass.
   """
   _check_arguments(grad_fn, params, batches, weights)
   dtype = _checks.as_dtype(dtype, "dtype")
@@ -246,7 +218,7 @@ def gradient_table(
 
 
 def _length(batches: Any) -> int | None:
-  """The length of an iterable; None if it has none, or cannot tell it."""
+  """Returns the length of an iterable, or None if it has none."""
   try:
     return len(batches)
   except Exception:  # Whatever a loader raises for a stream.
@@ -254,7 +226,7 @@ def _length(batches: Any) -> int | None:
 
 
 def split_partial(grad_fn: Callable[..., Any]) -> tuple[Callable, tuple, dict]:
-  """A function, and arguments bound to it that programs take as arguments."""
+  """Splits a Partial into its function and its arguments."""
   if isinstance(grad_fn, jax.tree_util.Partial):
     return grad_fn.func, grad_fn.args, dict(grad_fn.keywords)
   return grad_fn, (), {}
@@ -302,7 +274,7 @@ def _nothing(params: optax.Params) -> _Total:
 def _include(
   total: _Total, grads: list[jax.Array], weight: jax.Array
 ) -> _Total:
-  """The mean with one more batch."""
+  """Includes one more batch in the mean."""
   sum_, rest = _compensated.two_sum(total.weight, weight)
   sum_, rest = _compensated.two_sum(sum_, total.weight_error + rest)
   is_zero = weight == 0
@@ -320,7 +292,7 @@ def _include(
 
 
 def _reduced(total: _Total, axis_name: Any, *, has_weights: bool) -> _Total:
-  """The mean over the members of a mapped axis."""
+  """Averages over the members of a mapped axis."""
   if not has_weights:
     # Every member has as many examples: shapes are the same on all devices.
     return total._replace(mean=jax.lax.pmean(total.mean, axis_name))
@@ -337,7 +309,7 @@ def _reduced(total: _Total, axis_name: Any, *, has_weights: bool) -> _Total:
 def _result(
   total: _Total, params: optax.Params, *, has_weights: bool
 ) -> optax.Updates:
-  """The mean as a tree like the parameters; NaN if nothing has a weight."""
+  """Returns the mean as a tree; NaN if all weights are 0."""
   mean = total.mean
   if has_weights:
     is_zero = total.weight == 0
@@ -366,7 +338,7 @@ def _pass(
 
 
 def _checked(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
-  """The batches, as they are found to be alike and as many as promised."""
+  """Yields the batches, and checks their form and number."""
   count = 0
   first = None
   promise = f"batches must hold {num_batches} batches, as num_batches or their"
@@ -389,7 +361,7 @@ def _checked(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
 def _weight(
   weights: Callable[[Any], Any] | None, batch: Any
 ) -> float | jax.Array:
-  """The weight of a batch."""
+  """Returns the weight of a batch."""
   if weights is None:
     return float(_checks.leading_axes(batch)[0][1])
   weight = jnp.asarray(weights(batch))
@@ -409,7 +381,7 @@ def _advance(
   batch: Any,
   weight: Any,
 ) -> tuple[_Total, Any]:
-  """Takes the gradient of a batch into the mean, and into the table."""
+  """Includes the gradient of a batch in the mean and in the table."""
   total, table = carry
   grads = grad_fn(params, batch)
   _checks.check_same_tree(grads, params, "the result of grad_fn", "params")
@@ -448,7 +420,7 @@ def _loop(
     fn,
     ("mean_gradient", donate, *jax.tree.leaves(shardings)),
     lambda call: _accumulation(call, shardings, donate),
-    warns=True,
+    warn_level=4,
   )
   for index, batch in enumerate(batches):
     batch = _sharding.owned(batch)
@@ -460,7 +432,7 @@ def _loop(
 def _accumulation(
   grad_fn: Callable[..., Any], shardings: Any, donate: bool
 ) -> Any:
-  """The jitted accumulation of one batch."""
+  """Returns the jitted accumulation of one batch."""
 
   @functools.partial(
     jax.jit, donate_argnums=0 if donate else (), out_shardings=shardings
@@ -483,7 +455,7 @@ def _accumulation(
 def _runs(
   batches: Iterable[Any], num_batches: int | None
 ) -> list[tuple[Any, list[jax.Array]]]:
-  """Batches of equal shapes, stacked: tree structures and their leaves."""
+  """Stacks batches of equal shapes: tree structures and their leaves."""
   if isinstance(batches, (jax.Array, np.ndarray)) and batches.ndim:
     for _ in _checked(batches[:1], None):
       pass
@@ -509,7 +481,7 @@ def _scan(
   weights: Callable[[Any], Any] | None,
   carry: tuple[_Total, GradientTable | None],
 ) -> tuple[_Total, GradientTable | None]:
-  """Inside a program: a scan over each run of batches.
+  """Scans each run of batches inside a program.
 
   It holds one gradient at a time, where XLA for CPU would compute those of all
   batches before it adds them up.

@@ -12,56 +12,16 @@ import optax
 from optax_svrg import _checks, _control_variate, _variance
 
 
-class Payoff(NamedTuple):
-  """What noise has cost in an interval of training; real scalars.
-
-  Attributes:
-    progress: by how much the loss has fallen, in its units.
-    gain: by how much more, at most, it would have fallen with a control
-      variate, likewise.
-    variance_ratio: the variance that the control variate leaves, as part of
-      that without it.
-  """
-
-  progress: jax.Array
-  gain: jax.Array
-  variance_ratio: jax.Array
-
-  def pays(self, cost: Any) -> jax.Array:
-    r"""Whether variance reduction is worth its gradients.
-
-    Less noise pays under two conditions. It must lower the loss by more than
-    as many gradients would with plain steps, ``gain > (cost - 1) * progress``:
-    otherwise steps are what is missing, or they are so small already that noise
-    does not matter. And, as smaller steps lessen noise too, for nothing but
-    slower progress, the variance must fall by more than the cost,
-    ``variance_ratio < 1 / cost``.
-
-    Args:
-      cost: gradients per step with variance reduction in those of a plain step:
-        3 with a full pass, 2 with :func:`optax_svrg.gradient_table`.
-
-    Returns:
-      A boolean scalar; false where the numbers are NaN.
-    """
-    return (self.gain > (cost - 1) * self.progress) & (
-      self.variance_ratio * cost < 1
-    )
-
-
 class RunningMoments(NamedTuple):
-  r"""Moments of pairs of gradients that are seen one after the other.
+  r"""Moments of pairs of gradients that arrive one after the other.
 
-  For :func:`optax_svrg.optimal_alpha` and the variance that a coefficient
-  leaves, over a whole pass of batches of which no two gradients need to be held
-  at a time. The moments are population moments (divided by the number of
-  pairs), in which each pair counts the same; leave out a short last batch,
-  whose gradient is noisier. They are updated in a numerically stable way
-  (Welford), from differences to the running mean, and may be as large or small
-  as the dtype allows. Memory is five times the parameters'.
-
-  It is a tree of arrays, whose shapes and dtypes do not change: a carry of
-  :func:`jax.lax.scan`, and an argument that can be donated to :func:`jax.jit`.
+  They give the coefficients of :func:`optax_svrg.optimal_alpha`, and the
+  variance that these leave, for gradients that do not fit in memory together.
+  Moments are divided by the number of pairs, all pairs of equal weight: leave
+  out a short last batch. They are updated by Welford's method, may be as large
+  or small as the dtype allows, and take five times the memory of the
+  parameters. Shapes and dtypes never change: use them as a carry of
+  :func:`jax.lax.scan` or as a donated argument.
 
   Attributes:
     count: number of pairs seen.
@@ -71,7 +31,7 @@ class RunningMoments(NamedTuple):
       ``unit ** 2``.
     var_snapshot_grads: variance of each component of those at the snapshot, in
       the same units.
-    cov: covariance of each component of the two, its real part, in the same
+    cov: real part of the covariance of each component of the two, in the same
       units.
     unit: a power of two: 1 if squares of the gradients are in the range of the
       dtype.
@@ -100,15 +60,13 @@ class RunningMoments(NamedTuple):
 
   @classmethod
   def create(cls, params: optax.Params) -> "RunningMoments":
-    """The moments of no gradients yet.
+    """Returns the moments of no gradients.
 
     Args:
-      params: parameters with float or complex leaves, or gradients like those
-        to come.
+      params: parameters with float or complex leaves, or gradients.
 
     Returns:
-      Zeros, in the dtypes of ``params`` promoted with float32 for the means,
-      and real ones of that width for the second moments.
+      Zeros, in the dtypes of ``params`` promoted with float32.
 
     Raises:
       TypeError: if a leaf of ``params`` is not of a float or complex dtype.
@@ -140,7 +98,7 @@ class RunningMoments(NamedTuple):
   def update(
     self, grads: optax.Updates, snapshot_grads: optax.Updates
   ) -> "RunningMoments":
-    """The moments with one more pair of gradients.
+    """Returns the moments with one more pair of gradients.
 
     Args:
       grads: the gradient of a batch at the current parameters.
@@ -217,27 +175,21 @@ class RunningMoments(NamedTuple):
     return _variance.unflatten(treedef, ratios, per)
 
   def variance_ratio(self, alpha: Any) -> jax.Array:
-    r"""The variance that a coefficient leaves, as part of that without it.
+    r"""Variance with a coefficient, divided by the variance without.
 
     .. math::
 
       \frac{\sum_k \operatorname{Var}(g_k - \alpha_k s_k)}
       {\sum_k \operatorname{Var}(g_k)}
 
-    A reduction of the variance pays, roughly, if it is larger than what it
-    costs: with one snapshot per epoch the correction takes three gradients per
-    example in place of one (its own, that at the snapshot, and that of the pass
-    for the mean gradient), as much as batches three times as large, which would
-    leave 1/3.
-
     Args:
-      alpha: the coefficient, a real scalar; or a tree of them as
-        :meth:`optimal_alpha` gives, whose leaves are scalars or arrays of the
-        shapes of the parameters. Ignored, and may be NaN, where nothing varies
-        at the snapshot.
+      alpha: the coefficient, a real scalar; or a tree of them as from
+        :meth:`optimal_alpha`, whose leaves are scalars or arrays of the shapes
+        of the parameters. Ignored where the snapshot gradient has zero
+        variance.
 
     Returns:
-      A scalar with a rounding error of about that of 1; 1 if nothing varies.
+      A scalar; 1 if nothing varies.
 
     Raises:
       TypeError: if ``alpha`` is not real.
@@ -263,82 +215,6 @@ class RunningMoments(NamedTuple):
     # Rounding must not make a variance negative.
     ratio = jnp.maximum(rest, 0) / jnp.where(is_constant, 1, plain)
     return jnp.where(is_constant, 1, ratio)
-
-  def payoff(self, displacement: optax.Updates) -> Payoff:
-    r"""What noise has cost since the snapshot, seen from plain steps.
-
-    For an interval of plain steps, e.g. an epoch, that have moved the
-    parameters by :math:`d` from those of the snapshot, the loss has changed, up
-    to third order, by
-
-    .. math::
-
-      \langle \bar s, d \rangle
-      + \tfrac{1}{2} \langle \bar g - \bar s, d \rangle
-
-    The second term, the curvature along the path, holds all that noise has
-    cost: its effect of first order averages out. A control variate that leaves
-    the share :math:`r` of the variance saves at most :math:`(1 - r)` of it.
-    Unlike the variance, this knows the size of the steps and the optimizer that
-    made them.
-
-    A few pairs, of batches drawn at random, are enough for a rough answer. Here
-    :math:`r` is that of the end of the interval, the worst of it. What it
-    cannot see is that noise of today is averaged out tomorrow, when the
-    learning rate has decayed.
-
-    Args:
-      displacement: the current parameters less those of the snapshot, a tree
-        like the parameters. If they are complex, gradients are expected as
-        Optax's optimizers take them, i.e. conjugates of those of
-        :func:`jax.grad`.
-
-    Returns:
-      A :class:`Payoff`. Its gain is 0 and its variance ratio 1 if the gradients
-      do not vary, so before the second pair.
-
-    Raises:
-      ValueError: if ``displacement`` differs from the parameters in structure,
-        shape or kind of dtype.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax_svrg
-      >>> x = jnp.array([3.0, -3.0, 1.0, -1.0])
-      >>> grad = jax.grad(lambda w, x: 0.5 * (w - x) ** 2)
-      >>> w, snapshot = jnp.array(0.5), jnp.array(-0.5)
-      >>> moments = optax_svrg.RunningMoments.create(w)
-      >>> for i in range(4):
-      ...   moments = moments.update(grad(w, x[i]), grad(snapshot, x[i]))
-      >>> payoff = moments.payoff(w - snapshot)
-      >>> print(*(f"{x:.1f}" for x in payoff), payoff.pays(cost=3))
-      0.0 0.5 0.0 True
-
-    References:
-      The trade between noise, curvature and batch size is that of McCandlish et
-      al., `An Empirical Model of Large-Batch Training
-      <https://arxiv.org/abs/1812.06162>`_, 2018, taken along the path of the
-      optimizer instead of along the gradient.
-    """
-    _checks.check_same_tree(
-      displacement,
-      self.mean_grads,
-      "displacement",
-      "the params given to create",
-    )
-
-    def along(grads: optax.Updates) -> jax.Array:
-      g, d = _variance.wide_leaves(grads, displacement)
-      products = map(_variance.real_product, g, d)
-      return sum(map(jnp.sum, products), jnp.zeros([], g[0].real.dtype))
-
-    change = optax.tree.sub(self.mean_grads, self.mean_snapshot_grads)
-    curvature = along(change) / 2
-    ratio = self.variance_ratio(self.optimal_alpha(per="tree"))
-    return Payoff(
-      progress=-along(self.mean_snapshot_grads) - curvature,
-      gain=(1 - ratio).astype(curvature.dtype) * curvature,
-      variance_ratio=ratio,
-    )
 
   def _coefficients(self, alpha: Any) -> list[jax.Array]:
     """A coefficient per leaf, of its shape and dtype."""

@@ -9,7 +9,7 @@ import weakref
 
 
 class _Uses:
-  """How often a program was asked for."""
+  """Number of times a program was requested."""
 
   def __init__(self) -> None:
     self.count = 0
@@ -47,7 +47,7 @@ def program(
   key: Hashable,
   make: Callable[[Callable[..., Any]], Any],
   *,
-  warns: bool = False,
+  warn_level: int = 0,
 ) -> Any:
   """Returns ``make(fn)``, the same object as long as ``fn`` is alive.
 
@@ -59,7 +59,8 @@ def program(
     fn: the function; it must be alive whenever the result is called.
     key: what else the result depends on.
     make: makes the result from a function that calls ``fn``.
-    warns: whether to warn of functions that are made for a single use.
+    warn_level: number of calls between the user's line and this one, to warn
+      there of functions made for a single use; 0 for no warning.
   """
   reference = _reference(fn)
   if reference is None:  # Cannot be referred to weakly.
@@ -79,8 +80,8 @@ def program(
       return get()(*args, **kwargs)
 
     owned[full_key] = _Program(make(call), _Uses())
-    if warns:
-      _warn_if_made_again(fn, key, owned[full_key].uses)
+    if warn_level:
+      _warn_if_made_again(fn, key, owned[full_key].uses, warn_level + 2)
   owned[full_key].uses.count += 1
   return owned[full_key].run
 
@@ -95,7 +96,7 @@ def _reference(fn: Callable[..., Any]) -> _Reference | None:
 
 
 def _warn_if_made_again(
-  fn: Callable[..., Any], key: Hashable, uses: _Uses
+  fn: Callable[..., Any], key: Hashable, uses: _Uses, stacklevel: int
 ) -> None:
   """Warns, once for each piece of code, of functions made for a single use."""
   code = getattr(inspect.unwrap(fn), "__code__", None)
@@ -110,5 +111,5 @@ def _warn_if_made_again(
       f" {code.co_filename}, line {code.co_firstlineno}), so it is compiled"
       " each time. Make it once, outside of the training loop, and pass values"
       " that change through jax.tree_util.Partial(fn, values).",
-      stacklevel=5,
+      stacklevel=stacklevel,
     )

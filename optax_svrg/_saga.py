@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAGA over mini-batches, also with a coefficient estimated online."""
+"""SAGA over mini-batches, with a given or an estimated coefficient."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ from optax_svrg import (
 
 
 class SAGAState(NamedTuple):
-  """State of :func:`optax_svrg.alpha_saga` and of :func:`adaptive_saga`.
+  """State of :func:`optax_svrg.alpha_saga` and :func:`adaptive_saga`.
 
   Attributes:
-    count: number of updates made, which the schedule of the coefficient sees.
+    count: number of updates made, the argument of a schedule.
     alpha: coefficient applied by the last update, for logging: 0 where the
-      gradient passed unchanged, as while the entry of its batch was empty.
+      gradient passed unchanged.
     is_filled: for each batch, whether its gradient has been stored.
     table: last gradient of each batch: the tree of the parameters with a
       leading axis of batches (with more than ten batches, several short ones,
@@ -54,80 +54,65 @@ def alpha_saga(
 ) -> optax.GradientTransformationExtraArgs:
   r"""SAGA over mini-batches: variance reduction without a second gradient.
 
-  The data set is divided into fixed batches, which are visited in any order, as
-  a rule in a new random one each epoch. Of each batch :math:`i` the last
-  gradient :math:`s_i` is kept in a table, whose mean :math:`\bar s` is always
-  known. The gradient :math:`g_i` of a batch is replaced by
+  The data set is divided into fixed batches, which are visited in random order.
+  A table keeps the last gradient :math:`s_i` of each batch :math:`i` and their
+  mean :math:`\bar s`. The gradient :math:`g_i` of a batch is replaced by
 
   .. math::
 
     g_i - \alpha \left(s_i - \bar s\right),
 
-  and then takes the place of :math:`s_i`. For a batch that is drawn uniformly
-  the correction has mean zero, so the result is unbiased for every
-  :math:`\alpha`. :math:`\alpha = 1` is SAGA. As the entries are an epoch old,
-  that is too much for neural networks: see :func:`adaptive_saga`.
+  and then stored in place of :math:`s_i`. For a uniformly drawn batch the
+  correction has mean zero, so the result is unbiased for every :math:`\alpha`.
+  :math:`\alpha = 1` is SAGA, for convex problems; for neural networks, whose
+  gradients change within an epoch, see :func:`adaptive_saga`.
 
-  A batch without an entry is not corrected, and :math:`\bar s` is the mean over
-  those that have one, so that the result is unbiased from the first step on,
-  also if batches are drawn with replacement. In the first of several epochs
-  without replacement nothing is corrected. For SAGA as it is published, fill
-  the table at the initial parameters before the training, see the example.
+  **Donate the state** (``jax.jit(step, donate_argnums=...)``) or carry it in
+  :func:`jax.lax.scan`: the table is then updated in place. Otherwise every step
+  copies it, which can take many times as long as the step itself. The table
+  takes ``num_batches`` times the memory of the parameters, and its mean two
+  copies more.
 
-  Put it first in :func:`optax.chain`, before clipping, noise, gradient
-  accumulation and everything else that is not linear, followed by any
-  optimizer. What is random within a batch, as augmentation and dropout, may be
-  drawn anew at each visit: the result stays unbiased, but the less a batch
-  resembles itself, the less is gained.
-
-  **Memory.** The table takes ``num_batches`` times the bytes of the parameters,
-  half of that with ``table_dtype=jnp.bfloat16`` for float32 parameters; its
-  mean takes another two copies. It is updated in place if the state is donated
-  or carried by :func:`jax.lax.scan`. Larger batches make a smaller table.
+  A batch without a stored gradient is not corrected, and :math:`\bar s` is the
+  mean over the stored ones; in the first epoch without replacement nothing is
+  corrected. To start with a full table, make one pass at the initial
+  parameters, as in the example. Put the transformation first in
+  :func:`optax.chain`, before every other nonlinear one.
 
   Args:
-    alpha: the coefficient: a finite real number, a scalar array, or a schedule,
-      which is given the number of updates made so far. While it is 0, the
-      gradient passes unchanged, bit for bit, and the table is still filled; for
-      the Python number 0 it is not.
-    num_batches: number of the fixed batches, at least 1.
+    alpha: see :func:`optax_svrg.alpha_svrg`. While it is 0 the table is still
+      filled, except for the Python number 0.
+    num_batches: number of fixed batches, at least 1.
     table_dtype: dtype of the table, ``None`` for the parameters'. The mean is
       that of the rounded entries, so the result is still unbiased.
     axis_name: name of the axis (or tuple of names) of an enclosing
-      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which
-      gradients are to be averaged. The updates are then device-local; they are
-      averaged in one reduction, and the table holds averaged gradients. With
-      ``None`` they must have been averaged before.
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which to
+      average. The updates must then be device-local (see
+      :func:`optax_svrg.device_local`); the table holds averages. With ``None``,
+      the updates must already be averages.
     shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``init`` takes
-    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`
-    in their place) and returns a :class:`SAGAState`. Its ``update`` needs the
-    extra argument ``batch_index``, an integer or scalar integer array in
-    [0, ``num_batches``): which of the fixed batches the updates are the
-    gradient of. Where a traced index is out of this range, the gradient passes
-    unchanged, ``alpha`` is 0, and the table stays as it is; so the gradient
-    does where a corrected one would not be finite. Components of a gradient
-    that are not finite, in ``table_dtype``, are not stored.
+    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`)
+    and returns a :class:`SAGAState`. Its ``update`` needs the extra argument
+    ``batch_index``, an integer in [0, ``num_batches``): the fixed batch whose
+    gradient this is. If a traced index is out of range or the corrected
+    gradient is not finite, the gradient passes unchanged. Components that are
+    not finite in ``table_dtype`` are not stored.
 
-    Updates keep their structure, shapes and dtypes. Sums are formed in float32
-    for narrower dtypes. The mean of the table is compensated for rounding, so
-    that its error does not grow with the number of updates.
+    Updates keep their structure, shapes and dtypes. Arithmetic is in float32
+    for narrower dtypes, and the mean of the table is compensated for rounding.
 
   Raises:
-    TypeError: if ``alpha`` is not a real number, array or schedule, if
-      ``num_batches`` is not an integer, if ``table_dtype`` is not a float or
-      complex dtype, if parameters are not of such a dtype (by ``init``), or if
-      ``batch_index`` is not an integer (by ``update``).
-    ValueError: if ``alpha`` is not finite or not a scalar, if ``num_batches``
-      is less than 1, by ``init``: if ``table_dtype`` would drop imaginary parts
-      or the table does not fit into the memory of the device; and by
-      ``update``: if ``batch_index`` is not given (also when a wrapper has
-      dropped it), known to be out of range, or not a scalar, if the state was
-      made with other arguments than this transformation, if updates or
-      parameters do not match the state in structure, shape or kind of dtype, if
-      ``axis_name`` is no enclosing axis or the gradients have already been
+    TypeError: if an argument, a parameter (``init``) or ``batch_index``
+      (``update``) has the wrong type or dtype.
+    ValueError: if ``alpha`` is not a finite scalar, or ``num_batches`` less
+      than 1; from ``init``, if ``table_dtype`` would drop imaginary parts or
+      the table does not fit into the device's memory; from ``update``, if
+      ``batch_index`` is missing or known to be out of range, if updates,
+      parameters or the state do not match this transformation, or if
+      ``axis_name`` is not an enclosing axis or the gradients have already been
       summed over it.
 
   Examples:
@@ -136,32 +121,26 @@ def alpha_saga(
     >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
     >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
     >>> batches = jnp.array([[0, 1], [2, 3]])
-    >>> tx = optax.chain(optax_svrg.alpha_saga(1.0, len(batches)),
-    ...                  optax.sgd(0.1))
-    >>> params = jnp.zeros(2)
-    >>> state = tx.init(params)
-    >>> @jax.jit
-    ... def step(params, state, i):
-    ...   grads = jax.grad(loss)(params, batches[i])
-    ...   updates, state = tx.update(grads, state, params, batch_index=i)
-    ...   return optax.apply_updates(params, updates), state
+    >>> saga = optax_svrg.alpha_saga(1.0, len(batches))
+    >>> w = jnp.zeros(2)
+    >>> state = saga.init(w)
     >>> for i in range(len(batches)):  # Optional: fills the table.
-    ...   _, state = step(params, state, i)
-    >>> for epoch in range(50):
-    ...   for i in jax.random.permutation(jax.random.key(epoch), len(batches)):
-    ...     params, state = step(params, state, i)
-    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
+    ...   _, state = saga.update(
+    ...       jax.grad(loss)(w, batches[i]), state, batch_index=i)
+    >>> def step(carry, i):
+    ...   w, state = carry
+    ...   updates, state = saga.update(
+    ...       jax.grad(loss)(w, batches[i]), state, batch_index=i)
+    ...   return (w - 0.1 * updates, state), None
+    >>> order = jax.random.randint(jax.random.key(0), (100,), 0, len(batches))
+    >>> (w, state), _ = jax.lax.scan(step, (w, state), order)
+    >>> print(f"{loss(w, jnp.arange(4)):.4f}")
     0.0486
 
   References:
     Defazio et al., `SAGA: A Fast Incremental Gradient Method With Support for
     Non-Strongly Convex Composite Objectives
     <https://arxiv.org/abs/1407.0202>`_, 2014
-
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025, for the coefficient.
-
-  .. seealso:: :func:`optax_svrg.adaptive_saga`, :func:`optax_svrg.alpha_svrg`
   """
   rule = _control_variate.Given(alpha)
   return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
@@ -176,12 +155,12 @@ def adaptive_saga(
   axis_name: Any = None,
   shard_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""SAGA over mini-batches whose coefficient is estimated from step to step.
+  r"""SAGA over mini-batches with a coefficient estimated during training.
 
-  The same estimator as :func:`optax_svrg.alpha_saga`, with the same arguments
-  of ``update``. The coefficient is the one of least variance, estimated as that
-  of :func:`optax_svrg.adaptive_svrg`, with the stored gradient :math:`s_i` for
-  the snapshot's and the mean :math:`\bar s` of the table for the mean gradient:
+  The estimator of :func:`optax_svrg.alpha_saga`, with the same argument of
+  ``update``, for neural networks: one gradient per step, as for the plain
+  optimizer, and memory for the table. The coefficient of least variance is
+  estimated over the steps before this one, so the result stays unbiased:
 
   .. math::
 
@@ -191,76 +170,58 @@ def adaptive_saga(
     \operatorname{EMA}\lVert g_i - \bar s\rVert^2\right)},
     0, \alpha_{\max}\right)
 
-  over the steps before this one, so that the corrected gradient stays unbiased.
-  It starts at 0 and rises as the learning rate falls and entries age less. It
-  falls where augmentation or dropout make a batch differ from itself.
+  It starts at 0 and rises as the learning rate decreases. The second term of
+  the maximum guards against gradients that grow from visit to visit, a sign of
+  steps that are too large. Visit the batches in a new random order each epoch:
+  a fixed order loses the gain. Augmentation and dropout may differ from visit
+  to visit, but reduce the gain.
 
-  The second term of the maximum, which is derived from the averages that are
-  there, is a guard. Gradients that grow from visit to visit are a sign of steps
-  that are too large, and then the entries are an echo of old oscillations.
-  Visit the batches in a random order: in one that repeats, entries all have the
-  same age, and such echoes pass for variance between batches.
-
-  This takes one gradient per step, as the plain optimizer does, and memory for
-  the table, see :func:`alpha_saga`. It gains most with small batches and noisy
-  gradients, and may lose with few large batches, see ``benchmarks/README.md``.
+  **Donate the state** (``jax.jit(step, donate_argnums=...)``) or carry it in
+  :func:`jax.lax.scan`: otherwise every step copies the table, which can take
+  many times as long as the step itself.
 
   Args:
     num_batches: see :func:`optax_svrg.alpha_saga`.
-    decay: of the two averages, in [0, 1).
+    decay: decay rate of the two averages, in [0, 1).
     max_alpha: positive upper bound of the coefficient.
     table_dtype: see :func:`optax_svrg.alpha_saga`.
-    axis_name: see :func:`optax_svrg.alpha_saga`. The estimate is made of the
-      averaged gradients, and needs no further reduction.
+    axis_name: see :func:`optax_svrg.alpha_saga`.
     shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
 
   Returns:
-    An :class:`optax.GradientTransformationExtraArgs` as that of
-    :func:`optax_svrg.alpha_saga`. In its :class:`SAGAState` ``alpha`` is the
-    coefficient used last, and ``estimate`` holds the averages, in float32 or,
-    for parameters of double precision, in float64. The coefficient is real for
-    complex parameters too. ``optax.tree.get(opt_state, "variance_ratio")``
-    estimates what the correction leaves of the variance of the gradient, see
-    :func:`optax_svrg.adaptive_svrg` for what it assumes.
+    An :class:`optax.GradientTransformationExtraArgs` like that of
+    :func:`optax_svrg.alpha_saga`, whose :class:`SAGAState` holds the averages
+    in ``estimate``. The coefficient is real for complex parameters too.
 
   Raises:
     TypeError: if ``decay`` or ``max_alpha`` is not a real number; otherwise as
       :func:`optax_svrg.alpha_saga`.
-    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive or
-      not finite; otherwise as :func:`optax_svrg.alpha_saga`.
+    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive and
+      finite; otherwise as :func:`optax_svrg.alpha_saga`.
 
   Examples:
-    >>> import jax, jax.numpy as jnp, optax, optax_svrg
-    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
-    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
-    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
-    >>> batches = jnp.array([[0, 1], [2, 3]])
-    >>> tx = optax.chain(optax_svrg.adaptive_saga(len(batches)),
-    ...                  optax.sgd(0.1))
-    >>> params = jnp.zeros(2)
+    >>> import functools, jax, jax.numpy as jnp, optax, optax_svrg
+    >>> x = jax.random.normal(jax.random.key(0), (8, 16, 3))
+    >>> y = jnp.sin(x).sum(axis=-1)
+    >>> loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    >>> tx = optax.chain(optax_svrg.adaptive_saga(len(x)), optax.adam(0.1))
+    >>> params = jnp.zeros(3)
     >>> state = tx.init(params)
-    >>> @jax.jit
-    ... def step(params, state, i):
-    ...   grads = jax.grad(loss)(params, batches[i])
+    >>> @functools.partial(jax.jit, donate_argnums=(0, 1))
+    ... def step(params, state, x, y, i):
+    ...   grads = jax.grad(loss)(params, x, y)
     ...   updates, state = tx.update(grads, state, params, batch_index=i)
     ...   return optax.apply_updates(params, updates), state
-    >>> for epoch in range(50):
-    ...   for i in jax.random.permutation(jax.random.key(epoch), len(batches)):
-    ...     params, state = step(params, state, i)
-    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
-    0.0486
+    >>> for epoch in range(10):
+    ...   for i in jax.random.permutation(jax.random.key(epoch), len(x)):
+    ...     params, state = step(params, state, x[i], y[i], i)
+    >>> bool(optax.tree.get(state, "alpha") > 0.5)
+    True
 
   References:
-    Defazio et al., `SAGA: A Fast Incremental Gradient Method With Support for
-    Non-Strongly Convex Composite Objectives
-    <https://arxiv.org/abs/1407.0202>`_, 2014
-
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025, whose optimal coefficient this
-    estimates.
-
-  .. seealso:: :func:`optax_svrg.alpha_saga`,
-    :func:`optax_svrg.adaptive_svrg`
+    Defazio et al., `SAGA <https://arxiv.org/abs/1407.0202>`_, 2014; Yin et al.,
+    `A Coefficient Makes SVRG Effective <https://arxiv.org/abs/2311.05589>`_,
+    2025, for the coefficient of least variance.
   """
   rule = _control_variate.Estimated(decay, max_alpha, start=0, guarded=True)
   return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
@@ -323,7 +284,7 @@ def _visit(
   *,
   sum_axes: Any,
 ) -> tuple[_control_variate.Correction, SAGAState]:
-  """Corrects a gradient by the entry of its batch, whose place it takes."""
+  """Corrects a gradient by the stored one of its batch, and replaces that."""
   entry = _read(state, batch_index)
   active = entry.is_known & entry.has_grads
   correction = _control_variate.correct(
@@ -339,7 +300,7 @@ def _visit(
 
 
 class _Entry(NamedTuple):
-  """What the table holds for a batch.
+  """Entry of the table for one batch.
 
   Attributes:
     position: index in the table.
@@ -395,7 +356,7 @@ def _read(state: SAGAState, batch_index: Any) -> _Entry:
 
 
 def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
-  """Stores a gradient, and moves the mean by what that changes."""
+  """Stores a gradient, and updates the mean by the difference."""
   num_batches = state.is_filled.shape[0]
 
   def stored(old: jax.Array, g: jax.Array) -> jax.Array:
@@ -468,7 +429,7 @@ def _check_trees(
   params: optax.Params | None,
   axis_name: Any,
 ) -> None:
-  """Checks what update is given against the state."""
+  """Checks the arguments of update against the state."""
   mean = state.mean_grads
   _checks.check_same_tree(updates, mean, "updates", "the table's entries")
   if params is not None:
@@ -505,7 +466,7 @@ def _check_table(
 
 
 def _check_index(batch_index: Any, num_batches: int) -> Any:
-  """Returns ``batch_index``; raises unless it can be one, if that is known."""
+  """Returns ``batch_index``; raises if it is known to be invalid."""
   if batch_index is None:
     raise ValueError(
       "SAGA needs the extra argument batch_index, which says which of the"

@@ -17,16 +17,14 @@ def linear_decay(
   *,
   steps_per_snapshot: int | None = None,
 ) -> optax.Schedule:
-  r"""The paper's schedule: decays linearly, constant between snapshots.
+  r"""The paper's schedule: linear decay, constant between snapshots.
 
-  Training is divided into
-  :math:`n = \text{epochs} \cdot \lceil \text{steps_per_epoch} /
-  \text{steps_per_snapshot} \rceil` intervals, one per snapshot. Intervals start
-  anew with each epoch, so the last one of an epoch may be short. During
-  interval :math:`i = 0, \ldots, n - 1` the value is
-  ``numpy.linspace(init_value, 0, n)[i]``: ``init_value`` in the first interval,
-  exactly 0 in the last (where neither the snapshot nor its gradients are of any
-  use), and 0 afterwards. With ``n = 1`` it is ``init_value`` throughout.
+  Training is divided into :math:`n = \text{epochs} \cdot \lceil
+  \text{steps_per_epoch} / \text{steps_per_snapshot} \rceil` intervals, one per
+  snapshot; the last interval of an epoch may be short. During interval :math:`i
+  = 0, \ldots, n - 1` the value is ``numpy.linspace(init_value, 0, n)[i]``:
+  ``init_value`` in the first interval, exactly 0 in the last one and
+  afterwards. With ``n = 1`` it is always ``init_value``.
 
   Args:
     init_value: the coefficient :math:`\alpha_0` of the first interval, a finite
@@ -43,7 +41,8 @@ def linear_decay(
 
   Raises:
     TypeError: if an argument is not a number of the kind described above.
-    ValueError: if ``init_value`` is not finite, or a count is below 1.
+    ValueError: if ``init_value`` is not finite, a count is below 1, or
+      ``steps_per_snapshot`` exceeds ``steps_per_epoch``.
 
   Examples:
     >>> import optax_svrg
@@ -53,8 +52,8 @@ def linear_decay(
 
   References:
     Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025 (the linear decay schedule;
-    ``svrg_scheduler`` in the authors' code)
+    <https://arxiv.org/abs/2311.05589>`_, 2025 (``svrg_scheduler`` in their
+    code)
   """
   _checks.check_coefficient(init_value, "init_value")
   epochs = _checks.check_count(epochs, "epochs")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of one device, and where the parts of a state are placed."""
+"""Device-local gradients, and the placement of optimizer states."""
 
 from collections.abc import Callable
 import functools
@@ -18,16 +18,12 @@ from optax_svrg import _checks, _compat, _table
 def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
   """Keeps ``jax.grad`` from summing a gradient over the devices.
 
-  Under the type checking of :func:`jax.shard_map` the gradient of replicated
-  parameters is summed over the axis by :func:`jax.grad` itself. With
-  ``axis_name``, the transformations of this package and
-  :func:`optax_svrg.mean_gradient` take gradients that are not, in order to
-  reduce once what would be reduced twice or for each batch. This makes such a
-  function of any gradient: it is differentiated with respect to parameters that
-  vary over the axis, although they are equal on all devices.
-
-  Under :func:`jax.pmap`, :func:`jax.vmap` and ``check_vma=False`` nothing is
-  summed implicitly, and ``fn`` is called as it is.
+  Under the type checking of :func:`jax.shard_map`, :func:`jax.grad` sums the
+  gradient of replicated parameters over the axis. With ``axis_name``, the
+  functions of this package take gradients that are not summed, in order to
+  reduce only once. This differentiates with respect to parameters that vary
+  over the axis, although they are equal on all devices. Under :func:`jax.pmap`,
+  :func:`jax.vmap` and ``check_vma=False`` it calls ``fn`` as it is.
 
   Args:
     fn: ``fn(params, *args, **kwargs)`` that differentiates with respect to
@@ -36,13 +32,13 @@ def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
       :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap`.
 
   Returns:
-    A function with the arguments and results of ``fn``. What it returns is of
-    this device alone, values of the loss, too: average them by
+    A function with the arguments and results of ``fn``. Its results, the value
+    of the loss too, are those of one device: average them by
     :func:`jax.lax.pmean`.
 
   Raises:
     TypeError: if ``fn`` cannot be called.
-    ValueError: if ``axis_name`` is no enclosing axis, when the function is
+    ValueError: if ``axis_name`` is not an enclosing axis, when the function is
       called.
 
   Examples:
@@ -57,8 +53,6 @@ def device_local(fn: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
     ...     mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     >>> print(jax.jit(mean_grad)(jnp.ones(2), jnp.ones((8, 2))))
     [4. 4.]
-
-  .. seealso:: :func:`jax.lax.pcast`, :func:`optax_svrg.alpha_svrg`
   """
   if not callable(fn):
     raise TypeError(f"fn must be a function, got {fn!r}.")
@@ -81,34 +75,30 @@ def state_shardings(
 ) -> optax.OptState:
   """Shardings of an optimizer's state, for parameters on a mesh.
 
-  What is like a parameter, as a snapshot, a mean gradient or Adam's moments, is
-  sharded as that parameter; so is what stacks such arrays, as SAGA's table and
-  the history of L-BFGS, over whose leading axis nothing is sharded; everything
-  else is replicated. An array is like a parameter if its path in the state ends
-  with that of the parameter, and its shape with the parameter's shape.
+  Arrays like a parameter (a snapshot, Adam's moments) are sharded as that
+  parameter; so are stacks of them (SAGA's table), over whose leading axes
+  nothing is sharded; everything else is replicated. An array is like a
+  parameter if its path in the state ends with the parameter's path, and its
+  shape with the parameter's shape.
 
-  This is for ``jax.jit(tx.init, out_shardings=...)``, which loses shardings of
-  its own on meshes of the type ``Auto``, and for restoring a checkpoint:
-  scalars that lie on one device when they are saved would be tied to it when
-  they are restored, and then clash with parameters on several.
+  Give them to ``jax.jit(tx.init, out_shardings=...)``, which loses shardings on
+  meshes of type ``Auto``, and to the target of a restored checkpoint, where
+  scalars would otherwise be tied to the device from which they were saved.
 
   Args:
-    tx: the optimizer, with or without a transformation of this package, any
-      optimizer of Optax, wrapped or not.
+    tx: any Optax optimizer, with or without a transformation of this package.
     params: the parameters, or :class:`jax.ShapeDtypeStruct` in their place,
-      each with a :class:`jax.sharding.NamedSharding`. To shard the state and
-      not the parameters (ZeRO), give such structs with the shardings that the
-      state is to have; likewise to keep the state of a transformation of this
-      package in the memory of the host, with the memory kind ``pinned_host``.
+      each with a :class:`jax.sharding.NamedSharding`. To shard only the state
+      (ZeRO), or to keep it in the memory of the host (``pinned_host``), give
+      structs with the shardings that the state shall have.
 
   Returns:
     A tree like ``tx.init(params)`` with :class:`jax.sharding.NamedSharding` as
     leaves.
 
   Raises:
-    ValueError: if a leaf of ``params`` has no
-      :class:`jax.sharding.NamedSharding`, if they are on different meshes, or
-      if there is none.
+    ValueError: if ``params`` has no leaves, a leaf has no
+      :class:`jax.sharding.NamedSharding`, or they are on different meshes.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
@@ -122,12 +112,6 @@ def state_shardings(
     >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     >>> print(state[0].table.sharding.spec == P(None, "data"))
     True
-
-    The target to restore a checkpoint into:
-
-    >>> target = jax.tree.map(
-    ...     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    ...     jax.eval_shape(tx.init, params), shardings)
   """
   shardings = _shardings_by_path(params)
   mesh = next(iter(shardings.values()))[1].mesh
@@ -179,7 +163,7 @@ def _shardings_by_path(
 
 
 def to_device(tree: Any) -> Any:
-  """Moves to the memory of the device what is in that of the host."""
+  """Moves arrays in the memory of the host to that of the device."""
   return jax.tree.map(
     lambda x: (
       jax.device_put(x, jax.memory.Space.Device) if _compat.on_host(x) else x
@@ -189,7 +173,7 @@ def to_device(tree: Any) -> Any:
 
 
 def to_memory_of(old: Any, new: Any) -> Any:
-  """Moves the second tree, in device memory, to where the first one is."""
+  """Moves the second tree, on the device, to where the first one is."""
   return jax.tree.map(
     lambda o, n: (
       jax.device_put(n, jax.memory.Space.Host) if _compat.on_host(o) else n
@@ -222,14 +206,13 @@ def table(
     params: the parameters.
     num_batches: number of batches, see :mod:`optax_svrg._table`.
     dtype: dtype of all leaves, ``None`` for those of the parameters.
-    memory_kind: kind of memory of all leaves, ``None`` for those of the
-      parameters.
+    memory_kind: kind of memory, ``None`` for that of the parameters.
 
   Returns:
     A tree like ``params``.
 
   Raises:
-    ValueError: if it is known not to fit, or ``memory_kind`` is not to be had.
+    ValueError: if it is known not to fit, or ``memory_kind`` is unavailable.
   """
   if memory_kind is not None:
     _check_memory_kind(params, memory_kind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The curvature of mini-batch losses, from which a step size follows."""
+"""Curvature of mini-batch losses, from which a step size follows."""
 
 from collections.abc import Callable, Iterable
 import functools
@@ -33,80 +33,58 @@ def smoothness(
 
     L = \max_B \lVert \nabla^2 f_B(\theta) \rVert_2
 
-  by the Lanczos method on Hessian-vector products, from a random direction. A
-  step size of :math:`1 / L` is a default for SAGA and SVRG that needs no
-  tuning: the theory of both has :math:`1 / (c L)` with a small :math:`c`, for
-  the smoothness of what one step sees. As that is a mini-batch, its gain is
-  part of it: the larger the batches, the nearer their curvature comes to that
-  of the whole loss, and the longer the step may be.
+  by the Lanczos method on Hessian-vector products, from a random direction.
+  :math:`1 / L` is a step size for SAGA and SVRG that needs no tuning.
 
-  The curvature is that at ``params``. In logistic regression it falls during
-  training by an order of magnitude, far below what bounds of it promise, so it
-  pays to estimate it again: after 1, 2, 4, 8, ... epochs costs next to nothing.
-  A random sample of ten batches tells enough for one to ten epochs. A step that
-  is too long for a few sharp batches undoes progress only slowly, so sample
-  more batches the longer the estimate has to serve.
+  The curvature is that at ``params``; in logistic regression it decreases
+  during training, so re-estimate it, e.g. after 1, 2, 4, 8, ... epochs. A
+  random sample of ten batches is enough for one to ten epochs.
 
-  **Accuracy.** The estimate rises with ``num_iters`` and is never too large, up
-  to rounding (of the gradients: 1 % for bfloat16). It is exact once
-  ``num_iters`` reaches the number of distinct eigenvalues. In general, for
-  positive curvature in :math:`d` dimensions, the mean of its relative error
-  over the random direction is at most
-  :math:`0.103 \, (\ln(d (k - 1)^4) / (k - 1))^2` for :math:`k \geq 4`
-  iterations (Kuczyński and Woźniakowski). That is the worst spectrum: a largest
-  eigenvalue apart from the rest is found to 1 % in five to ten iterations.
+  The estimate increases with ``num_iters`` and, up to rounding, never exceeds
+  :math:`L`. It is exact once ``num_iters`` reaches the number of distinct
+  eigenvalues; a largest eigenvalue apart from the rest is found to 1 % in five
+  to ten iterations.
 
   Args:
-    grad_fn: a pure function ``grad_fn(params, batch)`` to the mean gradient
-      over that batch, twice differentiable; usually ``jax.grad(loss)``. As for
-      :func:`optax_svrg.mean_gradient`, make it once. For complex parameters it
-      is the gradient that an optimizer needs, the conjugate of that of
+    grad_fn: a pure, twice differentiable function ``grad_fn(params, batch)`` to
+      the mean gradient over that batch; usually ``jax.grad(loss)``. Make it
+      once, see :func:`optax_svrg.mean_gradient`. For complex parameters it is
+      the gradient that an optimizer needs, the conjugate of that of
       :func:`jax.grad`.
     params: parameters with float or complex leaves.
-    batches: an iterable of batches as for :func:`optax_svrg.mean_gradient`,
-      all of them or a sample, of the size that steps will have.
+    batches: an iterable of batches as for :func:`optax_svrg.mean_gradient`, all
+      of them or a sample, of the size that steps will have.
     num_iters: number of Hessian-vector products for each batch, at least 1,
       each of which takes about two gradients.
 
   Returns:
-    A real scalar, float32 or, for parameters of double precision, float64,
-    right over the range of that dtype. It is not finite if a gradient is not.
+    A real scalar, float32 or, for parameters of double precision, float64. It
+    is not finite if a gradient is not.
 
   Raises:
     TypeError: if ``grad_fn`` cannot be called, ``num_iters`` is not an integer,
-      ``batches`` is a mapping or not iterable, or leaves of ``params`` or of a
-      batch have no dtype that is fit for it.
-    ValueError: if the curvature of all batches is 0, so that no step size
-      follows from it, as for hinge and absolute losses (inside :func:`jax.jit`
-      the result is NaN instead); if ``num_iters`` is less than 1, ``batches``
-      is empty, a batch is empty or its leaves disagree in their number of
-      examples, or a gradient differs from ``params`` in structure, shape or
-      kind of dtype.
+      ``batches`` is a mapping or not iterable, or a leaf has an unsuitable
+      dtype.
+    ValueError: if the curvature of all batches is 0, as for hinge and absolute
+      losses (inside :func:`jax.jit` the result is NaN instead); if
+      ``num_iters`` is less than 1, ``batches`` or a batch is empty, leaves of a
+      batch differ in length, or a gradient does not match ``params``.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
-    >>> loss = lambda w, x: 0.5 * jnp.mean((x @ w - 1) ** 2)
-    >>> grad = jax.grad(loss)
+    >>> grad = jax.grad(lambda w, x: 0.5 * jnp.mean((x @ w - 1) ** 2))
     >>> batches = jnp.array([[[3., 0.], [0., 1.]], [[2., 0.], [2., 0.]]])
-    >>> w = jnp.zeros(2)
-    >>> print(f"{optax_svrg.smoothness(grad, w, batches):.3f}")
+    >>> curvature = optax_svrg.smoothness(grad, jnp.zeros(2), batches)
+    >>> print(f"{curvature:.3f}")
     4.500
-    >>> print(f"{optax_svrg.smoothness(grad, w, [jnp.concat(batches)]):.3f}")
-    4.250
-    >>> step_size = 1 / optax_svrg.smoothness(grad, w, batches)
     >>> tx = optax.chain(optax_svrg.alpha_saga(1.0, len(batches)),
-    ...                  optax.sgd(step_size))
+    ...                  optax.sgd(1 / curvature))
 
   References:
     Gazagnadou et al., `Optimal Mini-Batch and Step Sizes for SAGA
-    <https://arxiv.org/abs/1902.00071>`_, 2019
-
-    Sebbouh et al., `Towards closing the gap between the theory and practice of
-    SVRG <https://arxiv.org/abs/1908.02725>`_, 2019
-
-    Kuczyński and Woźniakowski, `Estimating the Largest Eigenvalue by the Power
-    and Lanczos Algorithms with a Random Start
-    <https://doi.org/10.1137/0613066>`_, 1992
+    <https://arxiv.org/abs/1902.00071>`_, 2019; Kuczyński and Woźniakowski,
+    `Estimating the Largest Eigenvalue by the Power and Lanczos Algorithms with
+    a Random Start <https://doi.org/10.1137/0613066>`_, 1992 (error bounds)
   """
   largest = estimate(grad_fn, params, batches, num_iters)
   if not isinstance(largest, jax.core.Tracer) and largest == 0:
@@ -124,7 +102,7 @@ def estimate(
   batches: Iterable[Any],
   num_iters: int,
 ) -> jax.Array:
-  """As :func:`smoothness`, but 0 without curvature."""
+  """Same as :func:`smoothness`, but 0 without curvature."""
   if not callable(grad_fn):
     raise TypeError(f"grad_fn must be a function, got {grad_fn!r}.")
   _checks.check_inexact(params, "params")
@@ -137,7 +115,7 @@ def estimate(
     lambda call: jax.jit(
       functools.partial(_largest_curvature, call, num_iters)
     ),
-    warns=True,
+    warn_level=3,
   )
   largest = None
   for index, batch in enumerate(batches):
@@ -157,7 +135,7 @@ def _largest_curvature(
   params: optax.Params,
   batch: Any,
 ) -> jax.Array:
-  """The spectral norm of the Hessian of one batch."""
+  """Returns the spectral norm of the Hessian of one batch."""
   params = _checks.as_arrays(params)
 
   def gradient(params: optax.Params) -> optax.Updates:
@@ -183,7 +161,7 @@ def _largest_curvature(
 
 
 class _Scales(NamedTuple):
-  """Powers of two by which a Hessian-vector product stays in the range.
+  """Powers of two that keep a Hessian-vector product within range.
 
   Attributes:
     before: factor of the direction, which keeps small products from vanishing.
@@ -228,8 +206,8 @@ def _lanczos(
 ) -> jax.Array:
   """Norm of a symmetric operator on the Krylov space of a unit vector.
 
-  Only two vectors are kept, so that they are lost sight of after dozens of
-  iterations; the largest eigenvalue is found before that. A library's solvers
+  Only two vectors are kept, so orthogonality is lost after dozens of
+  iterations; the largest eigenvalue is found before that. Solvers of libraries
   take flat vectors, for which sharded parameters would be gathered.
   """
   eps = float(jnp.finfo(_scalar_dtype(start)).eps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The snapshot of SVRG: its state, and the function that moves it."""
+"""State of SVRG, and the function that moves its snapshot."""
 
 from collections.abc import Callable
 import sys
@@ -20,20 +20,20 @@ FLAT_HINT = (
 
 
 class SVRGState(NamedTuple):
-  """State of :func:`optax_svrg.alpha_svrg` and of :func:`adaptive_svrg`.
+  """State of :func:`optax_svrg.alpha_svrg` and :func:`adaptive_svrg`.
 
   Attributes:
-    count: number of updates made, which the schedule of the coefficient sees.
-    num_snapshots: number of snapshots taken; the transformation is inert while
-      it is 0.
+    count: number of updates made, the argument of a schedule.
+    num_snapshots: number of snapshots taken; while it is 0, gradients pass
+      unchanged.
     alpha: coefficient applied by the last update, for logging: 0 where the
       gradient passed unchanged.
     snapshot_params: copy of the parameters at the last snapshot, in their
       dtypes or in ``snapshot_dtype``.
     mean_grads: mean gradient over the data set at ``snapshot_params``, in the
       parameters' dtypes promoted with float32.
-    is_finite: whether ``mean_grads`` are finite; the transformation is inert
-      while they are not.
+    is_finite: whether ``mean_grads`` are finite; while they are not, gradients
+      pass unchanged.
     estimate: averages of :func:`optax_svrg.adaptive_svrg` since the last
       snapshot, otherwise ``None``.
   """
@@ -50,7 +50,7 @@ class SVRGState(NamedTuple):
 def init(
   params: optax.Params, snapshot_dtype: Any, rule: _control_variate.Rule
 ) -> SVRGState:
-  """The state before the first snapshot."""
+  """Returns the state before the first snapshot."""
   _checks.check_inexact(params, "params")
   _checks.check_dtype_fits(params, snapshot_dtype, "snapshot_dtype")
   return SVRGState(
@@ -76,34 +76,30 @@ def take_snapshot(
 ) -> optax.OptState:
   """Moves the snapshot of every SVRG state inside ``opt_state`` to ``params``.
 
-  When to call it is up to the user: every epoch (the paper), every so many
-  steps, at growing intervals, or by the flip of a coin (loopless SVRG).
-
-  It is a pure function, works eagerly and inside :func:`jax.jit`,
-  :func:`jax.lax.cond`, :func:`jax.lax.scan`, :func:`jax.vmap`,
-  :func:`jax.pmap` and :func:`jax.shard_map`, and keeps the structure, shapes,
-  dtypes and shardings of ``opt_state``. The snapshot is a copy, so that
-  parameters and optimizer state can be donated together.
+  Call it every epoch (the paper), every so many steps, or at random (loopless
+  SVRG). It is a pure function that works eagerly and inside JAX's
+  transformations, and keeps the structure, shapes, dtypes and shardings of
+  ``opt_state``. The snapshot is a copy, so that parameters and optimizer state
+  can be donated together.
 
   Args:
     opt_state: any nesting of Optax states with one or more
       :class:`optax_svrg.SVRGState` inside; also a
-      :class:`optax_svrg.flax.TrainState`. It may be stacked: made by
+      :class:`optax_svrg.flax.TrainState`. It may be stacked by
       ``jax.vmap(tx.init)``, or replicated for :func:`jax.pmap`.
-    params: the parameters, the tree given to ``init``, stacked as
+    params: the parameters, a tree as given to ``init``, stacked as
       ``opt_state`` is.
     mean_grad_fn: a function from parameters to the mean gradient over the data
       set, a tree of the same structure and shapes; usually
       :func:`optax_svrg.mean_gradient`, inside :func:`jax.vmap` or
-      :func:`jax.pmap` for stacked parameters. It is called at the snapshot as
-      stored, i.e. rounded to ``snapshot_dtype`` but in the parameters' dtypes.
-      It is called once per distinct rounding: once, as a rule.
+      :func:`jax.pmap` for stacked parameters. It is called with the snapshot
+      rounded to ``snapshot_dtype``, in the parameters' dtypes, once for each
+      ``snapshot_dtype`` in use.
 
   Returns:
-    ``opt_state`` with new ``snapshot_params`` and ``mean_grads``, and
-    ``num_snapshots`` increased by one. ``is_finite`` tells whether the mean
-    gradient is usable: if not, updates pass unchanged until the next snapshot.
-    The averages of :func:`optax_svrg.adaptive_svrg` are emptied.
+    ``opt_state`` with new ``snapshot_params``, ``mean_grads`` and
+    ``is_finite``, ``num_snapshots`` increased by one, and the averages of
+    :func:`optax_svrg.adaptive_svrg` reset.
 
   Raises:
     TypeError: if ``mean_grad_fn`` cannot be called.
@@ -118,13 +114,9 @@ def take_snapshot(
     >>> state = optax_svrg.take_snapshot(tx.init(params), params, jnp.square)
     >>> print(optax.tree.get(state, "mean_grads"))
     [1. 4.]
-    >>> print(optax.tree.get(state, "num_snapshots"))
-    1
 
   References:
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025 (the snapshot); Kovalev et al.,
-    `Don't Jump Through Hoops and Remove Those Loops
+    Kovalev et al., `Don't Jump Through Hoops and Remove Those Loops
     <https://arxiv.org/abs/1901.08689>`_, 2019 (loopless SVRG)
   """
   if not callable(mean_grad_fn):
@@ -184,19 +176,19 @@ def take_snapshot(
 
 
 def has_mean(state: SVRGState) -> jax.Array:
-  """Whether ``mean_grads`` are more than a placeholder, and usable."""
+  """Returns whether ``mean_grads`` is set and finite."""
   return (jnp.asarray(state.num_snapshots) > 0) & state.is_finite
 
 
 def has_masked(tree: Any) -> bool:
-  """Whether a wrapper has masked part of a tree."""
+  """Returns whether a wrapper has masked part of a tree."""
   return any(
     map(_checks.is_masked, jax.tree.leaves(tree, is_leaf=_checks.is_masked))
   )
 
 
 def is_flat(tree: Any) -> bool:
-  """Whether a tree is a single vector, as ``optax.flatten`` makes it."""
+  """Returns whether a tree is one vector, as ``optax.flatten`` makes it."""
   return jax.tree_util.all_leaves([tree]) and np.ndim(tree) == 1
 
 
@@ -205,7 +197,7 @@ def _is_state(node: Any) -> bool:
 
 
 def _is_finite(mean_grads: optax.Updates, state: SVRGState) -> jax.Array:
-  """Whether a mean gradient is finite, for each member of a stacked state."""
+  """Checks a mean gradient for each member of a stacked state."""
   check = _control_variate.all_finite
   for _ in range(np.ndim(state.is_finite)):
     check = jax.vmap(check)
@@ -218,7 +210,7 @@ def _is_finite(mean_grads: optax.Updates, state: SVRGState) -> jax.Array:
 
 
 def as_pure(tree: Any) -> Any:
-  """The tree without nnx.Variable; there is none before Flax is imported."""
+  """Removes nnx.Variable; there is none before Flax is imported."""
   as_pure = getattr(sys.modules.get("flax.nnx"), "as_pure", None)
   return tree if as_pure is None else as_pure(tree)
 
@@ -247,7 +239,7 @@ def _copy_into(old: Any, new: Any) -> jax.Array:
 
 
 def _map_unmasked(fn: Callable, masked: Any, full: Any) -> Any:
-  """Maps over two trees; what is masked in the first one stays masked."""
+  """Maps over two trees; masked nodes of the first one stay masked."""
   return jax.tree.map(
     lambda m, x: m if _checks.is_masked(m) else fn(m, x),
     masked,

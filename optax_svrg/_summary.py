@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the states of this package tell, as Python numbers."""
+"""Summary of the states of this package as Python numbers."""
 
 import sys
 from typing import Any
@@ -16,36 +16,33 @@ _STATES = (_snapshot.SVRGState, _saga.SAGAState)
 def summary(opt_state: Any) -> dict[str, Any]:
   """Method, coefficient and progress of variance reduction, for logging.
 
-  It waits for the step that made ``opt_state``: call it now and then, not in
-  each step.
+  It waits for the step that made ``opt_state``: do not call it in every step.
 
   Args:
     opt_state: any nesting of Optax states with a state of this package inside;
-      also a :class:`flax.nnx.Optimizer` or a linen ``TrainState``. The names of
-      parameters do not matter.
+      also a :class:`flax.nnx.Optimizer` or a linen ``TrainState``.
 
   Returns:
-    A dictionary of Python numbers and strings:
+    A dictionary of Python numbers and strings.
 
     * ``method``: ``"alpha_svrg"``, ``"adaptive_svrg"``, ``"alpha_saga"`` or
       ``"adaptive_saga"``;
     * ``steps``: number of updates made;
     * ``alpha``: coefficient applied by the last update, 0 if its gradient
       passed unchanged;
-    * ``variance_ratio``: variance of the corrected gradient divided by that of
-      the plain one, as :func:`optax_svrg.adaptive_svrg` estimates it; only of
-      the adaptive methods;
-    * ``num_snapshots`` and ``is_finite``, whether the mean gradient is usable;
-      only of SVRG;
-    * ``num_filled``, entries of the table that hold a gradient, and
-      ``num_batches``, all of them; only of SAGA.
+    * ``variance_ratio`` (adaptive methods): estimate of the variance of the
+      corrected gradient divided by that of the plain one;
+    * ``num_snapshots`` and ``is_finite`` (SVRG): number of snapshots, and
+      whether the mean gradient is usable;
+    * ``num_filled`` and ``num_batches`` (SAGA): number of table entries that
+      hold a gradient, and of all entries.
 
-    Of several states inside ``opt_state``, each key begins with the path of the
-    state and a slash. What differs between the members of a stacked state
-    (:func:`jax.vmap`) is a list.
+    With several states inside ``opt_state``, each key begins with the path of
+    its state and a slash. Values that differ between the members of a stacked
+    state (:func:`jax.vmap`) are lists.
 
   Raises:
-    TypeError: inside :func:`jax.jit`, where the numbers are not known.
+    TypeError: inside :func:`jax.jit`, where the numbers are unknown.
     ValueError: if there is no state of this package in ``opt_state``.
 
   Warns:
@@ -53,7 +50,7 @@ def summary(opt_state: Any) -> dict[str, Any]:
 
   Examples:
     >>> import jax.numpy as jnp, optax, optax_svrg
-    >>> params = {"alpha": jnp.array([1.0, 2.0])}
+    >>> params = jnp.array([1.0, 2.0])
     >>> tx = optax.chain(optax_svrg.adaptive_saga(2), optax.adam(1e-3))
     >>> state = tx.init(params)
     >>> _, state = tx.update(params, state, params, batch_index=0)
@@ -124,7 +121,7 @@ def _concrete(x: Any) -> np.ndarray:
 
 
 def _number(x: Any) -> Any:
-  """A Python number; a list of what differs in a stack."""
+  """Converts to a Python number, or to a list if members of a stack differ."""
   values = _concrete(x)
   if values.ndim and np.all(values == values.flat[0]):
     return values.flat[0].item()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""alpha-SVRG (Yin et al., 2025), also with a coefficient estimated online."""
+"""alpha-SVRG (Yin et al., 2025), with a given or an estimated coefficient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,77 +44,59 @@ def alpha_svrg(
     \nabla f_B(\theta) - \alpha \left(\nabla f_B(\theta_{\text{snapshot}})
     - \nabla f(\theta_{\text{snapshot}})\right)
 
-  where :math:`\theta_{\text{snapshot}}` is a copy of the parameters taken now
-  and then by :func:`optax_svrg.take_snapshot`, and
-  :math:`\nabla f(\theta_{\text{snapshot}})` the mean gradient over the data set
+  where :func:`optax_svrg.take_snapshot` stores a copy of the parameters,
+  :math:`\theta_{\text{snapshot}}`, and the mean gradient over the data set
   there. The correction has mean zero, so the result is unbiased for every
-  :math:`\alpha`. :math:`\alpha = 1` is SVRG, and the paper decays it linearly
-  from 0.5 or 0.75 to 0, see :func:`optax_svrg.linear_decay`.
+  :math:`\alpha`. :math:`\alpha = 1` is SVRG; the paper decays it linearly from
+  0.5 or 0.75 to 0, see :func:`optax_svrg.linear_decay`.
 
   Put it first in :func:`optax.chain`, before clipping, noise, gradient
-  accumulation and everything else that is not linear, followed by any
-  optimizer. Until the first snapshot the gradient passes unchanged, of which
-  eager updates warn once. So it does after a snapshot whose mean gradient is
-  not finite, until the next one, and, as a whole, in a step whose corrected
-  gradient would not be finite. ``alpha`` of the state is then 0. (With
-  ``axis_name``, a device falls back by itself, which ``alpha`` does not show.)
-
-  Under :func:`jax.jit`, the gradient at the snapshot is computed only in steps
-  that use it. In all steps it is computed under :func:`jax.vmap`, which turns
-  branches into selections, and on CPU if it has convolutions, at which XLA for
-  CPU is several times slower inside a branch.
+  accumulation and every other nonlinear transformation, followed by any
+  optimizer. The gradient passes unchanged, with ``alpha`` 0 in the state, until
+  the first snapshot (eager updates warn once), after a snapshot whose mean
+  gradient is not finite, and in steps whose corrected gradient would not be
+  finite.
 
   Args:
-    alpha: the coefficient: a finite real number, a scalar array, or a schedule,
-      which is given the number of updates made so far. While it is 0, the
-      gradient passes unchanged, bit for bit, and ``grad_fn`` is not evaluated;
-      for the Python number 0 ``grad_fn`` is not even traced.
+    alpha: the coefficient: a finite real number, a scalar array, or a schedule
+      of the number of updates made so far. While it is 0 the gradient passes
+      unchanged, bit for bit, and ``grad_fn`` is not evaluated.
     axis_name: name of the axis (or tuple of names) of an enclosing
-      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which
-      gradients are to be averaged. The updates and ``grad_fn`` are then
-      device-local, and the corrected gradient is averaged in one reduction.
-      With ``None`` they must have been averaged before, both alike.
+      :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which to
+      average. The updates and ``grad_fn`` must then be device-local (see
+      :func:`optax_svrg.device_local`), and the corrected gradient is averaged
+      in one reduction. With ``None``, both must already be averages.
     shard_axis_name: name of the axis (or tuple of names) of an enclosing
-      :func:`jax.shard_map` over which the arrays of parameters are shards of
-      larger ones (FSDP by hand): inner products are summed over it, so that all
-      shards share one coefficient, and a step that falls back does so in all of
-      them. With ``check_vma=False``, all arrays count as shards. Sharded arrays
-      under :func:`jax.jit` do not need it.
+      :func:`jax.shard_map` over which the parameters are sharded by hand
+      (FSDP). Inner products are summed over it, so that all shards share one
+      coefficient and fall back together. Not needed for sharded arrays under
+      :func:`jax.jit`.
     snapshot_dtype: dtype of the stored snapshot, ``None`` for the parameters'.
-      With :obj:`jax.numpy.bfloat16` it takes half the memory of float32
-      parameters. Both gradients of the correction are taken at the rounded
-      snapshot, in the parameters' dtypes (those of the updates, if ``update``
-      is given no ``params``), so the result is still unbiased.
+      Both gradients of the correction are taken at the rounded snapshot, so the
+      result is still unbiased.
 
   Returns:
     An :class:`optax.GradientTransformationExtraArgs`. Its ``init`` takes
-    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`
-    in their place) and returns an :class:`SVRGState`. Its ``update`` needs
-    exactly one of two extra arguments:
+    parameters with float or complex leaves (or :class:`jax.ShapeDtypeStruct`)
+    and returns an :class:`SVRGState`. Its ``update`` needs exactly one of two
+    extra arguments:
 
     * ``grad_fn``: a function from parameters to the gradient of the same
-      mini-batch, with the same augmentation and dropout mask, as in
-      :func:`optax.contrib.sam`; or
-    * ``snapshot_grads``: that gradient at the stored snapshot, already
-      computed.
+      mini-batch, with the same augmentation and dropout mask; or
+    * ``snapshot_grads``: that gradient at the stored snapshot.
 
-    Updates keep their structure, shapes and dtypes. Sums are formed, and the
-    mean gradient is kept, in float32 for narrower dtypes.
+    Updates keep their structure, shapes and dtypes. Arithmetic and the mean
+    gradient are in float32 for narrower dtypes.
 
   Raises:
-    TypeError: if ``alpha`` is not a real number, array or schedule, if
-      ``snapshot_dtype`` is not a float or complex dtype, if parameters are not
-      of such a dtype (by ``init``), or if ``grad_fn`` cannot be called (by
-      ``update``).
-    ValueError: if ``alpha`` is not finite or not a scalar, if
-      ``snapshot_dtype`` would drop imaginary parts (by ``init``), and by
-      ``update``: if neither or both of ``grad_fn`` and ``snapshot_grads`` are
-      given (also when a wrapper has dropped them), if the state was made with
-      other arguments than this transformation, if updates, parameters or
-      gradients do not match the state in structure, shape or kind of dtype, if
-      a wrapper has masked or flattened the snapshot that ``grad_fn`` needs, if
-      ``axis_name`` is no enclosing axis or the gradients have already been
-      summed over it.
+    TypeError: if an argument, a parameter (``init``) or ``grad_fn``
+      (``update``) has the wrong type or dtype.
+    ValueError: if ``alpha`` is not a finite scalar, or ``snapshot_dtype`` would
+      drop imaginary parts (``init``); from ``update``, if neither or both extra
+      arguments are given, if updates, parameters, gradients or the state do not
+      match this transformation, if a wrapper has masked or flattened the
+      snapshot, or if ``axis_name`` is not an enclosing axis or the gradients
+      have already been summed over it.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
@@ -143,21 +125,13 @@ def alpha_svrg(
 
   References:
     Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025
-
-    Johnson and Zhang, `Accelerating Stochastic Gradient Descent using
-    Predictive Variance Reduction
-    <https://proceedings.neurips.cc/paper/2013/hash/ac1dd209cbcc5e5d1c6e28598e8cbbe8-Abstract.html>`_,
-    2013
+    <https://arxiv.org/abs/2311.05589>`_, 2025; Johnson and Zhang, `Accelerating
+    Stochastic Gradient Descent using Predictive Variance Reduction
+    <https://papers.nips.cc/paper/4937>`_, 2013
 
   .. warning::
-    ``optax.MultiSteps(optax.chain(alpha_svrg(...), ...))`` corrects with the
-    last micro-batch only. Write ``optax.chain(alpha_svrg(...),
-    optax.MultiSteps(...).gradient_transformation())``.
-
-  .. seealso:: :func:`optax_svrg.adaptive_svrg`,
-    :func:`optax_svrg.take_snapshot`, :func:`optax_svrg.mean_gradient`,
-    :func:`optax_svrg.linear_decay`
+    Under :func:`jax.vmap`, which turns branches into selections, and on CPU for
+    gradients with convolutions, ``grad_fn`` is evaluated in every step.
   """
   return _svrg(
     _control_variate.Given(alpha), axis_name, shard_axis_name, snapshot_dtype
@@ -172,11 +146,10 @@ def adaptive_svrg(
   shard_axis_name: Any = None,
   snapshot_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""SVRG whose coefficient is estimated from step to step.
+  r"""SVRG with a coefficient that is estimated during training.
 
-  The same estimator as :func:`optax_svrg.alpha_svrg`, with the same arguments
-  of ``update`` and the same :func:`optax_svrg.take_snapshot`. The coefficient
-  is the one of least variance,
+  The estimator of :func:`optax_svrg.alpha_svrg`, with the same arguments of
+  ``update``, but the coefficient of least variance,
 
   .. math::
 
@@ -184,11 +157,8 @@ def adaptive_svrg(
     \qquad \text{for } g = \nabla f_B(\theta),
     \; s = \nabla f_B(\theta_{\text{snapshot}}),
 
-  which falls from 1 at the snapshot to 0 as far as the two gradients of a batch
-  cease to resemble each other. As the mean
-  :math:`\mu = \nabla f(\theta_{\text{snapshot}})` of :math:`s` is known, it
-  takes two inner products per step, and neither a schedule nor the length of
-  the training:
+  is estimated from two inner products per step, with
+  :math:`\mu = \nabla f(\theta_{\text{snapshot}})`:
 
   .. math::
 
@@ -197,111 +167,60 @@ def adaptive_svrg(
     {\operatorname{EMA}\lVert s - \mu\rVert^2},
     0, \alpha_{\max}\right)
 
-  The averages run over the steps before this one, so that the coefficient does
-  not depend on the batch that it is used for and the corrected gradient stays
-  unbiased. A snapshot empties them: the next coefficient is 1, or ``max_alpha``
-  if that is less.
+  The averages run over the steps before this one, so the result stays unbiased.
+  A snapshot resets them: the next coefficient is 1, or ``max_alpha`` if that is
+  less. Steps whose gradient is not finite, or without variance at the snapshot,
+  leave them unchanged. The estimate tends to be too small with large batches
+  and large steps.
 
-  How far the mean gradient has moved since the snapshot is noise in the first
-  average. Where it has moved farther than the gradients of batches differ, i.e.
-  with large batches and large steps, the estimate is rough and tends to be too
-  small, which gives away some of the reduction but does no other harm.
-
-  **A mean over a sample.** If :func:`optax_svrg.take_snapshot` is given the
-  mean gradient over only :math:`n` of the :math:`N` batches, its error has the
-  variance :math:`(1/n - 1/N) \operatorname{Var}(s)` and is the same in all
-  steps until the next snapshot, so that it does not average out. The estimate
-  does not see it. The variance of the sum of :math:`N` corrected gradients is
-
-  .. math::
-
-    N \left(\operatorname{Var}(g) - 2 \alpha \operatorname{Cov}(g, s)
-    + \frac{\alpha^2}{q} \operatorname{Var}(s)\right), \qquad q = \frac{n}{N},
-
-  least for :math:`q \alpha^*`: a mean over a share :math:`q` is worth that
-  share of the reduction. Give ``max_alpha=q``. With more, training can end
-  worse than without any correction.
-
-  Where the variance of the control variate is 0 (full batches) the averages,
-  and with them the coefficient, stay as they are; so they do after a gradient
-  that is not finite.
-
-  **Does it pay?** ``variance_ratio`` of :func:`optax_svrg.summary` estimates
-  the variance of the corrected gradient, divided by that of the plain gradient:
-
-  .. math::
-
-    \frac{M}{M + 2\alpha C - \alpha^2 V}, \qquad
-    M = \operatorname{EMA}\lVert \tilde g - \mu\rVert^2,
-
-  where :math:`\tilde g` is the corrected gradient, and :math:`C` and :math:`V`
-  are the two averages above. The reduction :math:`2\alpha C - \alpha^2 V` is
-  unbiased; :math:`M` exceeds the variance of :math:`\tilde g` by
-  :math:`\lVert\nabla f(\theta) - \mu\rVert^2`, hence the ratio is
-  overestimated as long as it is below 1, the more so the farther the mean
-  gradient has moved since the snapshot. Like the averages it lags behind by
-  about ``1 / (1 - decay)`` steps. As far as variance goes, a control variate is
-  worth its gradients if the ratio is below one over their number: below 1/3
-  with a full pass for each epoch.
+  If the mean gradient of the snapshot is taken over a sample of the batches, a
+  share :math:`q`, give ``max_alpha=q``: with more, training can end worse than
+  without any correction. The documentation derives this, and what
+  ``variance_ratio`` of :func:`optax_svrg.summary` estimates.
 
   Args:
-    decay: of the two averages, in [0, 1). The default is chosen by measurement,
-      see ``benchmarks/README.md``.
+    decay: decay rate of the two averages, in [0, 1).
     max_alpha: positive upper bound of the coefficient.
-    axis_name: see :func:`optax_svrg.alpha_svrg`. The inner products of the
-      device-local gradients are averaged in the same reduction: two scalars.
+    axis_name: see :func:`optax_svrg.alpha_svrg`; the reduction includes two
+      more scalars.
     shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
     snapshot_dtype: see :func:`optax_svrg.alpha_svrg`.
 
   Returns:
-    An :class:`optax.GradientTransformationExtraArgs` as that of
-    :func:`optax_svrg.alpha_svrg`. In its :class:`SVRGState` ``alpha`` is the
-    coefficient used last, 0 before the first snapshot, and ``estimate`` holds
-    the averages, in float32 or, for parameters of double precision, in float64.
-    The coefficient is real for complex parameters too.
+    An :class:`optax.GradientTransformationExtraArgs` like that of
+    :func:`optax_svrg.alpha_svrg`, whose :class:`SVRGState` holds the averages
+    in ``estimate``. The coefficient is real for complex parameters too.
 
   Raises:
     TypeError: if ``decay`` or ``max_alpha`` is not a real number; otherwise as
       :func:`optax_svrg.alpha_svrg`.
-    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive or
-      not finite; otherwise as :func:`optax_svrg.alpha_svrg`.
+    ValueError: if ``decay`` is not in [0, 1), or ``max_alpha`` not positive and
+      finite; otherwise as :func:`optax_svrg.alpha_svrg`.
 
   Examples:
+    The coefficient falls as the parameters move away from the snapshot:
+
     >>> import jax, jax.numpy as jnp, optax, optax_svrg
-    >>> x = jnp.array([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
-    >>> y = jnp.array([3.0, 1.0, 2.0, 0.0])
-    >>> loss = lambda w, i: 0.5 * jnp.mean((x[i] @ w - y[i]) ** 2)
-    >>> grad = jax.grad(loss)
-    >>> batches = [jnp.array([0, 1]), jnp.array([2, 3])]
-    >>> tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.1))
-    >>> params = jnp.zeros(2)
-    >>> state = tx.init(params)
-    >>> @jax.jit
-    ... def step(params, state, batch):
+    >>> batches = jax.random.normal(jax.random.key(0), (8, 4, 3))
+    >>> grad = jax.grad(lambda w, x: jnp.mean(jnp.cosh(x @ w - 1)))
+    >>> tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.2))
+    >>> params = jnp.zeros(3)
+    >>> state = optax_svrg.take_snapshot(
+    ...     tx.init(params), params,
+    ...     lambda p: optax_svrg.mean_gradient(grad, p, batches))
+    >>> for batch in batches:
     ...   grad_fn = lambda p: grad(p, batch)
     ...   updates, state = tx.update(
     ...       grad_fn(params), state, params, grad_fn=grad_fn)
-    ...   return optax.apply_updates(params, updates), state
-    >>> for epoch in range(50):
-    ...   state = optax_svrg.take_snapshot(
-    ...       state, params,
-    ...       lambda p: optax_svrg.mean_gradient(grad, p, batches))
-    ...   for batch in batches:
-    ...     params, state = step(params, state, batch)
-    >>> print(f"{loss(params, jnp.arange(4)):.4f}")
-    0.0486
-    >>> print(f"{optax.tree.get(state, 'alpha'):.2f}")
-    1.00
+    ...   params = optax.apply_updates(params, updates)
+    >>> print(f"{optax_svrg.summary(state)['alpha']:.1f}")
+    0.8
 
   References:
     Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025, whose optimal coefficient this
-    estimates. The estimate is the regression coefficient of control variates,
-    e.g. Owen, `Monte Carlo theory, methods and examples
-    <https://artowen.su.domains/mc/>`_, 2013, chapter 8.9.
-
-  .. seealso:: :func:`optax_svrg.alpha_svrg`,
-    :func:`optax_svrg.take_snapshot`
+    <https://arxiv.org/abs/2311.05589>`_, 2025; Owen, `Monte Carlo theory,
+    methods and examples <https://artowen.su.domains/mc/>`_, 2013, chapter 8.9
+    (regression estimate of a control variate's coefficient)
   """
   rule = _control_variate.Estimated(decay, max_alpha, start=1, guarded=False)
   return _svrg(rule, axis_name, shard_axis_name, snapshot_dtype)
@@ -397,7 +316,7 @@ def _svrg(
 
 
 class _Once:
-  """What a transformation does once, in its first eager updates."""
+  """Checks and warnings that a transformation makes once, when eager."""
 
   def __init__(self) -> None:
     self._checked = False
@@ -409,7 +328,7 @@ class _Once:
     """Warns that nothing is corrected, and refuses a wrong ``grad_fn``.
 
     Args:
-      coefficient: the coefficient that there would be.
+      coefficient: coefficient that would be applied after a snapshot.
       evaluate: computes the gradient at the snapshot by ``grad_fn``; ``None``
         without one.
     """
@@ -436,7 +355,7 @@ def _average(
   axis_name: Any,
   shard_axes: Any,
 ) -> _control_variate.Correction:
-  """The mean of the corrections of all devices, in one reduction."""
+  """Averages the corrections of all devices in one reduction."""
   updates, _, seen = correction
   if seen is None:
     updates = jax.lax.pmean(updates, axis_name)
@@ -476,7 +395,7 @@ def _second_gradient(
   updates: optax.Updates,
   axis_name: Any,
 ) -> optax.Updates:
-  """The gradient at the snapshot."""
+  """Evaluates ``grad_fn`` at the snapshot."""
   try:
     grads = grad_fn(snapshot)
     _check_gradient(grads, updates, axis_name, "the result of grad_fn")
@@ -488,7 +407,7 @@ def _second_gradient(
 
 
 def _hint(error: Exception, snapshot: optax.Params) -> str:
-  """What the form of the snapshot may have to do with an error of grad_fn."""
+  """Says how the form of the snapshot may explain an error of ``grad_fn``."""
   about_shapes = isinstance(error, (TypeError, ValueError, IndexError)) and any(
     word in str(error).lower() for word in _WORDS_OF_SHAPE
   )
@@ -512,7 +431,7 @@ def _check_trees(
   snapshot_dtype: Any,
   axis_name: Any,
 ) -> None:
-  """Checks what update is given against the state."""
+  """Checks the arguments of update against the state."""
   snapshot = state.snapshot_params
   _checks.check_same_tree(updates, snapshot, "updates", "the stored snapshot")
   if params is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of gradient noise, and of what a snapshot can take away from it."""
+"""Measures of gradient noise and of the best coefficient."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -22,34 +22,28 @@ def per_example_grads(
 ) -> Callable[[optax.Params, Any], optax.Updates]:
   """Makes a function to the gradient of each example of a batch.
 
-  The result is not compiled: wrap it, or what uses it, in :func:`jax.jit`.
+  The result is not compiled: use it inside :func:`jax.jit`.
 
   Args:
     loss_fn: a pure function ``loss_fn(params, batch)`` to the mean loss over a
       batch, a real scalar. It is given each example as a batch of one.
-    chunk_size: number of examples whose gradients are computed at a time,
-      which bounds the memory for intermediate values; the last chunk may be
-      short. ``None`` for all at once.
+    chunk_size: number of examples whose gradients are computed at a time, which
+      bounds the memory for intermediate values. ``None`` for all at once.
 
   Returns:
     A function ``fn(params, batch)``. ``params`` is a tree with float or complex
-    leaves. ``batch`` is a tree of arrays whose leading axis is the examples, of
-    the same length in all leaves; leaves without axes (a number, a PRNG key)
-    are given to all examples as they are. It returns a tree with the structure
-    and dtypes of ``params``, each leaf with a leading axis of the number of
-    examples in front. If the loss is a mean over examples, the mean over that
-    axis is the gradient of the batch.
-
-    Inside :func:`jax.shard_map` the examples are those of the device, and so
-    are their gradients: unlike with :func:`jax.grad` of replicated parameters,
-    nothing is summed over axes over which the loss varies.
+    leaves. ``batch`` is a tree of arrays with a leading axis of examples, of
+    the same length in all leaves; scalar leaves are given to all examples as
+    they are. It returns a tree like ``params``, each leaf with a leading axis
+    of examples. Inside :func:`jax.shard_map`, examples and gradients are those
+    of the device: nothing is summed over the axis.
 
   Raises:
     TypeError: if ``loss_fn`` cannot be called or ``chunk_size`` is not an
-      integer, and by the function returned: if ``params`` or ``batch`` have a
-      leaf of a type that is not fit for it, or the loss is not a real scalar.
-    ValueError: if ``chunk_size`` is less than 1, and by the function returned:
-      if ``batch`` is empty or its leaves disagree in their number of examples.
+      integer; from the function returned, if a leaf of ``params`` or ``batch``
+      has an unsuitable type, or the loss is not a real scalar.
+    ValueError: if ``chunk_size`` is less than 1; from the function returned, if
+      ``batch`` is empty or its leaves differ in their number of examples.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax_svrg
@@ -60,10 +54,6 @@ def per_example_grads(
     [[-2. -4.]
      [12.  4.]
      [ 0.  0.]]
-
-  References:
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025
   """
   if not callable(loss_fn):
     raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
@@ -106,10 +96,9 @@ def per_example_grads(
 
 
 def _varying_as(losses: Any, params: optax.Params) -> optax.Params:
-  """Parameters that differ from device to device wherever the losses do.
+  """Makes parameters vary over the axes over which the losses do.
 
-  The gradient of parameters that are the same on all devices would be summed
-  over them, and mix their examples.
+  Otherwise their gradient would be summed over devices, which mixes examples.
   """
   varying = frozenset[Any]().union(
     *(_compat.varying_axes(x) for x in jax.tree.leaves(losses))
@@ -127,13 +116,12 @@ class GradientVariance(NamedTuple):
 
   Attributes:
     cosine_distance: mean over all pairs of gradients of (1 - cosine) / 2, from
-      0 (all point the same way) through 1/2 (orthogonal) to 1 (opposite).
-      Pairs with a zero gradient, which has no direction, are left out; it is 0
-      if no pair is left.
+      0 (same direction) through 1/2 (orthogonal) to 1 (opposite). Pairs with a
+      zero gradient are left out; it is 0 if no pair is left.
     total_variance: sum of the variances of all coordinates, in units of the
       gradient squared.
     spectral_norm: largest eigenvalue of the covariance matrix, in the same
-      units: the variance along the direction in which it is largest.
+      units.
   """
 
   cosine_distance: jax.Array
@@ -152,12 +140,10 @@ def gradient_variance(grads: optax.Updates) -> GradientVariance:
     C = \frac{1}{N} \sum_i (g_i - \bar{g}) (g_i - \bar{g})^*
 
   The covariance :math:`C` is never formed: its largest eigenvalue is that of an
-  :math:`N \times N` matrix, summed over leaves. Memory beyond ``grads`` is that
-  matrix and copies of a leaf at a time. The cosine distance does not depend on
-  the lengths of gradients, which may be as large or small as their dtype
-  allows; variances must lie in the range of the dtype themselves. The real part
-  of inner products of complex gradients is taken. A NaN or infinite gradient
-  makes all three NaN.
+  :math:`N \times N` matrix. Gradients may be as large or small as their dtype
+  allows, if the variances themselves are in its range. The real part of inner
+  products of complex gradients is taken. A gradient that is not finite makes
+  all three NaN.
 
   Args:
     grads: tree of :math:`N \geq 2` gradients, e.g. of the batches of an epoch
@@ -219,19 +205,14 @@ def optimal_alpha(
 
   for gradients :math:`g` at the current parameters and :math:`s` of the same
   examples at the snapshot, where :math:`k` runs over the components of a leaf
-  or of the whole tree. Both sides are centred first and then scaled, so the
-  result does not depend on how large or small the gradients are. Coefficients
-  are real: for complex gradients the real part of the covariance is taken.
+  or of the whole tree. Coefficients are real: of complex gradients the real
+  part of the covariance is taken.
 
-  A component that never varies at the snapshot, such as a weight of a ReLU that
-  is off for all examples, has no coefficient. It is NaN with
-  ``per="component"``, so that it does not pass for a coefficient of 0: average
-  with :func:`jax.numpy.nanmean`. The other two are averages weighted by
-  variance, which ignore such components. If nothing varies at all, that of a
-  leaf is NaN, and that of the tree 0: there is nothing to correct.
-
-  Use :class:`optax_svrg.RunningMoments` if the gradients do not fit in memory
-  together.
+  A component without variance at the snapshot has no coefficient: it is NaN
+  with ``per="component"`` (average with :func:`jax.numpy.nanmean`), and ignored
+  in the other two. If nothing varies at all, the coefficient of a leaf is NaN,
+  and that of the tree 0. Use :class:`optax_svrg.RunningMoments` if the
+  gradients do not fit in memory together.
 
   Args:
     grads: tree of :math:`N \geq 2` gradients at the current parameters, e.g. of
@@ -250,8 +231,7 @@ def optimal_alpha(
     TypeError: if a leaf is not of a float or complex dtype.
     ValueError: if ``per`` is none of the three, ``grads`` has no leaves, a leaf
       has no leading axis or one of another length than the first, there are
-      fewer than two gradients, or ``snapshot_grads`` differs from ``grads`` in
-      structure, shape or kind of dtype.
+      fewer than two gradients, or ``snapshot_grads`` does not match ``grads``.
 
   Examples:
     >>> import jax.numpy as jnp, optax_svrg
@@ -262,10 +242,6 @@ def optimal_alpha(
     >>> alpha = optax_svrg.optimal_alpha(grads, snapshot_grads, per="tree")
     >>> print(f"{alpha:.3f}")
     0.800
-
-  References:
-    Yin et al., `A Coefficient Makes SVRG Effective
-    <https://arxiv.org/abs/2311.05589>`_, 2025
   """
   check_per(per)
   num_grads = _check_stack(grads, "grads")
@@ -300,7 +276,7 @@ def check_leaves(tree: Any, name: str) -> None:
 
 
 def _check_stack(grads: Any, name: str) -> int:
-  """Returns the number of gradients in a tree with a leading axis of them."""
+  """Returns the number of gradients in a tree of stacked gradients."""
   _checks.check_inexact(grads, name)
   check_leaves(grads, name)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -323,7 +299,7 @@ def real_dtype(dtype: Any) -> Any:
 
 
 def wide_leaves(*trees: Any) -> list[list[jax.Array]]:
-  """Leaves of each tree, all in the width of the widest or float32."""
+  """Returns the leaves of each tree in the widest dtype, float32 at least."""
   leaves = [list(map(jnp.asarray, jax.tree.leaves(tree))) for tree in trees]
   dtype = functools.reduce(
     np.promote_types,
@@ -370,11 +346,11 @@ def _or_one(scale: jax.Array) -> jax.Array:
 def _centred(
   leaves: Sequence[jax.Array], per: Per
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Gradients less their mean, divided by their scale, and the scales.
+  """Centres gradients and divides them by their scale.
 
   Args:
     leaves: arrays with a leading axis of gradients.
-    per: what has a scale of its own.
+    per: part that has a scale of its own.
 
   Returns:
     Arrays of the same shapes, and a scale for each that broadcasts to it; for
@@ -408,9 +384,9 @@ def _gram(x: jax.Array) -> jax.Array:
 def _cosine_distance(leaves: Sequence[jax.Array]) -> jax.Array:
   """Mean over pairs of gradients of (1 - cosine) / 2.
 
-  With unit vectors u, (1 - cosine) / 2 is a quarter of the squared distance,
-  and the sum of squared distances of n pairs is n times that to the mean. So no
-  pair is formed, and nearly parallel gradients do not cancel.
+  For unit vectors, (1 - cosine) / 2 is a quarter of the squared distance, and
+  the sum of the squared distances of n vectors is n times that to the mean. So
+  no pair is formed, and nearly parallel gradients do not cancel.
   """
   rows = lambda values, x: values.astype(x.dtype).reshape(
     -1, *[1] * (x.ndim - 1)
@@ -467,5 +443,5 @@ def ratios(
 
 
 def unflatten(treedef: Any, alphas: Sequence[jax.Array], per: Per) -> Any:
-  """The coefficients as a tree, or the only one."""
+  """Returns the coefficients as a tree, or the only one."""
   return alphas[0] if per == "tree" else jax.tree.unflatten(treedef, alphas)

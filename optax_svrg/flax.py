@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variance reduction for Flax NNX models, without split, merge or as_pure.
+"""Variance reduction for Flax: NNX functions, and a linen ``TrainState``.
 
-A training step with the gradient and its correction from one model::
+With ``loss_fn(model, batch)``, the mean loss over a batch, a training step is::
 
   @nnx.jit
   def train_step(model, optimizer, batch):
@@ -13,8 +13,6 @@ and a snapshot::
 
   optax_svrg.flax.take_snapshot(
       optimizer, model, optax_svrg.flax.mean_grad_fn(loss_fn, model, batches))
-
-where ``loss_fn(model, batch)`` is the mean loss over a batch.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,10 +36,10 @@ def grad_fn(
 ) -> Callable[[nnx.State], nnx.State]:
   """Gradient of a model's loss as a pure function of its parameters.
 
-  Everything else in the model is frozen as it is now: batch statistics and the
-  counts of its random streams, so that each call of the result draws the
-  dropout masks which the next call of the model will draw. Make it before that
-  call; :func:`value_and_grad` does both in the right order.
+  All other variables are frozen, including batch statistics and the counts of
+  random streams: each call of the result draws the dropout masks which the next
+  call of the model will draw. So make it before that call;
+  :func:`value_and_grad` does both in the right order.
 
   Args:
     loss_fn: a function ``loss_fn(model, *args, **kwargs)`` to a scalar loss, or
@@ -55,12 +53,10 @@ def grad_fn(
 
   Returns:
     A function from an :class:`flax.nnx.State` of the variables ``wrt`` to a
-    state of their gradients, of the same structure, shapes and dtypes: the
-    ``grad_fn`` of :func:`optax_svrg.alpha_svrg`.
+    state of their gradients: the ``grad_fn`` of :func:`optax_svrg.alpha_svrg`.
 
   Raises:
-    TypeError: if the loss is not a real scalar, as :func:`jax.grad`, when the
-      result is called.
+    TypeError: if the loss is not a real scalar, when the result is called.
     ValueError: if the result is called with other variables than ``wrt``.
 
   Examples:
@@ -84,16 +80,14 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any, Callable]]:
   """Like :func:`flax.nnx.value_and_grad`, but also returns ``grad_fn``.
 
-  Batch statistics and random streams of the model move once, as they do with
-  :func:`flax.nnx.value_and_grad`; the returned ``grad_fn`` sees both as they
+  Batch statistics and random streams of the model are updated once, as by
+  :func:`flax.nnx.value_and_grad`; the returned ``grad_fn`` uses both as they
   were before.
 
   Args:
-    loss_fn: a function ``loss_fn(model, *args, **kwargs)`` to a scalar loss, or
-      to a pair of it and anything else with ``has_aux``.
-    wrt: filter of the variables to differentiate with respect to, that of the
-      :class:`flax.nnx.Optimizer`.
-    has_aux: whether ``loss_fn`` returns a pair.
+    loss_fn: see :func:`grad_fn`.
+    wrt: see :func:`grad_fn`.
+    has_aux: see :func:`grad_fn`.
 
   Returns:
     A function from the arguments of ``loss_fn`` to a triple: the value of
@@ -148,30 +142,27 @@ def mean_grad_fn(
 ) -> Callable[[nnx.State], nnx.State]:
   """Mean gradient of a model's loss over a data set, for a snapshot.
 
-  Neither batch statistics nor random streams of the model move. Each batch
-  draws its own dropout masks: those which a pass of training over the same
-  batches would draw, starting from the model as it is now. A model with batch
-  normalisation in training mode normalises each batch by itself, as in
-  training: let ``batches`` have the size that they have there.
+  Batch statistics and random streams of the model do not change. Each batch
+  draws the dropout masks which a training pass over the same batches would draw
+  next. Batch normalisation in training mode normalises each batch by itself:
+  let ``batches`` have the size that they have in training.
 
   Args:
     loss_fn: a function ``loss_fn(model, batch)`` to a scalar mean loss, or to a
-      pair of it and anything else with ``has_aux``. As in
-      :func:`optax_svrg.mean_gradient`, it is compiled once if it is the same
-      function object each time.
+      pair of it and anything else with ``has_aux``. Make it once, see
+      :func:`optax_svrg.mean_gradient`.
     model: the model, which is not changed.
     batches: iterable of batches, see :func:`optax_svrg.mean_gradient`. Each
       call of the result iterates over it.
-    wrt: filter of the variables to differentiate with respect to, that of the
-      :class:`flax.nnx.Optimizer`.
-    has_aux: whether ``loss_fn`` returns a pair.
+    wrt: see :func:`grad_fn`.
+    has_aux: see :func:`grad_fn`.
     weights: see :func:`optax_svrg.mean_gradient`.
     axis_name: see :func:`optax_svrg.mean_gradient`.
 
   Returns:
     A function from an :class:`flax.nnx.State` of the variables ``wrt`` to a
-    state of the mean gradients, of the same structure and shapes, in float32
-    at least: the ``mean_grad_fn`` of :func:`take_snapshot`.
+    state of the mean gradients, in float32 at least: the ``mean_grad_fn`` of
+    :func:`take_snapshot`.
 
   Raises:
     TypeError: as :func:`optax_svrg.mean_gradient`.
@@ -206,9 +197,8 @@ def take_snapshot(
 ) -> None:
   """Moves the snapshot of an :class:`flax.nnx.Optimizer` to the model.
 
-  The same as :func:`optax_svrg.take_snapshot`, but, like everything in NNX,
-  it changes ``optimizer`` in place. Works eagerly and under
-  :func:`flax.nnx.jit`.
+  Same as :func:`optax_svrg.take_snapshot`, but changes ``optimizer`` in place.
+  Works eagerly and under :func:`flax.nnx.jit`.
 
   Args:
     optimizer: an optimizer with :func:`optax_svrg.alpha_svrg` or
@@ -254,11 +244,10 @@ def take_snapshot(
 
 
 class TrainState(train_state.TrainState):
-  """Linen's :class:`flax.training.train_state.TrainState` for extra arguments.
+  """Linen's :class:`flax.training.train_state.TrainState` with extra arguments.
 
-  ``apply_gradients`` of Flax gives the optimizer the gradients alone. This one
-  passes other keyword arguments on to it, as ``grad_fn`` of
-  :func:`optax_svrg.alpha_svrg` and ``batch_index`` of
+  ``apply_gradients`` passes keyword arguments on to the optimizer, such as
+  ``grad_fn`` of :func:`optax_svrg.alpha_svrg` and ``batch_index`` of
   :func:`optax_svrg.adaptive_saga`. :func:`optax_svrg.take_snapshot` takes and
   returns it as it is.
 
@@ -291,12 +280,12 @@ class TrainState(train_state.TrainState):
 
     Args:
       grads: the gradients, a tree like ``params``.
-      **kwargs: fields to replace, such as ``batch_stats`` of a subclass, as in
-        Flax; everything else is an extra argument of the optimizer's update.
+      **kwargs: fields to replace, such as ``batch_stats`` of a subclass; all
+        others are extra arguments of the optimizer's update.
 
     Returns:
       The state with ``step`` increased by one, new ``params`` and
-      ``opt_state``.
+        ``opt_state``.
     """
     fields = {
       key: value
@@ -315,7 +304,7 @@ class TrainState(train_state.TrainState):
 
 
 class _Static(NamedTuple):
-  """What programs are compiled for, compared by value.
+  """Static part of programs, compared by value.
 
   Attributes:
     graphdef: the model without its arrays.
@@ -331,10 +320,10 @@ class _Static(NamedTuple):
 
 
 class _Frozen(NamedTuple):
-  """A model but for the variables to differentiate.
+  """A model without the variables to differentiate.
 
   Attributes:
-    static: what is no array.
+    static: everything that is not an array.
     counts: counts of the random streams.
     rest: all other variables.
   """
@@ -380,7 +369,7 @@ def _loss_and_counts(
   *args: Any,
   **kwargs: Any,
 ) -> tuple[Any, Any]:
-  """The loss, and the counts of the random streams after it."""
+  """Returns the loss, and the counts of the random streams after it."""
   model = nnx.merge(
     frozen.static.graphdef, params, counts, frozen.rest, copy=True
   )
@@ -397,7 +386,7 @@ def _grad(
   *args: Any,
   **kwargs: Any,
 ) -> Any:
-  """The gradient with the masks which these counts draw."""
+  """Returns the gradient with the masks which these counts draw."""
   _check_params(params, frozen.static)
 
   def loss(params: Any) -> Any:
@@ -407,7 +396,7 @@ def _grad(
 
 
 def _pass_grad(loss_fn: Callable[..., Any], static: _Static) -> Any:
-  """The gradient of a batch with an index in a pass; one object per model."""
+  """Makes the gradient of a batch with its index; one object per model."""
 
   def make(call_loss: Callable[..., Any]) -> Callable[..., Any]:
     def pass_grad(counts: Any, rest: Any, params: Any, indexed: Any) -> Any:

@@ -21,21 +21,14 @@ hypothesis.settings.load_profile("default")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   cache = tempfile.mkdtemp(prefix="optax_svrg_tests_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
-  # Where JAX has read its environment already.
-  jax.config.update("jax_compilation_cache_dir", cache)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-  config.addinivalue_line(
-    "markers",
-    "standard_promotion: the test runs code of others, e.g. optax.adam, which"
-    " fails under strict dtype promotion",
-  )
+for name, value in {
+  "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
+  "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+  os.environ[name.upper()] = str(value)
+  jax.config.update(name, value)  # JAX may have read its environment already.
 
 
 @pytest.fixture(autouse=True)

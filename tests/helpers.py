@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_svrg
 
@@ -34,32 +35,45 @@ def _params(dtype: Any) -> dict[str, Any]:
 
 # Name to (make parameters, whether double precision is needed).
 TREES: dict[str, tuple[Callable[[], Any], bool]] = {
-  "float32": (lambda: _params(jnp.float32), False),
-  "bfloat16": (lambda: _params(jnp.bfloat16), False),
-  "float16": (lambda: _params(jnp.float16), False),
-  "float64": (lambda: _params(jnp.float64), True),
-  "complex64": (lambda: _params(jnp.complex64), False),
-  "complex128": (lambda: _params(jnp.complex128), True),
   "mixed": (
-    lambda: {"a": _params(jnp.float32), "b": _params(jnp.bfloat16)},
+    lambda: {
+      "a": _params(jnp.float32),
+      "b": jnp.asarray([[0.7, -1.3]], jnp.bfloat16),
+    },
     False,
   ),
+  "complex64": (lambda: _params(jnp.complex64), False),
+  "float64": (lambda: _params(jnp.float64), True),
+  "numpy": (lambda: {"w": np.ones((2, 2), np.float32), "v": 2.0}, False),
+  "float16": (lambda: _params(jnp.float16), False),
+  "complex128": (lambda: _params(jnp.complex128), True),
   "array": (lambda: jnp.arange(3.0), False),
-  "scalar": (lambda: jnp.array(2.0), False),
-  "python_scalar": (lambda: {"w": 2.0}, False),
-  "numpy": (lambda: {"w": np.ones((2, 2), np.float32)}, False),
   "empty": (dict, False),
   "nnx_state": (
     lambda: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param),
     False,
   ),
-  "nnx_pure_state": (
-    lambda: nnx.as_pure(
-      nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    ),
-    False,
-  ),
 }
+_FAST_TREES = ("mixed", "complex128", "numpy")
+
+
+def slow(*values: Any) -> Any:
+  """Parameters of a test in the slow tier."""
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def tree_names(*fast: str, without: Sequence[str] = ()) -> list[Any]:
+  """Names of ``TREES`` as parameters of a test.
+
+  Args:
+    *fast: those of the fast tier, if not all that are representative.
+    without: names to leave out.
+  """
+  return [
+    name if name in (fast or _FAST_TREES) else slow(name)
+    for name in TREES
+    if name not in without
+  ]
 
 
 # All that may be given as the coefficient 0.5.
@@ -181,6 +195,32 @@ def assert_close(got: Any, want: Any, rtol: float, atol: float = 0.0) -> None:
     np.testing.assert_allclose(
       g, w, rtol=0, atol=rtol * scale + atol, err_msg=name
     )
+
+
+def wide(tree: Any) -> Any:
+  """The tree as NumPy arrays in double precision."""
+  return jax.tree.map(
+    lambda x: np.asarray(x).astype(complex if jnp.iscomplexobj(x) else float),
+    tree,
+  )
+
+
+def assert_rounded(got: Any, want: Any, sizes: Any, ulps: float) -> None:
+  """Equal up to some roundings, each leaf to those of its own dtype.
+
+  Args:
+    got: the tree to check.
+    want: what it should be, in double precision.
+    sizes: the tree of the magnitudes of what each number was summed of.
+    ulps: number of roundings of numbers of these magnitudes.
+  """
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for (name, g), w, size in zip(
+    leaves_with_names(got), *map(jax.tree.leaves, (want, sizes)), strict=True
+  ):
+    bound = ulps * float(jnp.finfo(g.dtype).eps) * size
+    error = np.abs(wide(g) - w)
+    assert np.all(error <= bound), f"{name}: {error} exceeds {bound}"
 
 
 def tolerance(tree: Any) -> float:

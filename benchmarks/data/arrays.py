@@ -29,7 +29,6 @@ _CIFAR_SHAPE = (3, 32, 32)
 _CIFAR_PIXELS = math.prod(_CIFAR_SHAPE)
 
 _MAX_SHIFT = 2  # Pixels.
-_DROPPED = 0.2  # Share of the pixels.
 
 
 class DataError(benchmarks.UserError, ValueError):
@@ -188,18 +187,9 @@ def _shift_and_flip(
   return jax.lax.dynamic_slice(padded, (0, *shifts), shape).ravel()
 
 
-def _drop_pixels(
-  key: jax.Array, image: jax.Array, shape: tuple[int, int, int]
-) -> jax.Array:
-  """Dropout of the inputs."""
-  kept = jax.random.bernoulli(key, 1 - _DROPPED, image.shape)
-  return jnp.where(kept, image / (1 - _DROPPED), 0)
-
-
 AUGMENTATIONS: dict[str, Callable[..., jax.Array] | None] = {
   "none": None,
   "shift-flip": _shift_and_flip,
-  "dropout": _drop_pixels,
 }
 
 

@@ -11,8 +11,7 @@ What an image is put through, in this order: a random resized crop, or at 32
 pixels and below a random crop of the padded image; a flip; RandAugment
 ``rand-m9-mstd0.5-inc1``; random erasing by noise; mixup or cutmix with the
 batch in reverse order; smoothing of the labels. The authors also set colour
-jitter, which has no effect: timm leaves it out where RandAugment is on. It acts
-here by the same rule, that is, only with ``magnitude=None``.
+jitter, which has no effect: timm leaves it out where RandAugment is on.
 
 The authors mix within the part of the batch of one GPU, with a draw for each;
 here a batch is mixed as a whole, so that the number of devices does not matter.
@@ -67,8 +66,6 @@ class Recipe:
       off.
     magnitude_std: standard deviation of the strength, which is drawn for each
       operation and clipped to 0 to 10.
-    color_jitter: how much brightness, contrast and saturation vary where
-      RandAugment is off; 0 for not at all.
     erasing: probability that a box of an image is replaced by noise.
     mixup: parameter of the beta distribution of mixup; 0 turns it off.
     cutmix: the same for cutmix.
@@ -88,7 +85,6 @@ class Recipe:
   flip: float = 0.5
   magnitude: float | None = 9.0
   magnitude_std: float = 0.5
-  color_jitter: float = 0.4
   erasing: float = 0.25
   mixup: float = 0.8
   cutmix: float = 1.0
@@ -105,7 +101,6 @@ class Recipe:
       ("flip", 0, 1),
       ("magnitude", 0, _MAX_MAGNITUDE),
       ("magnitude_std", 0, math.inf),
-      ("color_jitter", 0, math.inf),
       ("erasing", 0, 1),
       ("mixup", 0, math.inf),
       ("cutmix", 0, math.inf),
@@ -282,21 +277,6 @@ def _rand_augment(
   return image
 
 
-def _jitter(
-  recipe: Recipe, rng: np.random.Generator, image: Image.Image
-) -> Image.Image:
-  enhancers = (
-    ImageEnhance.Brightness,
-    ImageEnhance.Contrast,
-    ImageEnhance.Color,
-  )
-  least = max(0.0, 1 - recipe.color_jitter)
-  for i in rng.permutation(len(enhancers)):
-    factor = rng.uniform(least, 1 + recipe.color_jitter)
-    image = enhancers[i](image).enhance(factor)
-  return image
-
-
 def augment(
   recipe: Recipe, rng: np.random.Generator, image: np.ndarray
 ) -> np.ndarray:
@@ -318,8 +298,6 @@ def augment(
     result = ImageOps.mirror(result)
   if recipe.magnitude is not None:
     result = _rand_augment(recipe, rng, result)
-  elif recipe.color_jitter:
-    result = _jitter(recipe, rng, result)
   return _to_numpy(recipe, result)
 
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
 import numpy as np
 import PIL.Image
 
-from benchmarks.data import arrays as data
+from benchmarks.data import arrays
 
 
 class _Splits(NamedTuple):
@@ -59,7 +59,7 @@ _CONFIGS = {"eurosat": "eurosat/rgb"}
 _IMAGE_FOLDER = "image-folder"
 
 TFDS_DATASETS = tuple(_SPLITS)
-DATASETS = (*TFDS_DATASETS, _IMAGE_FOLDER, *data.DATASETS)
+DATASETS = (*TFDS_DATASETS, _IMAGE_FOLDER, *arrays.DATASETS)
 
 
 class Example(TypedDict):
@@ -104,19 +104,19 @@ def load(name: str, data_dir: Path | None) -> ImageData:
   Args:
     name: one of ``DATASETS``: one of TensorFlow Datasets, prepared as the
       module's docstring says; ``"image-folder"``, any images in files; or what
-      ``benchmarks.data.load`` takes.
+      ``arrays.load`` takes.
     data_dir: of TensorFlow Datasets, where ``tfds build`` has put them; of
       ``"image-folder"``, the folder with ``train/CLASS/FILE`` and
       ``validation/CLASS/FILE`` or ``val/CLASS/FILE``, in which files that
       Pillow does not know by their extension count for nothing, nor do hidden
-      ones; otherwise as in ``benchmarks.data.load``.
+      ones; otherwise as in ``arrays.load``.
 
   Returns:
     The data set.
 
   Raises:
     ValueError: if there is no such data set.
-    benchmarks.data.DataError: if data are missing or damaged, or ``data_dir``
+    arrays.DataError: if data are missing or damaged, or ``data_dir``
       is missing or given without need. Damage to an image shows when it is
       asked for.
   """
@@ -124,10 +124,10 @@ def load(name: str, data_dir: Path | None) -> ImageData:
     raise ValueError(
       f"name must be one of {', '.join(DATASETS)}, got {name!r}."
     )
-  if name in data.DATASETS:
+  if name in arrays.DATASETS:
     return _load_arrays(name, data_dir)
   if data_dir is None:
-    raise data.DataError(f"--dataset {name} needs --data-dir.")
+    raise arrays.DataError(f"--dataset {name} needs --data-dir.")
   if name == _IMAGE_FOLDER:
     return _load_folder(data_dir)
   return _load_tfds(name, data_dir)
@@ -148,17 +148,19 @@ def decode(encoded: bytes, num_channels: int, origin: str) -> np.ndarray:
     The pixels, read-only, uint8 of the shape (height, width, channels).
 
   Raises:
-    benchmarks.data.DataError: if the image is damaged.
+    arrays.DataError: if the image is damaged.
   """
   try:
     with PIL.Image.open(io.BytesIO(encoded)) as image:
       pixels = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
   except PIL.UnidentifiedImageError as e:
-    raise data.DataError(f"{origin}: is no image that Pillow can read.") from e
+    raise arrays.DataError(
+      f"{origin}: is no image that Pillow can read."
+    ) from e
   # A damaged file may raise anything.
   except Exception as e:
-    reason = data.one_line(e) or type(e).__name__
-    raise data.DataError(f"{origin}: {reason}.") from e
+    reason = arrays.one_line(e) or type(e).__name__
+    raise arrays.DataError(f"{origin}: {reason}.") from e
   return pixels.reshape(*pixels.shape[:2], num_channels)
 
 
@@ -207,7 +209,7 @@ class FileSource:
     try:
       encoded = path.read_bytes()
     except OSError as e:
-      raise data.DataError(f"{path}: {data.one_line(e)}.") from e
+      raise arrays.DataError(f"{path}: {arrays.one_line(e)}.") from e
     return {
       "image": decode(encoded, 3, str(path)),
       "label": int(self.labels[index]),
@@ -242,7 +244,7 @@ class RecordSource:
       encoded, label = record["image"], int(record["label"])
     # What reads and parses damaged records may raise anything.
     except Exception as e:
-      raise data.DataError(f"{origin}: {data.one_line(e)}.") from e
+      raise arrays.DataError(f"{origin}: {arrays.one_line(e)}.") from e
     return {
       "image": decode(encoded, self.num_channels, origin),
       "label": label,
@@ -250,8 +252,8 @@ class RecordSource:
 
 
 def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
-  arrays = data.load_arrays(name, data_dir)
-  num_channels, height, width = arrays.image_shape
+  found = arrays.load_arrays(name, data_dir)
+  num_channels, height, width = found.image_shape
 
   def source(split: str, images: np.ndarray, labels: np.ndarray) -> ArraySource:
     images = images.reshape(-1, num_channels, height, width)
@@ -260,11 +262,11 @@ def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
     return ArraySource(f"{name} {split}", images, labels)
 
   return ImageData(
-    source("train", arrays.train_images, arrays.train_labels),
-    source("validation", arrays.validation_images, arrays.validation_labels),
-    data.NUM_CLASSES,
+    source("train", found.train_images, found.train_labels),
+    source("validation", found.validation_images, found.validation_labels),
+    arrays.NUM_CLASSES,
     num_channels,
-    arrays.sha256,
+    found.sha256,
   )
 
 
@@ -273,19 +275,19 @@ def _load_folder(data_dir: Path) -> ImageData:
   candidates = (data_dir / "validation", data_dir / "val")
   present = [folder for folder in candidates if folder.is_dir()]
   if len(present) != 1:
-    raise data.DataError(
+    raise arrays.DataError(
       f"{data_dir}: must have a folder validation or val, and not both."
     )
   validation_dir = present[0]
   classes = sorted(_visible(train_dir, is_dir=True))
   of_one_split = _visible(validation_dir, is_dir=True).keys() ^ set(classes)
   if of_one_split:
-    raise data.DataError(
+    raise arrays.DataError(
       f"{data_dir}: class {min(of_one_split)!r} must be in both train and"
       f" {validation_dir.name}."
     )
   if not classes:
-    raise data.DataError(f"{train_dir}: has no folders of classes.")
+    raise arrays.DataError(f"{train_dir}: has no folders of classes.")
   PIL.Image.init()
   extensions = {
     extension
@@ -303,7 +305,7 @@ def _load_folder(data_dir: Path) -> ImageData:
         if os.path.splitext(name)[1].lower() in extensions
       }
       if not sizes:
-        raise data.DataError(f"{folder / class_name}: has no images.")
+        raise arrays.DataError(f"{folder / class_name}: has no images.")
       for name in sorted(sizes):
         path = f"{class_name}/{name}"
         files.append(path)
@@ -332,15 +334,15 @@ def _visible(folder: Path, is_dir: bool) -> dict[str, int]:
         if not entry.name.startswith(".") and entry.is_dir() == is_dir
       }
   except OSError as e:
-    raise data.DataError(f"{e.filename}: {data.one_line(e)}.") from e
+    raise arrays.DataError(f"{e.filename}: {arrays.one_line(e)}.") from e
 
 
 def _load_tfds(name: str, data_dir: Path) -> ImageData:
   try:
     import tensorflow_datasets as tfds  # Only these data sets need it.
   except ImportError as e:
-    raise data.DataError(
-      f"{name} needs the packages of the extra tfds: {data.one_line(e)}."
+    raise arrays.DataError(
+      f"{name} needs the packages of the extra tfds: {arrays.one_line(e)}."
     ) from e
 
   full_name = _CONFIGS.get(name, name)
@@ -350,7 +352,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
   command = shlex.join(["tfds", "build", full_name, *arguments])
   folder = data_dir / full_name
   if not any(folder.glob("*/dataset_info.json")):
-    raise data.DataError(
+    raise arrays.DataError(
       f"{folder}: has no data. With TensorFlow, prepare them by {command}"
     )
   try:
@@ -364,17 +366,17 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
       for split in _SPLITS[name]
     ]
   except NotImplementedError as e:
-    raise data.DataError(
+    raise arrays.DataError(
       f"{folder}: has files without random access. With TensorFlow, prepare"
       f" others in another folder by {command}"
     ) from e
   # Damaged descriptions of the data may raise anything.
   except Exception as e:
-    raise data.DataError(f"{folder}: {data.one_line(e)}.") from e
+    raise arrays.DataError(f"{folder}: {arrays.one_line(e)}.") from e
   for split in info.splits.values():
     for path in split.filepaths:
       if not path.exists():
-        raise data.DataError(f"{path}: No such file or directory.")
+        raise arrays.DataError(f"{path}: No such file or directory.")
   sizes = {
     split.name: [split.num_bytes, split.shard_lengths]
     for split in info.splits.values()

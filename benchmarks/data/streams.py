@@ -6,16 +6,14 @@ augmentation of an example a function of the seed, the epoch and the example. So
 a stream can start at any step, passes over the same steps see the same batches,
 and neither the number of processes, devices, threads nor workers matters.
 
-A source of examples has a length, and at each index a mapping from ``"image"``
-to an array of uint8 of the shape (height, width, channels), and from
-``"label"`` to an integer.
+See :class:`benchmarks.data.sources.Source` for what a source of examples is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from absl import flags
 import grain
@@ -25,17 +23,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from benchmarks.data import recipe as recipe_lib
+from benchmarks.data.sources import Source
 
 _NUM_THREADS = 4  # Each reads a batch.
 _BUFFER_SIZE = 2  # Batches ahead of the training, on the device.
-
-
-class Source(Protocol):
-  """Examples by their index."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class Batch(NamedTuple):

@@ -218,15 +218,21 @@ class ArrayFeed:
     def step(i, state):
       batch = batch_at(i)
       grad_fn = lambda params: self._grad(params, batch)
-      return program.update(
+      grads = grad_fn(state.params)
+      after, corrected = program.update(
         method,
         optimizer,
         state,
-        grad_fn(state.params),
+        grads,
         grad_fn=grad_fn,
         batch_index=order.batch_index[i],
         batch_grad_fn=batch_grad_fn,
       )
+      seen = program.observe(
+        grads, corrected, state.opt_state[0], after.opt_state[0]
+      )
+      observed = jax.tree.map(jnp.add, state.observed, seen)
+      return after._replace(observed=observed)
 
     # Not a scan: whatever the steps, it is this very program.
     start, stop = start_and_stop

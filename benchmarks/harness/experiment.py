@@ -44,6 +44,8 @@ class Experiment:
     snapshot_every: epochs between snapshots.
     keeps_table: whether ``"streams"`` keeps the gradients at the snapshot from
       the pass, instead of computing them again.
+    measure: observers by name, a key of
+      :data:`benchmarks.harness.observers.OBSERVERS`, with their settings.
     data_sha256: SHA-256 of the data; empty where the name of the data set says
       it all.
   """
@@ -69,6 +71,7 @@ class Experiment:
   final_lr_share: float = 0.0
   snapshot_every: int = 1
   keeps_table: bool = True
+  measure: Settings = dataclasses.field(default_factory=dict)
   data_sha256: str = ""
 
   def identity(self) -> dict[str, Any]:

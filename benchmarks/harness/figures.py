@@ -20,7 +20,7 @@ _COLORS = {
   "other": "#009e73",
 }
 _STYLES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +189,14 @@ def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
   for line in panel.lines:
     index = seen.setdefault(line.family, 0)
     seen[line.family] += 1
+    # Points have no style, and styles repeat.
+    is_marked = len(line.x) < 12 or index >= len(_STYLES)
     look = {
       "color": _COLORS[line.family],
       "linestyle": _STYLES[index % len(_STYLES)],
-      # A second round of styles is told apart by its marker.
-      "marker": _MARKERS[index // len(_STYLES)] if len(line.x) < 12 else None,
-      "markersize": 3,
+      "marker": _MARKERS[index % len(_MARKERS)] if is_marked else None,
+      "markevery": max(1, len(line.x) // 8),
+      "markersize": 4,
     }
     y = [math.nan if v is None else v for v in line.y]
     (handles[line.label],) = axis.plot(line.x, y, **look)

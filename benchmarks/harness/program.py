@@ -49,7 +49,7 @@ class Observed(NamedTuple):
   """Sums over the steps of an epoch.
 
   Attributes:
-    loss: losses of the batches; 0 where the feed evaluates them otherwise.
+    loss: losses of the batches; only of streams.
     extra_gradients: gradients of a batch in addition to those of the steps.
     alpha: coefficients.
     plain_moment: square distances of the plain gradient from the mean gradient
@@ -142,9 +142,8 @@ def update(
   optimizer: optax.GradientTransformation,
   state: TrainState,
   grads: optax.Updates,
-  loss: Any = 0.0,
   **extra_args: Any,
-) -> TrainState:
+) -> tuple[TrainState, optax.Updates]:
   """Makes one step.
 
   Args:
@@ -152,37 +151,27 @@ def update(
     optimizer: the optimizer.
     state: the state before.
     grads: the gradient of the batch.
-    loss: the loss of the batch, for the record.
     **extra_args: further arguments of the method's transformation.
 
   Returns:
-    The state after.
+    The state after, but for what is observed, and the corrected gradient.
   """
   # Without variance reduction, they are accepted and ignored.
   transform = optax.with_extra_args_support(method.transform)
-  params, (before, opt_state), observed = state
-  corrected, after = transform.update(grads, before, params, **extra_args)
-  updates, opt_state = optimizer.update(corrected, opt_state, params)
-  return TrainState(
-    optax.apply_updates(params, updates),
-    (after, opt_state),
-    jax.tree.map(
-      jnp.add, observed, _observe(loss, grads, corrected, before, after)
-    ),
-  )
+  before, opt_state = state.opt_state
+  corrected, after = transform.update(grads, before, state.params, **extra_args)
+  updates, opt_state = optimizer.update(corrected, opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(params, (after, opt_state), state.observed), corrected
 
 
-def _observe(
-  loss: Any,
-  grads: optax.Updates,
-  corrected: optax.Updates,
-  before: Any,
-  state: Any,
+def observe(
+  grads: optax.Updates, corrected: optax.Updates, before: Any, state: Any
 ) -> Observed:
-  """Reads off a step and its correction, from the states around it."""
+  """Reads off a step and its correction, from the method's states around it."""
   mean_grads = optax.tree.get(before, "mean_grads")
   if mean_grads is None:
-    return Observed(*map(jnp.asarray, (loss, 0, 0.0, 0.0, 0.0)))
+    return nothing_observed()
   # The coefficient that this very step has used.
   alpha = optax.tree.get(state, "alpha")
   snapshots = optax.tree.get(before, "num_snapshots")
@@ -203,7 +192,7 @@ def _observe(
     for g in (grads, corrected)
   ]
   return Observed(
-    jnp.asarray(loss),
+    jnp.zeros(()),
     extra_gradients,
     alpha,
     *(jnp.where(known, moment, 0) for moment in moments),

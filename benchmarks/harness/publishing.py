@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import figures
-from benchmarks.harness.experiment import Experiment, point_from_json, Run
+from benchmarks.harness.experiment import (
+  Experiment,
+  finite,
+  point_from_json,
+  Run,
+)
 
 FOLDER = Path(__file__).parent.parent / "results"
 _FIELDS = (
@@ -53,6 +58,7 @@ def pack(
         "changes": {k: v for k, v in identity.items() if k not in common},
         "diverged": run.diverged,
         "history": [[_short(getattr(p, f)) for f in _FIELDS] for p in points],
+        **({"measured": finite(run.measured)} if run.measured else {}),
       }
     )
   return {
@@ -81,7 +87,8 @@ def unpack(document: Mapping[str, Any]) -> list[Run]:
       # Also where the point that was not finite has been left out.
       history[-1] = history[-1]._replace(train_loss=math.nan)
     experiment = Experiment.from_identity(identity)
-    runs.append(Run(experiment, history, finished=True))
+    measured = saved.get("measured", {})
+    runs.append(Run(experiment, history, finished=True, measured=measured))
   return runs
 
 

@@ -13,8 +13,18 @@ import rich.box
 import rich.console
 import rich.table
 
-# What 80 columns hold; below, a method takes several lines.
-_WIDE = 72
+# Broken by hand, so that a row takes one line.
+_HEADINGS = (
+  "final\ntrain loss",
+  "validation\naccuracy (%)",
+  "gradients\nper\nexample",
+  "variance\nratio",
+  "seconds",
+)
+_SHORT_HEADINGS = (
+  *("train loss", "accuracy (%)", "gradients/example"),
+  *("variance ratio", "seconds"),
+)
 
 
 def markdown_table(
@@ -120,30 +130,23 @@ def print_table(
     console: where to print them, standard output by default.
   """
   console = console or rich.console.Console()
-  headings = (
-    "final\ntrain loss",
-    "validation\naccuracy (%)",
-    "gradients\nper\nexample",
-    "variance\nratio",
-    "seconds",
-  )
-  if console.width >= _WIDE:
-    # Narrow, and broken by hand, so that a row takes one line.
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for heading in headings:
-      table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-      table.add_row(row["method"], *_texts(row))
-  else:
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.add_column("method", no_wrap=True)
+  for heading in _HEADINGS:
+    table.add_column(heading, justify="right", no_wrap=True)
+  for row in rows:
+    table.add_row(row["method"], *_texts(row))
+  unlimited = console.options.update(max_width=1_000)
+  if console.measure(table, options=unlimited).maximum > console.width:
+    # Several lines for each method.
     table = rich.table.Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     for row in rows:
       table.add_row(f"[bold]{row['method']}[/bold]", "")
-      for heading, text in zip(headings, _texts(row), strict=True):
+      for heading, text in zip(_SHORT_HEADINGS, _texts(row), strict=True):
         if text:
-          table.add_row(f" {heading.replace(chr(10), ' ')}", text)
+          table.add_row(f" {heading}", text)
   console.print(table)
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains what a store lacks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
+import contextlib
 from pathlib import Path
+from typing import Any
 
+from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.store import Store
-from benchmarks.harness.trainer import load, Observer, OnEpoch, shared, Trainer
+from benchmarks.harness.trainer import load, OnEpoch, shared, Trainer
 
 
 def run_all(
@@ -15,7 +18,8 @@ def run_all(
   *,
   data_dir: Path | None = None,
   progress: OnEpoch = lambda run, point: None,
-  observers: Callable[[Experiment], Sequence[Observer]] = lambda _: (),
+  checkpoint_dir: Path | None = None,
+  **options: Any,
 ) -> list[Run]:
   """Trains each experiment that the store lacks, and stores it as it ends.
 
@@ -27,7 +31,9 @@ def run_all(
     store: where runs are looked up and stored.
     data_dir: folder of the data sets that need one.
     progress: called with each run and its state after each epoch.
-    observers: makes the observers of an experiment, which must follow from it.
+    checkpoint_dir: folder to which each epoch is saved, and from which a run
+      that was stopped goes on.
+    **options: of the trainers; results do not depend on them.
 
   Returns:
     The runs in the order of the experiments.
@@ -42,9 +48,26 @@ def run_all(
     if run is None:
       groups.setdefault(shared(experiment), []).append(experiment)
   for common, group in groups.items():
-    trainer = Trainer(common, load(common.dataset, common.feed, data_dir))
+    data = load(common.dataset, common.feed, data_dir)
+    trainer = Trainer(common, data, **options)
     for experiment in group:
       run = found[experiment] = Run(experiment)
-      trainer.fit(run, observers=observers(experiment), on_epoch=progress)
+      with _checkpoints(checkpoint_dir, experiment) as checkpoints:
+        trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
       store.put(run)
   return [found[experiment] for experiment in experiments]
+
+
+@contextlib.contextmanager
+def _checkpoints(
+  folder: Path | None, experiment: Experiment
+) -> Iterator[Checkpoints | None]:
+  """The checkpoints of one run, closed at the end."""
+  if folder is None:
+    yield None
+    return
+  folder = folder / experiment.name
+  resume = folder.exists()
+  saved = Checkpoints(folder, None, experiment.identity(), resume)
+  with contextlib.closing(saved):
+    yield saved

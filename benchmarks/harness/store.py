@@ -57,13 +57,14 @@ class Store:
     return run if run.experiment == experiment else None
 
   def put(self, run: Run) -> None:
-    """Writes a run, with commit, versions and machine.
+    """Writes a run, with commit, versions and machine, in process 0.
 
     Raises:
       StoreError: if it cannot be written.
     """
     run.origin = {**run.origin, **self._record, **environment()}
-    write_json(self.path(run.experiment), run.as_json())
+    if jax.process_index() == 0:
+      write_json(self.path(run.experiment), run.as_json())
 
   def runs(self) -> list[Run]:
     """Reads all runs, in the order of their names.

@@ -100,7 +100,7 @@ class _Subset:
   They are drawn, as the first ones may be of one class.
   """
 
-  def __init__(self, source: streams.Source, size: int | None):
+  def __init__(self, source: sources.Source, size: int | None):
     self._source = source
     order = np.random.default_rng(0).permutation(len(source))
     self._indices = np.sort(order[:size])
@@ -307,27 +307,25 @@ class StreamFeed:
 
     def update(state, loss_and_grads, index, snapshot, lr):
       loss, grads = loss_and_grads
-      is_computed = not isinstance(snapshot, optax_svrg.GradientTable)
+      extra_gradients = 0
       if snapshot is None:
         snapshot = grads  # There is none yet, or no method that would use it.
-      elif not is_computed:
+      elif isinstance(snapshot, optax_svrg.GradientTable):
         snapshot = snapshot[index]
-      after = program.update(
+      else:
+        extra_gradients = 1
+      after, _ = program.update(
         method,
         make(lr),
         state,
         grads,
-        loss,
         snapshot_grads=snapshot,
         batch_index=index,
       )
-      if is_computed:
-        return after
-      # The pass has computed them already.
-      extra_gradients = state.observed.extra_gradients
-      return after._replace(
-        observed=after.observed._replace(extra_gradients=extra_gradients)
-      )
+      alpha = optax.tree.get(after.opt_state, "alpha", jnp.zeros(()))
+      seen = Observed(loss, extra_gradients, alpha, 0, 0)
+      observed = jax.tree.map(jnp.add, state.observed, seen)
+      return after._replace(observed=observed)
 
     return (
       jax.jit(tx.init, out_shardings=shardings),
@@ -385,7 +383,7 @@ class StreamFeed:
       *(jnp.sum(jnp.where(batch.weights > 0, x, 0)) for x in (losses, is_right))
     )
 
-  def _mean(self, params: optax.Params, source: streams.Source) -> Evaluation:
+  def _mean(self, params: optax.Params, source: sources.Source) -> Evaluation:
     """Over the images of a source, as they are."""
     batches = streams.validation_batches(
       source,

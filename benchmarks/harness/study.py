@@ -20,7 +20,7 @@ import click
 
 from benchmarks import cli
 from benchmarks.harness import comparison, figures, publishing, report
-from benchmarks.harness.experiment import Experiment, Point, Run
+from benchmarks.harness.experiment import Experiment, Run
 
 # Around what suits the plain optimizer, for all methods alike.
 LEARNING_RATES = {
@@ -33,15 +33,16 @@ LEARNING_RATES = {
   ("mlp4", "momentum"): (0.05, 0.1, 0.2),
   ("mlp4", "adamw"): (0.0025, 0.005, 0.01),
 }
-NOTES = f"""\
+NOTES = """\
 Final train losses are means over the seeds ± sample standard deviation, with
 the learning rate in brackets (`*`: at an end of its grid). Where several
-learning rates were tried, each method has the one of least loss over
-{len(comparison.TUNING_SEEDS)} seeds that take no part in the verdicts. A
-verdict is by a paired t-test over the seeds at 5 %, after Holm's correction
-over all comparisons of its table. The percentage is the mean difference from
-the rival's mean loss; in square brackets is its 95 % interval, that of the
-single comparison."""
+learning rates were tried, each method has the one of least mean loss over two
+seeds that take no part in the verdicts. A verdict is by a paired t-test over
+the seeds at 5 %, after Holm's correction over all comparisons of its table. The
+percentage is the mean difference from the rival's mean loss; in square brackets
+is its 95 % interval, that of the single comparison."""
+# How much longer plain training is that spends as many gradients.
+LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
 
 # Makes the experiments of a method from the template of a problem.
 Arm = Callable[[Experiment], Experiment]
@@ -54,6 +55,15 @@ def arm(
   return lambda template: template.replace(
     method=method, method_settings=settings, **(changes or {})
   )
+
+
+def plain_lengths() -> dict[str, Arm]:
+  """Plain training of each of ``LENGTHS``."""
+
+  def longer(factor: int) -> Arm:
+    return lambda e: e.replace(method="plain", epochs=factor * e.epochs)
+
+  return {name: longer(factor) for name, factor in LENGTHS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +91,14 @@ class Cell:
     parts += [f"noise-{e.label_noise:g}"] if e.label_noise else []
     parts += [e.augment] if e.augment != "none" else []
     return "-".join(parts)
+
+  def text(self, name: str) -> str:
+    """An item of a list that tells the size of the problem."""
+    e = self.template
+    return (
+      f"- {name}: {e.train_examples} training examples, batches of"
+      f" {e.batch_size}, {e.epochs} epochs, {self.num_seeds} seeds"
+    )
 
 
 def cells(*problems: Cell) -> dict[str, Cell]:
@@ -135,6 +153,9 @@ class Results:
     cells: the problems.
     arms: the methods.
     runs: the runs, of which others are ignored.
+
+  Attributes:
+    runs: from a problem and a method to the verdict's runs, by seed.
   """
 
   def __init__(
@@ -145,13 +166,18 @@ class Results:
   ):
     self._cells, self._all_arms = cells, arms
     self._runs = {run.experiment: run for run in runs if run.finished}
+    self.runs = functools.cache(self._verdict_runs)
 
-  @property
+  @functools.cached_property
   def cells(self) -> list[str]:
     """Names of the problems that have runs of each method."""
     return [
       c for c in self._cells if all(self.runs(c, a) for a in self.arms(c))
     ]
+
+  def shown(self, cell: str) -> str:
+    """The problem if it has been run, otherwise the first one that has."""
+    return cell if cell in self.cells else self.cells[0]
 
   def arms(self, cell: str) -> list[str]:
     """Names of the methods of a problem."""
@@ -165,13 +191,6 @@ class Results:
       pairs = itertools.product(rates, comparison.TUNING_SEEDS)
       return [self._experiment(cell, arm, *pair) for pair in pairs]
     return [self._experiment(cell, arm, lr, seed) for seed in seeds]
-
-  def runs(self, cell: str, arm: str) -> list[Run]:
-    """The verdict's runs of a method, in the order of the seeds."""
-    lr = self.lr(cell, arm)
-    if lr is None:
-      return []
-    return self._found(cell, arm, lr, range(self._cells[cell].num_seeds))
 
   def lr(self, cell: str, arm: str) -> float | None:
     """The learning rate of a method; ``None`` while it is not chosen."""
@@ -218,10 +237,6 @@ class Results:
     values = self.values(cell, arm, "validation_accuracy")
     return f"{100 * math.fsum(values) / len(values):.1f}"
 
-  def compare(self, cell: str, arm: str, rival: str) -> comparison.Comparison:
-    """A method against a rival."""
-    return comparison.compare(self.losses(cell, arm), self.losses(cell, rival))
-
   def verdicts(
     self, pairs: Sequence[tuple[str, str]], cells: Iterable[str] | None = None
   ) -> dict[tuple[str, str, str], str]:
@@ -229,17 +244,15 @@ class Results:
     chosen = self.cells if cells is None else cells
     return comparison.verdicts(
       {
-        (c, arm, rival): self.compare(c, arm, rival)
+        (c, arm, rival): comparison.compare(
+          self.losses(c, arm), self.losses(c, rival)
+        )
         for c, (arm, rival) in itertools.product(chosen, pairs)
       }
     )
 
-  def ratios(self, arm: str, base: str, cells: Iterable[str]) -> list[float]:
-    """Mean losses divided by those of another method, problem by problem."""
-    return [self.mean(c, arm) / self.mean(c, base) for c in cells]
-
   def curves(
-    self, cell: str, arms: Iterable[str], field: str, x: str = "epoch"
+    self, cell: str, arms: Iterable[str], field: str
   ) -> list[figures.Line]:
     """Curves of a field over the training, a line for each method."""
     lines = []
@@ -248,11 +261,51 @@ class Results:
       lines.append(
         figures.mean_line(
           name,
-          [getattr(point, x) for point in histories[0]],
+          [point.epoch for point in histories[0]],
           [[getattr(point, field) for point in h] for h in histories],
         )
       )
     return lines
+
+  def point(
+    self, cell: str, arm: str, field: str = "train_loss"
+  ) -> tuple[float, float]:
+    """Gradients per example, and the mean of a field."""
+    gradients = self.mean(cell, arm, "gradients_per_example")
+    return gradients, self.mean(cell, arm, field)
+
+  def over_plain(self, cell: str, arm: str) -> str:
+    """The loss over that of plain with as many gradients, if known."""
+    curve = [self.point(cell, name) for name in LENGTHS]
+    ratio = comparison.over_plain(*self.point(cell, arm), curve)
+    return "" if ratio is None else f"{ratio:.2f}"
+
+  def against_gradients(
+    self, cell: str, arms: Iterable[str]
+  ) -> list[figures.Panel]:
+    """Loss and accuracy by gradients, with plain training of all lengths."""
+
+    def panel(field: str, label: str, log_y: bool) -> figures.Panel:
+      points = [self.point(cell, name, field) for name in LENGTHS]
+      x, y = zip(*points, strict=True)
+      lines = [figures.Line("plain, 1 to 3 times the epochs", "plain", x, y)]
+      for name in arms:
+        x, y = self.point(cell, name, field)
+        lines.append(figures.Line(name, figures.family(name), [x], [y]))
+      return figures.Panel(
+        cell, "gradients per example", label, lines, log_y=log_y
+      )
+
+    return [
+      panel("train_loss", "final train loss", True),
+      panel("validation_accuracy", "validation accuracy", False),
+    ]
+
+  def _verdict_runs(self, cell: str, arm: str) -> list[Run]:
+    lr = self.lr(cell, arm)
+    if lr is None:
+      return []
+    return self._found(cell, arm, lr, range(self._cells[cell].num_seeds))
 
   def _found(
     self, cell: str, arm: str, lr: float, seeds: Iterable[int]
@@ -296,11 +349,6 @@ class Study:
   figure: Callable[[Results], figures.Figure] | None = None
   has_curve: Callable[[Experiment], bool] = lambda experiment: False
 
-  def results(self, runs: Iterable[Run], cells: Iterable[str] = ()) -> Results:
-    """Orders runs by problem and method."""
-    chosen = {name: self.cells[name] for name in cells} or self.cells
-    return Results(chosen, self.arms, runs)
-
   def render(self, document: Mapping[str, Any]) -> dict[str, str]:
     """Makes the published files from the published runs.
 
@@ -310,12 +358,13 @@ class Study:
     Returns:
       Contents by name of the file: the table, and the figure as data.
     """
-    results = self.results(publishing.unpack(document))
+    results = Results(self.cells, self.arms, publishing.unpack(document))
     parts = [
       f"# {self.title}",
       f"    {document['command']}",
       self.table(results),
       NOTES,
+      "\n".join(self.cells[name].text(name) for name in results.cells),
     ]
     files = {"table.md": "\n\n".join(parts) + "\n"}
     if self.figure is not None:
@@ -347,7 +396,7 @@ class Study:
       out: Path,
       publish: bool,
     ) -> None:
-      if publish and (epochs or examples):
+      if publish and (epochs or examples or seeds):
         raise click.UsageError("--publish takes the sizes of the study.")
       changes = {"epochs": epochs, "train_examples": examples}
       chosen = {}
@@ -371,25 +420,20 @@ class Study:
   def train(self, out: Path, data_dir: Path | None) -> list[Run]:
     """Trains what the store lacks: first to tune, then for the verdict."""
     from benchmarks.harness import runner, store
+    from benchmarks.harness.progress import Progress
 
     stored = store.Store(out)
     runs: dict[Experiment, Run] = {}
     for cell, _ in itertools.product(self.cells, range(2)):
-      results = self.results(runs.values())
+      results = Results(self.cells, self.arms, runs.values())
       wanted = [
         experiment
         for arm in results.arms(cell)
         for experiment in results.experiments(cell, arm)
       ]
-      progress = functools.partial(_tell, f"{self.name}, {cell}")
-      made = runner.run_all(
-        wanted, stored, data_dir=data_dir, progress=progress
-      )
+      with Progress(sum(e.epochs for e in wanted)) as progress:
+        made = runner.run_all(
+          wanted, stored, data_dir=data_dir, progress=progress
+        )
       runs |= {run.experiment: run for run in made}
     return list(runs.values())
-
-
-def _tell(where: str, run: Run, point: Point) -> None:
-  if run.finished:
-    e = run.experiment
-    click.echo(f"{where}: {e.method}, lr {e.lr:g}, seed {e.seed}", err=True)

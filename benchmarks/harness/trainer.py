@@ -1,94 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
-import optax
 
 from benchmarks import methods
 from benchmarks.data import arrays, sources
 from benchmarks.harness import checkpoints as checkpointing
+from benchmarks.harness import observers
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.experiment import Experiment, Point, Run
+from benchmarks.harness.observers import Observer, View
 from benchmarks.harness.program import Observed, Program, TrainState
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
 
 # Called with a run and its state after an epoch.
 OnEpoch = Callable[[Run, Point], None]
-
-
-class View(NamedTuple):
-  """Training at one moment, for an observer.
-
-  Attributes:
-    epoch: number of the epoch.
-    step: number of the next step in it.
-    num_steps: number of steps of an epoch.
-    method: the method.
-    loss: loss of a batch, a function of the parameters and of it.
-    batches: all batches of the epoch, with a leading axis.
-  """
-
-  epoch: int
-  step: int
-  num_steps: int
-  method: methods.Method
-  loss: Callable[[optax.Params, Any], jax.Array]
-  batches: Any
-
-
-class Observer(Protocol):
-  """Measures during training, on the feed ``"arrays"``."""
-
-  def stops(self, num_steps: int) -> Iterable[int]:
-    """Returns the steps of each epoch before which :meth:`look` is called."""
-
-  def look(self, view: View, state: TrainState) -> TrainState:
-    """Measures; returns the state to go on from, usually the same."""
-
-  def result(self) -> Mapping[str, Any]:
-    """Returns what was measured, as JSON, for :attr:`Run.measured`."""
-
-
-class Feed(Protocol):
-  """Makes programs; see :class:`ArrayFeed` and :class:`StreamFeed`."""
-
-  @property
-  def num_examples(self) -> int:
-    """Number of training examples."""
-
-  def init(self, key: jax.Array) -> optax.Params:
-    """Draws initial parameters."""
-
-  def context(self, experiment: Experiment) -> methods.Context:
-    """Returns what a method is made for."""
-
-  def program(self, experiment: Experiment, method: methods.Method) -> Program:
-    """Compiles the functions of a method."""
-
-  def nothing_observed(self) -> Observed:
-    """Returns the sums over no step."""
-
-  def measure(
-    self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> tuple[float, float] | None:
-    """Returns train loss and validation accuracy."""
-
-  def finish(self, params: optax.Params) -> Mapping[str, Any]:
-    """Returns what is measured at the end of a run in addition."""
+Feed = ArrayFeed | StreamFeed
 
 
 def shared(experiment: Experiment) -> Experiment:
   """Returns the experiment of a trainer: without what differs between runs."""
   return experiment.replace(
+    measure={},
     method="",
     method_settings={},
     optimizer="",
@@ -146,7 +88,6 @@ class Trainer:
     self,
     run: Run,
     *,
-    observers: Sequence[Observer] = (),
     on_epoch: OnEpoch = lambda run, point: None,
     checkpoints: checkpointing.Checkpoints | None = None,
   ) -> None:
@@ -155,7 +96,6 @@ class Trainer:
     Args:
       run: the run; its history grows from epoch to epoch, so that it holds the
         results so far when the training is interrupted.
-      observers: measure during training.
       on_epoch: called with the run and its state after each epoch.
       checkpoints: where to save the run, and from where to go on.
 
@@ -179,7 +119,14 @@ class Trainer:
     if at != checkpointing.START:
       state = checkpoints.restore(run, state)
     training = _Training(
-      self.feed, run, method, program, observers, checkpoints, state, at
+      self.feed,
+      run,
+      method,
+      program,
+      observers.make(experiment),
+      checkpoints,
+      state,
+      at,
     )
     if at == checkpointing.START:
       training.record(None)

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from benchmarks.methods import coefficients, saga_variants, snapshots
+from benchmarks.methods import coefficients, optimal, saga_variants, snapshots
 from benchmarks.methods.method import Context, Factory, Method
 import optax_svrg
 
@@ -76,6 +76,7 @@ METHODS: dict[str, Factory] = {
   "coefficient": coefficients.method,
   "saga-variant": saga_variants.method,
   "snapshots": snapshots.method,
+  "optimal": optimal.method,
 }
 
 

@@ -13,11 +13,9 @@ import optax_svrg
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
   "decay 0.8": {"decay": 0.8},
-  "decay 0.99": {"decay": 0.99},
   "with the current batch": {"current": True},
   "per array": {"per_leaf": True},
-  "start full": {"start": "full"},
-  "never reset": {"start": "kept"},
+  "never reset": {"kept": True},
 }
 
 
@@ -42,7 +40,7 @@ def transform(
   decay: float = 0.97,
   current: bool = False,
   per_leaf: bool = False,
-  start: str = "empty",
+  kept: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """SVRG with a coefficient that is estimated.
 
@@ -51,8 +49,7 @@ def transform(
     current: whether they include the batch that is corrected, which makes the
       gradient biased.
     per_leaf: whether each array of parameters has a coefficient of its own.
-    start: the averages after a snapshot: ``"empty"``; ``"full"``, as if all
-      steps before had been like the first one; or ``"kept"``, not reset.
+    kept: whether they are kept at a snapshot, instead of starting empty.
   """
   svrg = optax_svrg.alpha_svrg(1.0)
 
@@ -76,28 +73,26 @@ def transform(
     control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
     centred = optax.tree.sub(updates, before.mean_grads)
     products = jnp.stack(
-      [inner_products(x, control, per_leaf) for x in (centred, control)]
+      [_inner_products(x, control, per_leaf) for x in (centred, control)]
     )
     old = jnp.stack([state.covariance, state.variance])
     is_first = before.num_snapshots != state.seen
-    if start != "kept":
+    if not kept:
       old = jnp.where(is_first, 0, old)
     new = decay * old + (1 - decay) * products
-    if start == "full":
-      new = jnp.where(is_first, products, new)
     covariance, variance = new if current else old
     known = variance > 0
     ratio = jnp.where(known, covariance / jnp.where(known, variance, 1), 1)
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
-    return subtract(updates, alpha, control), CoefficientState(
+    return _subtract(updates, alpha, control), CoefficientState(
       after, before.num_snapshots, *new
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def inner_products(
+def _inner_products(
   a: optax.Updates, b: optax.Updates, per_leaf: bool
 ) -> jax.Array:
   """Inner products of the arrays of two trees, or their sum; 1-D."""
@@ -105,7 +100,7 @@ def inner_products(
   return products if per_leaf else products.sum(keepdims=True)
 
 
-def subtract(
+def _subtract(
   updates: optax.Updates, alpha: jax.Array, control: optax.Updates
 ) -> optax.Updates:
   """Corrects with a coefficient for each array, or with one for all."""

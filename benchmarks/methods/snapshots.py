@@ -4,19 +4,27 @@
 A strategy says when a snapshot is taken, and what its mean gradient is made of.
 Both are data: ``STRATEGIES`` has the settings of those under study, which
 :func:`method` turns into a method.
+
+* ``WHEN``: ``decide(memory, svrg, params, at)`` returns a :class:`Decision`
+  about the step to come.
+* ``MEANS``: ``take(memory, svrg, params, at)`` takes a snapshot. It returns the
+  state after it, the memory, and the number of gradients of a batch computed.
+  ``correct(memory, svrg, params, at, step)`` returns the corrected gradient and
+  then the same.
+
+Both have ``init``, which makes their memory: what they know from step to step.
 """
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.methods import gate
+from benchmarks.methods.gate import Decision, Gate, Moment
 from benchmarks.methods.method import Context, Method
-from benchmarks.methods.moment import Decision, Moment
 import optax_svrg
 
 STRATEGIES: dict[str, Mapping[str, Any]] = {
@@ -38,18 +46,6 @@ STRATEGIES: dict[str, Mapping[str, Any]] = {
   "second half": {"start": 1 / 2},
   "gated": {"when": "gate"},
 }
-
-
-class When(Protocol):
-  """Decides when snapshots are taken."""
-
-  def init(self, params: optax.Params) -> Any:
-    """What it remembers, at the first step."""
-
-  def decide(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> Decision:
-    """Decides about the step to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +90,6 @@ class CoinFlips:
     """Flips the coin."""
     due = jax.random.bernoulli(at.key, 1 / at.num_steps) | (at.step == 0)
     return Decision(jnp.ones([], bool), due, memory)
-
-
-class Mean(Protocol):
-  """Provides the mean gradient at a snapshot, and the gradients there."""
-
-  def init(self, params: optax.Params, num_steps: int) -> Any:
-    """What it remembers, at the first step."""
-
-  def take(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> tuple[Any, Any, Any]:
-    """Returns states after a snapshot, and the number of gradients computed."""
-
-  def correct(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: "Step"
-  ) -> tuple[optax.Updates, Any, Any, Any]:
-    """Returns the corrected gradient, and then as ``take``."""
 
 
 class Step(NamedTuple):
@@ -262,7 +241,7 @@ class RunningMean(Pass):
     )
 
 
-WHEN = {"epochs": Epochs, "coin": CoinFlips, "gate": gate.Gate}
+WHEN = {"epochs": Epochs, "coin": CoinFlips, "gate": Gate}
 MEANS = {
   "pass": Pass,
   "table": Table,
@@ -292,8 +271,8 @@ class SnapshotsState(NamedTuple):
 
 def transform(
   svrg: optax.GradientTransformationExtraArgs,
-  when: When,
-  mean: Mean,
+  when: Any,
+  mean: Any,
   num_steps: int,
   num_epochs: int,
 ) -> optax.GradientTransformationExtraArgs:
@@ -301,8 +280,8 @@ def transform(
 
   Args:
     svrg: the transformation, of the library.
-    when: decides when snapshots are taken.
-    mean: provides the mean gradient.
+    when: decides when snapshots are taken, of ``WHEN``.
+    mean: provides the mean gradient, of ``MEANS``.
     num_steps: number of steps of an epoch.
     num_epochs: number of epochs.
 

@@ -57,7 +57,8 @@ def maker(
     settings: arguments of the model by name, as JSON has them.
 
   Raises:
-    benchmarks.UserError: if the images are not square.
+    benchmarks.UserError: if the images are not square; the function, if they
+      do not suit the model.
   """
   num_channels, height, width = image_shape
   if height != width:
@@ -67,4 +68,11 @@ def maker(
   make = functools.partial(
     MODELS[name], height, num_channels, num_classes, **settings
   )
-  return lambda rngs: make(rngs=rngs)
+
+  def made(rngs: nnx.Rngs) -> nnx.Module:
+    try:
+      return make(rngs=rngs)
+    except ValueError as error:
+      raise benchmarks.UserError(f"{name}: {error}") from error
+
+  return made

@@ -27,17 +27,14 @@ class ConvNeXt(layers.Network):
   LayerNorm and the head at the end.
 
   Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
+    image_size: see :class:`layers.Network`, as the next three.
+    num_channels: number of channels.
     num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    drop_path: rate of stochastic depth of the last block; it rises linearly
-      from 0 in the first one.
-    dtype: of the computation; weights and logits are of float32.
-    remat: whether each block is computed anew for the backward pass.
+    rngs: random streams.
     patch_size: of the stem, in pixels.
     depths: number of blocks of each stage.
     widths: number of features of each stage.
+    **common: dtype, remat and drop_path of the network.
 
   Raises:
     ValueError: if an argument is out of range, or if the image cannot be cut
@@ -51,12 +48,10 @@ class ConvNeXt(layers.Network):
     num_classes: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float = 0.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
     patch_size: int = 4,
     depths: Sequence[int] = (2, 2, 6, 2),
     widths: Sequence[int] = (48, 96, 192, 384),
+    **common: Any,
   ):
     if len(widths) != len(depths):
       raise ValueError(
@@ -70,10 +65,9 @@ class ConvNeXt(layers.Network):
       num_classes,
       widths[-1],
       rngs=rngs,
-      drop_path=drop_path,
-      dtype=dtype,
-      remat=remat,
+      **common,
     )
+    dtype = self.dtype
     make_norm = functools.partial(layers.norm, dtype=dtype, rngs=rngs)
     make_cut = functools.partial(
       layers.Cut,
@@ -90,7 +84,7 @@ class ConvNeXt(layers.Network):
     self.downsamples = nnx.List(
       [make_cut(2, *pair) for pair in itertools.pairwise(widths)]
     )
-    rates = layers.rates(drop_path, depths)
+    rates = layers.rates(self.drop_path, depths)
     self.stages = nnx.List(
       [
         nnx.List(

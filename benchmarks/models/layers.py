@@ -37,7 +37,20 @@ def cut(images: Any, size: int) -> Any:
 
 
 class Network(nnx.Module):
-  """What the other architectures share: features, then a linear head."""
+  """What the architectures share: features, then a linear head.
+
+  Args:
+    image_size: height and width of the images, in pixels.
+    num_channels: number of channels of the images.
+    num_classes: number of outputs.
+    num_features: number of inputs of the head.
+    rngs: random streams for the initial weights.
+    drop_path: rate of stochastic depth of the last block; it rises linearly
+      from 0 in the first one.
+    remat: whether each block is computed again for the backward pass.
+    dtype: dtype of the computation; weights and logits are float32.
+    head_init: initial weights of the head.
+  """
 
   def __init__(
     self,
@@ -47,9 +60,9 @@ class Network(nnx.Module):
     num_features: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float,
-    remat: bool,
-    dtype: jax.typing.DTypeLike,
+    drop_path: float = 0.0,
+    remat: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     head_init: nnx.Initializer = normal,
   ):
     if not 0 <= drop_path < 1:
@@ -57,12 +70,12 @@ class Network(nnx.Module):
     self.image_shape = (image_size, image_size, num_channels)
     self.drop_path = drop_path
     self.remat = remat
-    self.dtype = dtype
-    self.head = nnx.Linear(
+    self.dtype = jnp.dtype(dtype)
+    self.head = linear(
       num_features,
       num_classes,
+      jnp.float32,
       kernel_init=head_init,
-      dtype=jnp.float32,
       rngs=rngs,
     )
 
@@ -133,11 +146,14 @@ class Cut(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """From ``[..., height, width, channels]`` to features of each square."""
     x = cut(x, self.size)
     return self.linear(x.reshape(*x.shape[:-3], -1))
 
 
 class FeedForward(nnx.Module):
+  """Two linear layers with GELU between them."""
+
   def __init__(
     self,
     num_features: int,
@@ -151,10 +167,13 @@ class FeedForward(nnx.Module):
     self.second = linear(num_hidden, num_features, dtype, rngs=rngs, **inits)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Applies both layers to the last axis."""
     return self.second(nnx.gelu(self.first(x), approximate=False))
 
 
 class Attention(nnx.Module):
+  """Multi-head attention with biases."""
+
   def __init__(self, width: int, heads: int, dtype: Any, *, rngs: nnx.Rngs):
     if heads < 1 or width % heads:
       raise ValueError(
@@ -178,6 +197,8 @@ class Attention(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
+  """Attention and a perceptron, each after its norm, with stochastic depth."""
+
   def __init__(
     self,
     width: int,
@@ -196,6 +217,7 @@ class AttentionBlock(nnx.Module):
     self.mlp = FeedForward(width, 4 * width, dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Applies the block; without a key nothing is dropped."""
     x = x + drop(self._attend(self.norms[0](x)), self.rate, fold(key, 0))
     return x + drop(self.mlp(self.norms[1](x)), self.rate, fold(key, 1))
 
@@ -206,6 +228,7 @@ class AttentionBlock(nnx.Module):
 def norm(
   num_features: int, dtype: Any, *, rngs: nnx.Rngs, epsilon: float = 1e-6
 ) -> nnx.LayerNorm:
+  """Makes a LayerNorm whose variance is computed in two passes."""
   return nnx.LayerNorm(
     num_features,
     epsilon=epsilon,
@@ -224,6 +247,7 @@ def linear(
   kernel_init: nnx.Initializer = normal,
   **options: Any,
 ) -> nnx.Linear:
+  """Makes a linear layer with the authors' initial weights."""
   return nnx.Linear(
     num_inputs,
     num_outputs,
@@ -244,6 +268,7 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def fold(key: jax.Array | None, number: int) -> jax.Array | None:
+  """Derives a key; ``None`` where there is none."""
   return None if key is None else jax.random.fold_in(key, number)
 
 
@@ -267,6 +292,7 @@ def grid(image_size: int, patch_size: int) -> int:
 
 
 def check_halving(image_size: int, size: int, depths: Sequence[int]) -> None:
+  """Raises unless the patches can be halved between all stages."""
   if size % 2 ** (len(depths) - 1):
     raise ValueError(
       f"image_size must give patches that can be halved {len(depths) - 1} times"
@@ -275,5 +301,6 @@ def check_halving(image_size: int, size: int, depths: Sequence[int]) -> None:
 
 
 def check_images(images: jax.Array, shape: tuple[int, int, int]) -> None:
+  """Raises unless images are a batch of this shape."""
   if images.ndim != 4 or images.shape[1:] != shape:
     raise ValueError(f"images must be [batch, *{shape}], got {images.shape}.")

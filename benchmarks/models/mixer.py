@@ -6,7 +6,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 
 from benchmarks.models import layers
 
@@ -19,17 +18,14 @@ class Mixer(layers.Network):
   are features, that of channels four times as many.
 
   Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
+    image_size: see :class:`layers.Network`, as the next three.
+    num_channels: number of channels.
     num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    drop_path: rate of stochastic depth of the last block; it rises linearly
-      from 0 in the first one.
-    dtype: of the computation; weights and logits are of float32.
-    remat: whether each block is computed anew for the backward pass.
+    rngs: random streams.
     patch_size: height and width of a patch, in pixels.
     width: number of features of a patch.
     depth: number of blocks.
+    **common: dtype, remat and drop_path of the network.
 
   Raises:
     ValueError: if an argument is out of range, or if the image cannot be cut
@@ -43,12 +39,10 @@ class Mixer(layers.Network):
     num_classes: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float = 0.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
     patch_size: int = 32,
     width: int = 512,
     depth: int = 8,
+    **common: Any,
   ):
     size = layers.grid(image_size, patch_size)
     super().__init__(
@@ -57,11 +51,10 @@ class Mixer(layers.Network):
       num_classes,
       width,
       rngs=rngs,
-      drop_path=drop_path,
-      dtype=dtype,
-      remat=remat,
+      **common,
       head_init=layers.zeros,
     )
+    dtype = self.dtype
     self.embed = layers.Cut(
       patch_size,
       num_channels,
@@ -71,7 +64,7 @@ class Mixer(layers.Network):
       kernel_init=nnx.initializers.lecun_normal(),
       bias_init=layers.zeros,
     )
-    [rates] = layers.rates(drop_path, [depth])
+    [rates] = layers.rates(self.drop_path, [depth])
     self.blocks = nnx.List(
       [_MixerBlock(size**2, width, rate, dtype, rngs=rngs) for rate in rates]
     )

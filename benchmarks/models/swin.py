@@ -26,19 +26,16 @@ class Swin(layers.Network):
   stage's map, and then is not shifted.
 
   Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
+    image_size: see :class:`layers.Network`, as the next three.
+    num_channels: number of channels.
     num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    drop_path: rate of stochastic depth of the last block; it rises linearly
-      from 0 in the first one.
-    dtype: of the computation; weights and logits are of float32.
-    remat: whether each block is computed anew for the backward pass.
+    rngs: random streams.
     patch_size: height and width of a patch, in pixels.
     width: number of features of a patch in the first stage.
     depths: number of blocks of each stage.
     heads: number of heads of each stage.
     window: height and width of a window, in patches.
+    **common: dtype, remat and drop_path of the network.
 
   Raises:
     ValueError: if an argument is out of range, if the image cannot be cut into
@@ -53,14 +50,12 @@ class Swin(layers.Network):
     num_classes: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float = 0.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
     patch_size: int = 4,
     width: int = 40,
     depths: Sequence[int] = (2, 2, 6, 2),
     heads: Sequence[int] = (2, 4, 8, 16),
     window: int = 7,
+    **common: Any,
   ):
     if len(heads) != len(depths):
       raise ValueError(
@@ -77,10 +72,9 @@ class Swin(layers.Network):
       num_classes,
       widths[-1],
       rngs=rngs,
-      drop_path=drop_path,
-      dtype=dtype,
-      remat=remat,
+      **common,
     )
+    dtype = self.dtype
     make_norm = functools.partial(
       layers.norm, dtype=dtype, rngs=rngs, epsilon=_SWIN_EPSILON
     )
@@ -103,7 +97,7 @@ class Swin(layers.Network):
             for j, rate in enumerate(stage)
           ]
         )
-        for i, stage in enumerate(layers.rates(drop_path, depths))
+        for i, stage in enumerate(layers.rates(self.drop_path, depths))
       ]
     )
     self.merge_norms = nnx.List([make_norm(4 * w) for w in widths[:-1]])

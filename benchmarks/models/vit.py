@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision transformer."""
 
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -16,18 +18,15 @@ class ViT(layers.Network):
   and a last norm.
 
   Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
+    image_size: see :class:`layers.Network`, as the next three.
+    num_channels: number of channels.
     num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    drop_path: rate of stochastic depth of the last block; it rises linearly
-      from 0 in the first one.
-    dtype: of the computation; weights and logits are of float32.
-    remat: whether each block is computed anew for the backward pass.
+    rngs: random streams.
     patch_size: height and width of a patch, in pixels.
     width: number of features of a patch.
     depth: number of blocks.
     heads: of the attention.
+    **common: dtype, remat and drop_path of the network.
 
   Raises:
     ValueError: if an argument is out of range, if the image cannot be cut into
@@ -41,13 +40,11 @@ class ViT(layers.Network):
     num_classes: int,
     *,
     rngs: nnx.Rngs,
-    drop_path: float = 0.0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
     patch_size: int = 16,
     width: int = 192,
     depth: int = 12,
     heads: int = 3,
+    **common: Any,
   ):
     size = layers.grid(image_size, patch_size)
     super().__init__(
@@ -56,16 +53,15 @@ class ViT(layers.Network):
       num_classes,
       width,
       rngs=rngs,
-      drop_path=drop_path,
-      dtype=dtype,
-      remat=remat,
+      **common,
     )
+    dtype = self.dtype
     self.embed = layers.Cut(patch_size, num_channels, width, dtype, rngs=rngs)
     self.class_token = nnx.Param(layers.normal(rngs.params(), (1, width)))
     self.positions = nnx.Param(
       layers.normal(rngs.params(), (size**2 + 1, width))
     )
-    [rates] = layers.rates(drop_path, [depth])
+    [rates] = layers.rates(self.drop_path, [depth])
     self.blocks = nnx.List(
       [
         layers.AttentionBlock(width, heads, rate, dtype, rngs=rngs)

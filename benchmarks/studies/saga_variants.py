@@ -28,10 +28,7 @@ ARMS: dict[str, study.Arm] = {
   **{name: _variant(name) for name in saga_variants.VARIANTS},
 }
 # At about the best learning rate of adaptive SAGA.
-CELLS = study.cells(
-  study.cell("fashion-mnist", "mlp4", "sgd", lr=0.3),
-  study.cell("fashion-mnist", "mlp2", "adamw", lr=0.01),
-)
+CELLS = study.cells(study.cell("fashion-mnist", "mlp2", "adamw", lr=0.01))
 
 
 def table(results: study.Results) -> str:
@@ -39,7 +36,9 @@ def table(results: study.Results) -> str:
   verdicts = results.verdicts([(name, BASE) for name in ARMS if name != BASE])
   rows = []
   for name in ARMS:
-    ratios = results.ratios(name, BASE, results.cells)
+    ratios = [
+      results.mean(c, name) / results.mean(c, BASE) for c in results.cells
+    ]
     texts = [verdicts.get((cell, name, BASE), "") for cell in results.cells]
     rows.append([name, f"{comparison.geometric_mean(ratios):.3f}", *texts])
   columns = ["method", "loss / adaptive SAGA's, geometric mean", *results.cells]

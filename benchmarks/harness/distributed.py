@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of commands that train on the devices of several processes."""
+
+from collections.abc import Callable, Mapping
+import functools
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import click
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+class Distributed(NamedTuple):
+  """How to join the processes of a cluster.
+
+  Attributes:
+    enabled: whether there is one.
+    coordinator: address of process 0, ``None`` to detect the cluster.
+    num_processes: number of processes, ``None`` to detect it.
+    process_id: number of this process, ``None`` to detect it.
+  """
+
+  enabled: bool
+  coordinator: str | None
+  num_processes: int | None
+  process_id: int | None
+
+  def initialize(self) -> None:
+    """Joins them.
+
+    Raises:
+      click.UsageError: if the options contradict one another, or the cluster is
+        not detected.
+    """
+    given = {
+      "--coordinator": self.coordinator,
+      "--num-processes": self.num_processes,
+      "--process-id": self.process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not self.enabled:
+      if len(missing) < len(given):
+        name = next(name for name in given if name not in missing)
+        raise click.UsageError(f"{name} needs --distributed.")
+      return
+    if 0 < len(missing) < len(given):
+      raise click.UsageError(
+        f"{', '.join(given)} go together, {', '.join(missing)} is missing."
+      )
+    if not missing and self.process_id >= self.num_processes:
+      raise click.UsageError(
+        "--process-id must be less than --num-processes,"
+        f" {self.num_processes}, got {self.process_id}."
+      )
+    try:
+      jax.distributed.initialize(*self[1:])
+    except (RuntimeError, ValueError) as error:
+      reason = str(error).partition("\n")[0].rstrip(".")
+      raise click.UsageError(
+        f"--distributed: {reason}. Where the cluster is not detected, give"
+        f" {', '.join(given)}."
+      ) from error
+
+
+def options(command: Callable) -> Callable:
+  """The options of a :class:`Distributed`, the argument ``cluster``."""
+
+  @click.option(
+    "--distributed",
+    is_flag=True,
+    help="Train on the devices of several processes, each started with this"
+    " command. TPU pods, Slurm and GKE need no further options.",
+  )
+  @click.option(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="Address of process 0, where the cluster is not detected.",
+  )
+  @click.option("--num-processes", type=click.IntRange(min=1))
+  @click.option("--process-id", type=click.IntRange(min=0))
+  @functools.wraps(command)
+  def with_distributed(
+    *args: Any,
+    distributed: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **kwargs: Any,
+  ) -> Any:
+    cluster = Distributed(distributed, coordinator, num_processes, process_id)
+    return command(*args, cluster=cluster, **kwargs)
+
+  return with_distributed
+
+
+def check_same(identity: Mapping[str, Any]) -> None:
+  """Raises in all processes unless all are to train the same.
+
+  Args:
+    identity: what the results follow from, as JSON.
+
+  Raises:
+    click.UsageError: if that of another process differs.
+  """
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.sha256(json.dumps(identity).encode()).digest()
+  digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+  for process, other in enumerate(digests):
+    if np.any(other != digests[0]):
+      raise click.UsageError(
+        f"Process {process} has other options, or other data, than process 0."
+      )
+
+
+def check_batch_size(batch_size: int, num_examples: int) -> None:
+  """Raises unless batches can be filled and divided among all devices.
+
+  Raises:
+    click.UsageError: if a batch is too large, or no multiple of the number of
+      devices.
+  """
+  if batch_size > num_examples:
+    raise click.UsageError(
+      "--batch-size must be at most the number of training examples,"
+      f" {num_examples}, got {batch_size}."
+    )
+  if batch_size % jax.device_count():
+    raise click.UsageError(
+      "--batch-size must be a multiple of the number of devices,"
+      f" {jax.device_count()}, got {batch_size}."
+    )

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient variance and the best coefficient over training."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import json
+import math
+from pathlib import Path
+import statistics
+from typing import Any, NamedTuple
+
+import click
+
+from benchmarks import cli, models
+from benchmarks.data import arrays
+from benchmarks.harness import figures, publishing, report
+from benchmarks.harness.experiment import Experiment, Run
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.runner import run_all
+from benchmarks.harness.store import Store
+
+# Constant over training; what the paper's analysis had is not known.
+LEARNING_RATES = {"sgd": 0.1, "adamw": 0.001}
+METHODS = ("plain", "svrg", "alpha-svrg", "adaptive", "optimal")
+METRICS = {
+  "cosine_distance": "directional",
+  "total_variance": "total variance",
+  "spectral_norm": "spectral norm",
+}
+
+# The paper's optimal coefficient by epoch: mean over the epoch without the
+# snapshot, and mean over the last 15 % of it. CIFAR-10, batches of 1024,
+# digitised from the figures of its project page.
+PAPER = {
+  ("logreg", "sgd"): (
+    *((0.81, 0.79), (0.95, 0.95), (0.96, 0.96), (0.96, 0.96), (0.96, 0.96)),
+    *((0.96, 0.96), (0.98, 0.97), (0.97, 0.97), (0.96, 0.95), (0.95, 0.95)),
+  ),
+  ("mlp2", "sgd"): (
+    *((0.45, 0.39), (0.84, 0.79), (0.79, 0.76), (0.77, 0.75), (0.76, 0.73)),
+    *((0.73, 0.71), (0.75, 0.72), (0.72, 0.69), (0.67, 0.63), (0.66, 0.64)),
+  ),
+  ("mlp4", "sgd"): (
+    *((0.77, 0.91), (0.88, 0.82), (0.75, 0.71), (0.69, 0.63), (0.71, 0.65)),
+    *((0.67, 0.61), (0.68, 0.62), (0.58, 0.53), (0.56, 0.51), (0.52, 0.47)),
+  ),
+  ("logreg", "adamw"): (
+    *((0.80, 0.79), (0.89, 0.89), (0.87, 0.87), (0.89, 0.88), (0.90, 0.89)),
+    *((0.90, 0.90), (0.90, 0.90), (0.92, 0.92), (0.91, 0.91), (0.88, 0.88)),
+  ),
+  ("mlp2", "adamw"): (
+    *((0.23, 0.17), (0.70, 0.60), (0.72, 0.67), (0.69, 0.64), (0.67, 0.63)),
+    *((0.67, 0.65), (0.66, 0.60), (0.63, 0.60), (0.61, 0.59), (0.53, 0.53)),
+  ),
+  ("mlp4", "adamw"): (
+    *((0.10, 0.09), (0.63, 0.54), (0.65, 0.57), (0.59, 0.55), (0.61, 0.53)),
+    *((0.59, 0.54), (0.57, 0.53), (0.53, 0.49), (0.53, 0.47), (0.47, 0.41)),
+  ),
+}
+
+Key = tuple[str, str]  # Model and optimizer.
+# What was measured, a list for each quantity; see observers.Variance.
+Measured = Mapping[str, Sequence[float]]
+Results = Mapping[Key, Mapping[str, Measured]]  # By method.
+
+
+def experiments(
+  template: Experiment, names: Iterable[str], optimizers: Iterable[str]
+) -> list[Experiment]:
+  """Returns the experiments of all models, optimizers and methods.
+
+  Args:
+    template: an experiment that names the observer ``"variance"``.
+    names: names of the models.
+    optimizers: names of the optimizers.
+  """
+  return [
+    template.replace(
+      model=model,
+      optimizer=optimizer,
+      lr=LEARNING_RATES[optimizer],
+      method=method,
+    )
+    for optimizer, model, method in itertools.product(
+      optimizers, names, METHODS
+    )
+  ]
+
+
+def results(runs: Iterable[Run]) -> Results:
+  """Orders measurements by model, optimizer and method."""
+  found: dict[Key, dict[str, Measured]] = {}
+  for run in runs:
+    key = run.experiment.model, run.experiment.optimizer
+    measured = {
+      name: [math.nan if v is None else v for v in values]
+      for name, values in run.measured["variance"].items()
+    }
+    found.setdefault(key, {})[run.method] = measured
+  return found
+
+
+class EpochMeans(NamedTuple):
+  """An epoch in three numbers, the first two as the paper's values are given.
+
+  Attributes:
+    mean: mean over the epoch without the moment of the snapshot.
+    end: mean over the last 15 % of the epoch; its last measurement if there is
+      none in that part.
+    start: at the snapshot.
+  """
+
+  mean: float
+  end: float
+  start: float
+
+
+def by_epoch(measured: Measured, field: str) -> list[EpochMeans]:
+  """Summarises each epoch of a training.
+
+  Args:
+    measured: the measurements.
+    field: which of them.
+
+  Returns:
+    An item for each epoch.
+  """
+  means = []
+  pairs = zip(measured["epoch"], measured[field], strict=True)
+  for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
+    (_, start), *values = [(x - epoch, y) for x, y in group]
+    late = [y for x, y in values if x >= 0.85] or [values[-1][1]]
+    means.append(
+      EpochMeans(
+        statistics.fmean(y for _, y in values), statistics.fmean(late), start
+      )
+    )
+  return means
+
+
+class Observation(NamedTuple):
+  """One of the paper's observations, on our data.
+
+  Attributes:
+    claim: what the paper observes.
+    case: model and optimizer.
+    measured: the numbers.
+    holds: whether they agree; ``None`` if a number is not finite.
+  """
+
+  claim: str
+  case: str
+  measured: str
+  holds: bool | None
+
+
+def _observation(
+  claim: str, case: str, values: Sequence[float], holds: bool
+) -> Observation:
+  is_known = all(map(math.isfinite, values))
+  text = ", ".join(f"{value:.2f}" for value in values)
+  return Observation(claim, case, text, holds if is_known else None)
+
+
+def observations(
+  coefficients: Mapping[Key, Sequence[EpochMeans]],
+) -> list[Observation]:
+  """Looks for the paper's observations.
+
+  Args:
+    coefficients: results of :func:`by_epoch` for the best coefficients.
+
+  Returns:
+    An observation for each case that the given models and optimizers allow.
+  """
+  # The first epoch is a subject of its own.
+  overall = {
+    key: statistics.fmean(epoch.mean for epoch in epochs[1:])
+    for key, epochs in coefficients.items()
+  }
+  optimizers = dict.fromkeys(optimizer for _, optimizer in coefficients)
+  # From shallow to deep.
+  names = [n for n in models.NUM_LAYERS if any(n == m for m, _ in overall)]
+  found = []
+  for optimizer in optimizers:
+    values = [overall[name, optimizer] for name in names]
+    if len(values) > 1:
+      falling = all(a > b for a, b in itertools.pairwise(values))
+      found.append(
+        _observation("deeper is smaller", optimizer, values, falling)
+      )
+  for name in names:
+    if {"sgd", "adamw"} <= set(optimizers):
+      values = [overall[name, "sgd"], overall[name, "adamw"]]
+      smaller = values[1] < values[0]
+      found.append(
+        _observation("AdamW is smaller than SGD", name, values, smaller)
+      )
+  for key, epochs in coefficients.items():
+    found += _within_training(key, epochs)
+  return found
+
+
+def _within_training(
+  key: Key, epochs: Sequence[EpochMeans]
+) -> list[Observation]:
+  """The observations on a single training."""
+  case = " ".join(key)
+  # It falls in each epoch, and by more than its end moves over training.
+  falls = [epoch.start - epoch.end for epoch in epochs[1:]]
+  drift, fall = abs(epochs[-1].end - epochs[1].end), statistics.fmean(falls)
+  claim = "saw-tooth: least and mean fall within an epoch, drift"
+  values = [min(falls), fall, drift]
+  holds = min(falls) > 0 and fall > drift
+  found = [_observation(claim, case, values, holds)]
+  if key[0] != "logreg":
+    values = [epochs[1].end, epochs[-1].end]
+    claim = "drop across training"
+    found.append(_observation(claim, case, values, values[1] < values[0]))
+  if key[0] != "logreg" and key[1] == "adamw":
+    values = [epochs[0].mean, epochs[1].mean]
+    claim, low = "very low first epoch under AdamW", values[0] < values[1] / 2
+    found.append(_observation(claim, case, values, low))
+  return found
+
+
+def coefficient_table(found: Results) -> str:
+  """The best coefficient by epoch beside the paper's, in Markdown."""
+  ours = {
+    key: by_epoch(methods["adaptive"], "optimal_component")
+    for key, methods in found.items()
+  }
+  columns = ["epoch"]
+  for key in ours:
+    columns += [" ".join(key), "paper"]
+  lines = []
+  for epoch in range(len(next(iter(ours.values())))):
+    line = [f"{epoch + 1}"]
+    for key, values in ours.items():
+      line.append(f"{values[epoch].mean:.2f} / {values[epoch].end:.2f}")
+      paper = PAPER[key][epoch : epoch + 1]
+      line.append("{:.2f} / {:.2f}".format(*paper[0]) if paper else "")
+    lines.append(line)
+  return report.markdown_table(columns, lines)
+
+
+def _after(measured: Measured, field: str) -> list[float]:
+  """Without the moments of snapshots, where variance vanishes."""
+  pairs = zip(measured["epoch"], measured[field], strict=True)
+  return [y for x, y in pairs if x % 1 > 1e-9]
+
+
+def estimate_table(found: Results) -> str:
+  """Online estimates beside the true values, in Markdown."""
+  lines = []
+  for key, methods in found.items():
+    adaptive = methods["adaptive"]
+    best, estimate = (_after(adaptive, f) for f in ("optimal_tree", "alpha"))
+    errors = [abs(a - b) for a, b in zip(best, estimate, strict=True)]
+    ratios = (
+      _after(adaptive, field) for field in ("variance_ratio", "estimated_ratio")
+    )
+    means = map(statistics.fmean, (best, estimate, errors, *ratios))
+    lines.append([" ".join(key), *(f"{mean:.3f}" for mean in means)])
+  columns = ("", "best coefficient", "estimate", "mean absolute error")
+  return report.markdown_table([*columns, "variance ratio", "estimate"], lines)
+
+
+def variance_table(found: Results) -> str:
+  """Means over training of the measures of each method, in Markdown."""
+  lines = []
+  for key, methods in found.items():
+    for metric, title in METRICS.items():
+      means = [statistics.fmean(_after(m, metric)) for m in methods.values()]
+      lines.append([" ".join(key), title, *(f"{mean:.3g}" for mean in means)])
+    losses = [f"{m['train_loss'][-1]:.3g}" for m in methods.values()]
+    lines.append([" ".join(key), "train loss at the end", *losses])
+  return report.markdown_table(["", "mean over training", *METHODS], lines)
+
+
+def tables(found: Results) -> str:
+  """All tables, in Markdown."""
+  verdicts = {True: "holds", False: "does not hold", None: "diverged"}
+  observed = observations(
+    {
+      key: by_epoch(methods["adaptive"], "optimal_component")
+      for key, methods in found.items()
+    }
+  )
+  lines = [[o.claim, o.case, o.measured, verdicts[o.holds]] for o in observed]
+  return "\n\n".join(
+    [
+      "Best coefficient, mean over components: mean of the epoch / of its end",
+      coefficient_table(found),
+      "Best single coefficient and variance ratio, and their online estimates",
+      estimate_table(found),
+      "Gradient variance, without the moments of snapshots",
+      variance_table(found),
+      "The paper's observations",
+      report.markdown_table(["claim", "case", "measured", ""], lines),
+    ]
+  )
+
+
+def figure(found: Results) -> figures.Figure:
+  """The best coefficients over training, and the online estimate."""
+  fields = {
+    "best, mean over components (paper)": ("optimal_component", "svrg"),
+    "best single coefficient": ("optimal_tree", "other"),
+    "estimated online (adaptive_svrg)": ("alpha", "saga"),
+  }
+  panels = []
+  for key, methods in found.items():
+    measured = methods["adaptive"]
+    lines = [
+      figures.Line(label, family, measured["epoch"], measured[field])
+      for label, (field, family) in fields.items()
+    ]
+    panels.append(
+      figures.Panel(", ".join(key), "epochs", "coefficient", lines, log_y=False)
+    )
+  return figures.Figure("Coefficient of SVRG over training", panels)
+
+
+def render(document: Mapping[str, Any]) -> dict[str, str]:
+  """Makes the published files from the published runs."""
+  runs = publishing.unpack(document)
+  found, e = results(runs), runs[0].experiment
+  text = "\n\n".join(
+    [
+      "# Gradient variance and the best coefficient over training",
+      f"    {document['command']}",
+      f"{e.dataset}, {e.train_examples or 'all'} training images, batches of"
+      f" {e.batch_size}, {e.epochs} epochs, one seed.",
+      tables(found),
+    ]
+  )
+  drawing = json.dumps(figure(found).as_json(), ensure_ascii=False)
+  return {"table.md": text + "\n", "figure.json": drawing + "\n"}
+
+
+@click.command()
+@click.option(
+  "--dataset",
+  type=click.Choice(arrays.DATASETS),
+  default="mnist-5k",
+  show_default=True,
+)
+@cli.data_dir_option
+@click.option(
+  "--epochs", type=click.IntRange(min=3), default=10, show_default=True
+)
+@click.option("--batch-size", type=cli.positive, default=256, show_default=True)
+@click.option(
+  "--model",
+  "names",
+  multiple=True,
+  type=click.Choice(list(models.NUM_LAYERS)),
+  default=list(models.NUM_LAYERS),
+  show_default=True,
+  help="May be repeated.",
+)
+@click.option(
+  "--optimizer",
+  "optimizers",
+  multiple=True,
+  type=click.Choice(list(LEARNING_RATES)),
+  default=list(LEARNING_RATES),
+  show_default=True,
+  help="May be repeated.",
+)
+@click.option(
+  "--train-examples",
+  type=cli.positive,
+  default=4_000,
+  show_default=True,
+  help="The first ones of the data set.",
+)
+@click.option(
+  "--points",
+  type=click.IntRange(min=3),
+  default=5,
+  show_default=True,
+  help="Measurements per epoch.",
+)
+@cli.out_option("variance")
+@click.option(
+  "--publish", is_flag=True, help="Write to benchmarks/results, too."
+)
+def main(
+  dataset: str,
+  data_dir: Path | None,
+  names: Sequence[str],
+  optimizers: Sequence[str],
+  batch_size: int,
+  train_examples: int,
+  points: int,
+  epochs: int,
+  out: Path,
+  publish: bool,
+) -> None:
+  """Measures gradient variance and the best coefficient over training.
+
+  Each model is trained with SGD and AdamW at a constant learning rate, one
+  seed, with plain, SVRG, alpha-SVRG, adaptive, and the best coefficient of each
+  component, which is found at each measurement. A measurement takes the
+  gradients of all batches of the epoch at frozen weights.
+  """
+  if train_examples < 3 * batch_size:
+    raise click.UsageError(
+      f"--batch-size must leave at least three batches of {train_examples}"
+      f" training examples, got {batch_size}."
+    )
+  template = Experiment(
+    dataset=dataset,
+    model="",
+    method="",
+    optimizer="",
+    epochs=epochs,
+    batch_size=batch_size,
+    lr=0.0,
+    train_examples=train_examples,
+    validation_examples=1_000,
+    schedule="constant",
+    measure={"variance": {"points": points}},
+  )
+  # Each once, from shallow to deep.
+  names = [name for name in models.NUM_LAYERS if name in names]
+  optimizers = [name for name in LEARNING_RATES if name in optimizers]
+  wanted = experiments(template, names, optimizers)
+  with Progress(epochs * len(wanted)) as progress:
+    runs = run_all(wanted, Store(out), data_dir=data_dir, progress=progress)
+  document = publishing.pack("variance", runs, lambda experiment: False)
+  click.echo(render(document)["table.md"])
+  if publish:
+    publishing.publish("variance", document)

