@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Solver for benchopt's ``benchmark_logreg_l2``: copy it to its ``solvers``."""
+
+import warnings
+
+from benchopt import BaseSolver
+import jax
+from jax.experimental import sparse
+import numpy as np
+import optax
+import scipy.sparse
+
+import optax_svrg
+
+
+class Solver(BaseSolver):
+  """``fit_linear``, whose loss is a mean where that of benchopt is a sum."""
+
+  name = "optax_svrg"
+  requirements = ("pip::optax-svrg",)
+  sampling_strategy = "tolerance"
+
+  def set_objective(self, X, y, lmbd):  # noqa: N803
+    """Takes over the data, with labels -1 and 1."""
+    self.is_sparse = scipy.sparse.issparse(X)
+    self.features, self.labels = X, (y > 0).astype(np.int32)
+    self.l2 = lmbd / len(y)
+
+  def warm_up(self):
+    """Compiles."""
+    self.run_once(1e-6)
+
+  def run(self, tolerance):
+    """Solves up to a norm of the gradient."""
+    with jax.enable_x64(True), warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # The tolerance may be below rounding.
+      x = self.features
+      self.fit = optax_svrg.fit_linear(
+        optax.losses.sigmoid_binary_cross_entropy,
+        sparse.BCOO.from_scipy_sparse(x) if self.is_sparse else x,
+        self.labels,
+        l2=self.l2,
+        intercept=False,
+        tol=tolerance,
+      )
+
+  def get_result(self):
+    """Returns the weights."""
+    return {"beta": np.asarray(self.fit.weights)}

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poisson tomography by subsets: ``python -m benchmarks tomography``.
+
+SVRG with a table of the gradients of fixed subsets of angles, as a chain of
+Optax parts: the correction, a diagonal preconditioner that is renewed at chosen
+epochs, and a projection after the step.
+"""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import time
+from typing import Any, NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from benchmarks import cli
+from benchmarks.harness import figures, publishing, report, store
+import optax_svrg
+
+SIZE, NUM_ANGLES, NUM_BINS, NUM_SUBSETS = 64, 60, 95, 20
+TARGET = 0.01  # Relative error of the image.
+_BACKGROUND, _COUNTS = 0.5, 8.0  # Counts of the brightest bin: about 300.
+_SMOOTHNESS, _EDGE = 0.3, 0.1  # Of the prior.
+_RENEWALS = (0, 1, 2, 4, 8)  # Epochs at which the preconditioner is renewed.
+_MOMENTUM = 0.8
+_EPOCHS, _ITERATIONS, _RESTARTS = 40, 400, 3
+_METHODS = {
+  "SVRG, preconditioned, momentum": (lambda: optax_svrg.alpha_svrg(1.0), True),
+  "SVRG, preconditioned": (lambda: optax_svrg.alpha_svrg(1.0), False),
+  "subset descent, preconditioned, momentum": (optax.identity, True),
+  "subset descent, preconditioned": (optax.identity, False),
+}
+_LBFGS = "L-BFGS-B"
+NOTES = f"""\
+Poisson counts of a {SIZE} x {SIZE} image at {NUM_ANGLES} angles x {NUM_BINS}
+bins, a smooth penalty of differences of neighbours, no negative values;
+{NUM_SUBSETS} fixed subsets of angles, in a new random order each epoch. SVRG
+takes the gradients of the snapshot from a table, renewed each epoch. Steps are
+1; the diagonal preconditioner is renewed at epochs 0, 1, 2, 4 and 8; momentum
+is Nesterov's, {_MOMENTUM}. The error is the distance from the converged image,
+over its norm. Seconds are those of the processor, on one core, without
+compilation, in float64; all methods share the code of the projections."""
+
+Subset = dict[str, jax.Array]
+
+
+class PreconditionerState(NamedTuple):
+  """State of :func:`precondition`.
+
+  Attributes:
+    diagonal: factors of the updates, a tree like the parameters.
+  """
+
+  diagonal: Any
+
+
+def precondition() -> optax.GradientTransformation:
+  """Multiplies updates by a diagonal, which ``optax.tree.set`` renews."""
+  return optax.GradientTransformation(
+    lambda params: PreconditionerState(jax.tree.map(jnp.ones_like, params)),
+    lambda updates, state, params=None: (
+      jax.tree.map(jnp.multiply, updates, state.diagonal),
+      state,
+    ),
+  )
+
+
+def phantom() -> np.ndarray:
+  """An image of ellipses, from 0 to 1."""
+  y, x = np.mgrid[:SIZE, :SIZE] * 2 / (SIZE - 1) - 1
+  image = np.zeros((SIZE, SIZE))
+  for value, a, b, x0, y0, angle in (
+    (0.6, 0.69, 0.92, 0.0, 0.0, 0.0),
+    (-0.3, 0.64, 0.86, 0.0, 0.02, 0.0),
+    (0.4, 0.21, 0.25, 0.0, -0.35, 0.0),
+    (-0.25, 0.11, 0.31, 0.22, 0.0, -0.3),
+    (-0.25, 0.16, 0.41, -0.22, 0.0, 0.3),
+    (0.5, 0.08, 0.08, 0.1, 0.45, 0.0),
+    (0.7, 0.05, 0.08, -0.15, 0.6, 0.5),
+  ):
+    c, s = np.cos(angle), np.sin(angle)
+    u, v = c * (x - x0) + s * (y - y0), c * (y - y0) - s * (x - x0)
+    image[(u / a) ** 2 + (v / b) ** 2 <= 1] += value
+  return image.clip(0).ravel()
+
+
+def project(image: jax.Array, bins: jax.Array, shares: jax.Array) -> jax.Array:
+  """Sums along parallel rays, ``(angles, bins)``.
+
+  Args:
+    image: ``(pixels,)``.
+    bins: ``(angles, pixels)``, the bin left of each pixel's centre.
+    shares: ``(angles, pixels)``, what the next bin has of the pixel.
+  """
+  angles = jnp.arange(len(bins))[:, None]
+  out = jnp.zeros((len(bins), NUM_BINS), image.dtype)
+  out = out.at[angles, bins].add((1 - shares) * image)
+  return out.at[angles, bins + 1].add(shares * image)
+
+
+def make_subsets(seed: int = 0) -> Subset:
+  """Poisson data; a leading axis of subsets, each of angles far apart."""
+  angles = np.arange(NUM_ANGLES) * np.pi / NUM_ANGLES
+  y, x = (np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2).reshape(2, -1)
+  position = np.outer(np.cos(angles), x) + np.outer(np.sin(angles), y)
+  position += (NUM_BINS - 1) / 2
+  bins = np.floor(position).astype(np.int32)
+  data = {"bins": bins, "shares": position - bins}
+  mean = _COUNTS * project(jnp.asarray(phantom()), data["bins"], data["shares"])
+  counts = np.random.default_rng(seed).poisson(mean + _BACKGROUND)
+  data["counts"] = counts.astype(float)
+  return {
+    name: jnp.stack(
+      [jnp.asarray(v[i::NUM_SUBSETS]) for i in range(NUM_SUBSETS)]
+    )
+    for name, v in data.items()
+  }
+
+
+def prior(image: jax.Array) -> jax.Array:
+  """A smooth penalty of differences of neighbours, linear at edges."""
+  square = image.reshape(SIZE, SIZE)
+  return _SMOOTHNESS * sum(
+    jnp.sum(jnp.sqrt(jnp.diff(square, axis=axis) ** 2 + _EDGE**2) - _EDGE)
+    for axis in (0, 1)
+  )
+
+
+def loss(image: jax.Array, subset: Subset) -> jax.Array:
+  """The objective times the number of subsets, from the data of one."""
+  mean = _COUNTS * project(image, subset["bins"], subset["shares"])
+  mean = mean + _BACKGROUND
+  nll = jnp.sum(mean - subset["counts"] * jnp.log(mean))
+  return NUM_SUBSETS * nll + prior(image)
+
+
+def objective(image: jax.Array, subsets: Subset) -> jax.Array:
+  """Negative log likelihood and prior."""
+  return jnp.mean(jax.vmap(loss, (None, 0))(image, subsets))
+
+
+@jax.jit
+def diagonal(image: jax.Array, subsets: Subset) -> jax.Array:
+  """One over a diagonal that is not below the Hessian of the objective."""
+
+  def surrogate(subset: Subset) -> jax.Array:
+    forward = lambda x: _COUNTS * project(x, subset["bins"], subset["shares"])
+    mean, adjoint = jax.vjp(forward, image)
+    curvature = subset["counts"] / (mean + _BACKGROUND) ** 2
+    return adjoint(curvature * forward(jnp.ones_like(image)))[0]
+
+  of_data = jnp.sum(jax.vmap(surrogate)(subsets), axis=0)
+  # Each of four neighbours: twice the largest curvature.
+  return 1 / (of_data + 8 * _SMOOTHNESS / _EDGE)
+
+
+class Curve(NamedTuple):
+  """Images, and seconds of the processor until then."""
+
+  seconds: list[float]
+  images: list[np.ndarray]
+
+
+def by_subsets(
+  correction: optax.GradientTransformation,
+  has_momentum: bool,
+  subsets: Subset,
+  epochs: int,
+) -> Curve:
+  """Steps through the subsets in random order.
+
+  Args:
+    correction: SVRG or nothing.
+    has_momentum: whether momentum comes after it.
+    subsets: the data.
+    epochs: number of passes through the subsets.
+  """
+  tx = optax.chain(
+    correction,
+    precondition(),
+    optax.trace(_MOMENTUM, nesterov=True) if has_momentum else optax.identity(),
+    optax.scale_by_learning_rate(1.0),
+  )
+  uses_table = not isinstance(tx.init(jnp.zeros(1))[0], optax.EmptyState)
+  grad_fn = jax.grad(loss)
+  batches = [
+    jax.tree.map(lambda x, i=i: x[i], subsets) for i in range(NUM_SUBSETS)
+  ]
+
+  @jax.jit
+  def epoch(image, state, table, order):
+    def step(carry, i):
+      image, state = carry
+      extra = {"snapshot_grads": table[i]} if uses_table else {}
+      subset = jax.tree.map(lambda x: x[i], subsets)
+      updates, state = tx.update(grad_fn(image, subset), state, image, **extra)
+      image = optax.apply_updates(image, updates)
+      return (optax.projections.projection_non_negative(image), state), None
+
+    return jax.lax.scan(step, (image, state), order)[0]
+
+  def run(epochs: int) -> Curve:
+    rng = np.random.default_rng(0)
+    start = time.process_time()
+    image, table = jnp.full(SIZE**2, 0.3), None
+    state, curve = tx.init(image), Curve([], [])
+    for number in range(epochs):
+      if number in _RENEWALS:
+        state = optax.tree.set(state, diagonal=diagonal(image, subsets))
+      if uses_table:
+        mean, table = optax_svrg.gradient_table(grad_fn, image, batches)
+        state = optax_svrg.take_snapshot(state, image, lambda _: mean)  # noqa: B023
+      order = rng.permutation(NUM_SUBSETS)
+      image, state = epoch(image, state, table, order)
+      curve.images.append(np.asarray(image))
+      curve.seconds.append(time.process_time() - start)
+    return curve
+
+  run(2)  # Compiles.
+  return run(epochs)
+
+
+def by_lbfgs(
+  subsets: Subset, iterations: int, start_image: np.ndarray | None = None
+) -> Curve:
+  """SciPy's L-BFGS-B on a compiled gradient."""
+  compiled = jax.jit(jax.value_and_grad(objective))
+  if start_image is None:
+    start_image = np.full(SIZE**2, 0.3)
+  jax.block_until_ready(compiled(start_image, subsets))
+  curve = Curve([], [])
+  start = time.process_time()
+
+  def fun(image: np.ndarray) -> tuple[float, np.ndarray]:
+    value, grad = compiled(image, subsets)
+    return float(value), np.asarray(grad)
+
+  def keep(image: np.ndarray) -> None:
+    curve.images.append(image.copy())
+    curve.seconds.append(time.process_time() - start)
+
+  scipy.optimize.minimize(
+    fun,
+    start_image,
+    jac=True,
+    method="L-BFGS-B",
+    bounds=[(0, None)] * SIZE**2,
+    callback=keep,
+    options={"maxiter": iterations, "maxfun": 10**6, "ftol": 0, "gtol": 1e-8},
+  )
+  return curve
+
+
+def _reference(subsets: Subset) -> tuple[np.ndarray, float]:
+  """The converged image, and the norm of its projected gradient."""
+  image = None
+  for _ in range(_RESTARTS):
+    image = by_lbfgs(subsets, 2 * _ITERATIONS, image).images[-1]
+  gradient = np.asarray(jax.grad(objective)(jnp.asarray(image), subsets))
+  projected = np.where(image > 0, gradient, np.minimum(gradient, 0))
+  return image, float(np.linalg.norm(projected))
+
+
+def first_below(curve: Mapping[str, Any], target: float) -> float | None:
+  """Seconds until the error is below a target."""
+  pairs = zip(curve["seconds"], curve["error"], strict=True)
+  return next((seconds for seconds, error in pairs if error <= target), None)
+
+
+def render(document: Mapping[str, Any]) -> dict[str, str]:
+  """Makes the published files from the stored curves.
+
+  Args:
+    document: contents of ``runs.json``.
+  """
+  curves = document["curves"]
+  base = first_below(curves[_LBFGS], TARGET)
+  rows = []
+  for name, curve in curves.items():
+    seconds = [first_below(curve, error) for error in (0.1, TARGET)]
+    rows.append(
+      [
+        name,
+        *("not reached" if s is None else f"{s:#.2g}" for s in seconds),
+        f"{seconds[1] / base:.2f}" if base and seconds[1] else "",
+        f"{curve['error'][-1]:.1e}",
+        f"{curve['seconds'][-1]:#.2g}",
+      ]
+    )
+  columns = ["method", "s to 10 %", "s to 1 %", "of L-BFGS-B's"]
+  table = report.markdown_table([*columns, "last error", "after s"], rows)
+  text = (
+    f"# Poisson tomography by subsets\n\n    {document['command']}\n\n{NOTES}\n"
+    f"The projected gradient at the converged image has the norm"
+    f" {document['gradient_norm']:.0e}.\n\n{table}\n"
+  )
+  lines = [
+    figures.Line(
+      name,
+      "saga" if name == _LBFGS else "svrg" if "SVRG" in name else "plain",
+      curve["seconds"],
+      [e if e < 10 else None for e in curve["error"]],
+    )
+    for name, curve in curves.items()
+  ]
+  panel = figures.Panel(
+    "Image error", "seconds", "error", lines, references=[(TARGET, "1 %")]
+  )
+  data = figures.Figure("Poisson tomography", [panel]).as_json()
+  return {"table.md": text, "figure.json": json.dumps(data) + "\n"}
+
+
+def run(epochs: int, iterations: int) -> dict[str, Any]:
+  """Solves by all methods.
+
+  Returns:
+    Contents of ``runs.json``.
+  """
+  with jax.enable_x64(True):
+    subsets = make_subsets()
+    image, gradient_norm = _reference(subsets)
+    curves = {_LBFGS: by_lbfgs(subsets, iterations)}
+    for name, (correction, has_momentum) in _METHODS.items():
+      curves[name] = by_subsets(correction(), has_momentum, subsets, epochs)
+  norm = np.linalg.norm(image)
+  return {
+    "module": __name__,
+    "command": "python -m benchmarks tomography",
+    **store.environment(),
+    "gradient_norm": gradient_norm,
+    "curves": {
+      name: {
+        "seconds": [float(f"{s:.4g}") for s in curve.seconds],
+        "error": [
+          float(f"{np.linalg.norm(x - image) / norm:.4g}") for x in curve.images
+        ],
+      }
+      for name, curve in curves.items()
+    },
+  }
+
+
+@click.command()
+@click.option("--epochs", type=cli.positive, default=_EPOCHS, show_default=True)
+@click.option(
+  "--iterations", type=cli.positive, default=_ITERATIONS, show_default=True
+)
+@cli.out_option("tomography")
+@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
+def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
+  """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
+  document = run(epochs, iterations)
+  out.mkdir(parents=True, exist_ok=True)
+  report.write_json(out / "runs.json", document)
+  click.echo(render(document)["table.md"])
+  if publish:
+    publishing.publish("tomography", document)
