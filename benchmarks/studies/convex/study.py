@@ -39,6 +39,14 @@ batches of 8; copt, for two classes only, 1/(3 L) as in its examples.
 scikit-learn's newton-cholesky is left out where its Hessian has more than 3,000
 columns, liblinear where there are more than two classes. For l1, SciPy's
 L-BFGS-B has the positive and negative parts of weights."""
+REASONS = """\
+Why targets are missed. **Compilation**: `fit_linear` compiles an epoch of SAGA,
+the derivatives of the outputs, and a direction of Newton's method, once for each
+loss and shape, which takes longer than small problems do; for these it leaves
+LLVM's optimisation out. **Passes**: an evaluation after each block of epochs and
+the products of Newton's method count, and are often the cheaper way to less
+time. **l1 alone**: the Hessian is singular, so that steps of Newton's method are
+short, or damped, until it is known which weights are 0."""
 
 
 def trace(
@@ -266,7 +274,8 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     Contents by name of the file: the tables, and the figure as data.
   """
   cells = document["cells"]
-  parts = [f"# {_TITLE}", f"    {document['command']}", NOTES, targets(cells)]
+  parts = [f"# {_TITLE}", f"    {document['command']}", NOTES]
+  parts += [targets(cells), REASONS]
   for name, cell in cells.items():
     rows, columns, outputs = cell["shape"]
     parts += [
