@@ -40,13 +40,13 @@ scikit-learn's newton-cholesky is left out where its Hessian has more than 3,000
 columns, liblinear where there are more than two classes. For l1, SciPy's
 L-BFGS-B has the positive and negative parts of weights."""
 REASONS = """\
-Why targets are missed. **Compilation**: `fit_linear` compiles an epoch of SAGA,
-the derivatives of the outputs, and a direction of Newton's method, once for each
-loss and shape, which takes longer than small problems do; for these it leaves
-LLVM's optimisation out. **Passes**: an evaluation after each block of epochs and
-the products of Newton's method count, and are often the cheaper way to less
-time. **l1 alone**: the Hessian is singular, so that steps of Newton's method are
-short, or damped, until it is known which weights are 0."""
+Why targets are missed. **Compilation**: `fit_linear` compiles an epoch of
+SAGA, the derivatives of the outputs, and a direction of Newton's method, once
+for each loss and shape, which takes longer than small problems do; for these it
+leaves LLVM's optimisation out. **Passes**: an evaluation after each block of
+epochs and the products of Newton's method count, and are often the cheaper way
+to less time. **l1 alone**: the Hessian is singular, so that steps of Newton's
+method are short, or damped, until it is known which weights are 0."""
 
 
 def trace(
