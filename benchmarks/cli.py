@@ -216,6 +216,33 @@ class Names(click.ParamType):
 
 
 positive = click.IntRange(min=1)
+folder = click.Path(file_okay=False, path_type=Path)
+
+
+def options(
+  *table: tuple[str, Any, Any, str],
+) -> Callable[[Callable], Callable]:
+  """The options of a command as a table.
+
+  Args:
+    *table: for each option its name; its type, where names are a choice of them
+      and ``bool`` is a flag; its default; and its help.
+  """
+
+  def decorate(command: Callable) -> Callable:
+    for name, kind, default, text in reversed(table):
+      settings = {"type": kind, "default": default, "help": text}
+      if kind is bool:
+        settings = {"is_flag": True, "help": text}
+      elif not isinstance(kind, click.ParamType):
+        settings["type"] = click.Choice(list(kind))
+      if default is not None:
+        settings["show_default"] = kind is not bool
+      command = click.option(name, **settings)(command)
+    return command
+
+  return decorate
+
 
 data_dir_option = click.option(
   "--data-dir",
@@ -239,15 +266,19 @@ def out_option(study: str) -> Callable[[Callable], Callable]:
   )
 
 
-def seeds_option(default: int) -> Callable[[Callable], Callable]:
-  """The option for the number of seeds."""
-  return click.option(
-    "--seeds",
-    type=positive,
-    default=default,
-    show_default=True,
-    help="Number of runs per method, with seeds from 0.",
-  )
+def several(
+  name: str, known: Iterable[str], default: str
+) -> Callable[[Callable], Callable]:
+  """An option that may be repeated.
+
+  Args:
+    name: its name.
+    known: the values to choose from.
+    default: what is chosen without it, in words.
+  """
+  kind = click.Choice(list(known))
+  text = f"May be repeated; {default}."
+  return click.option(name, type=kind, multiple=True, help=text)
 
 
 def cell_option(cells: Iterable[str]) -> Callable[[Callable], Callable]:

@@ -37,27 +37,26 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 INVENTORIES = {
-  "flax": "https://flax.readthedocs.io/en/stable",
+  "flax": "https://flax.readthedocs.io/en/latest",
   "jax": "https://docs.jax.dev/en/latest",
   "optax": "https://optax.readthedocs.io/en/latest",
 }
 
 
-def _is_online() -> bool:
-  """Returns whether the documentation of other projects can be reached."""
+def _is_reachable(url: str) -> bool:
+  """Returns whether the documentation of another project can be read."""
+  if "DOCS_OFFLINE" in os.environ:
+    return False
   try:
-    urllib.request.urlopen(f"{INVENTORIES['jax']}/objects.inv", timeout=5)
+    urllib.request.urlopen(f"{url}/objects.inv", timeout=5)
   except OSError:
     return False
   return True
 
 
-# Without a network, references to other projects are plain text.
-intersphinx_mapping = (
-  {name: (url, None) for name, url in INVENTORIES.items()}
-  if "DOCS_OFFLINE" not in os.environ and _is_online()
-  else {}
-)
+intersphinx_mapping = {
+  name: (url, None) for name, url in INVENTORIES.items() if _is_reachable(url)
+}
 
 # A reference within this project must exist. Those to other projects are plain
 # text where their inventory lacks them or is out of reach.

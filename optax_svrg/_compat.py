@@ -43,8 +43,9 @@ def vary_like(tree: Any, like: Any) -> Any:
 
 
 def on_host(x: Any) -> bool:
-  """Returns whether an array is in the memory of the host."""
-  space = getattr(jax.typeof(x), "memory_space", None)
+  """Returns whether an array, or one of this type, is in the host's memory."""
+  type_ = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+  space = getattr(type_, "memory_space", None)
   return space is not None and space == jax.memory.Space.Host
 
 

@@ -168,7 +168,7 @@ def gradient_table(
       the rounded gradients, so the estimator stays unbiased.
     memory_kind: kind of memory of the table, ``None`` for the parameters'. With
       ``"pinned_host"`` it is in the memory of the host, and ``table[i]`` moves
-      one gradient to the device; ``params`` must not be traced.
+      one gradient to the device.
 
   Returns:
     The mean gradient, as of :func:`optax_svrg.mean_gradient`, and a

@@ -49,6 +49,7 @@ def alpha_saga(
   num_batches: int,
   *,
   table_dtype: Any = None,
+  memory_kind: str | None = None,
   axis_name: Any = None,
   shard_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,6 +86,10 @@ def alpha_saga(
     num_batches: number of fixed batches, at least 1.
     table_dtype: dtype of the table, ``None`` for the parameters'. The mean is
       that of the rounded entries, so the result is still unbiased.
+    memory_kind: kind of memory of the table, ``None`` for the parameters'. With
+      ``"pinned_host"`` it is in the memory of the host, and each step moves one
+      gradient to the device and one back. Give a jitted step that donates the
+      state its ``out_shardings``.
     axis_name: name of the axis (or tuple of names) of an enclosing
       :func:`jax.shard_map`, :func:`jax.pmap` or :func:`jax.vmap` over which to
       average. The updates must then be device-local (see
@@ -143,7 +148,8 @@ def alpha_saga(
     <https://arxiv.org/abs/1407.0202>`_, 2014
   """
   rule = _control_variate.Given(alpha)
-  return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
+  table = _Table(num_batches, table_dtype, memory_kind)
+  return _saga(rule, table, axis_name, shard_axis_name)
 
 
 def adaptive_saga(
@@ -152,6 +158,7 @@ def adaptive_saga(
   decay: float = 0.97,
   max_alpha: float = 1.0,
   table_dtype: Any = None,
+  memory_kind: str | None = None,
   axis_name: Any = None,
   shard_axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -185,6 +192,7 @@ def adaptive_saga(
     decay: decay rate of the two averages, in [0, 1).
     max_alpha: positive upper bound of the coefficient.
     table_dtype: see :func:`optax_svrg.alpha_saga`.
+    memory_kind: see :func:`optax_svrg.alpha_saga`.
     axis_name: see :func:`optax_svrg.alpha_saga`.
     shard_axis_name: see :func:`optax_svrg.alpha_svrg`.
 
@@ -224,23 +232,40 @@ def adaptive_saga(
     2025, for the coefficient of least variance.
   """
   rule = _control_variate.Estimated(decay, max_alpha, start=0, guarded=True)
-  return _saga(rule, num_batches, table_dtype, axis_name, shard_axis_name)
+  table = _Table(num_batches, table_dtype, memory_kind)
+  return _saga(rule, table, axis_name, shard_axis_name)
+
+
+class _Table(NamedTuple):
+  """Arguments that describe the table, as the user gives them."""
+
+  num_batches: Any
+  dtype: Any
+  memory_kind: Any
+
+  def checked(self) -> "_Table":
+    """Returns them in canonical form; raises if one is wrong."""
+    if not isinstance(self.memory_kind, str | None):
+      raise TypeError(f"memory_kind must be a str, got {self.memory_kind!r}.")
+    return _Table(
+      _checks.check_count(self.num_batches, "num_batches"),
+      _checks.as_dtype(self.dtype, "table_dtype"),
+      self.memory_kind,
+    )
 
 
 def _saga(
   rule: _control_variate.Rule,
-  num_batches: int,
-  table_dtype: Any,
+  table: _Table,
   axis_name: Any,
   shard_axis_name: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """SAGA with any rule for the coefficient."""
-  num_batches = _checks.check_count(num_batches, "num_batches")
-  table_dtype = _checks.as_dtype(table_dtype, "table_dtype")
+  table = table.checked()
   shard_axes = _checks.as_axes(shard_axis_name)
 
   def init_fn(params: optax.Params) -> SAGAState:
-    return _init(params, num_batches, table_dtype, rule)
+    return _init(params, table, rule)
 
   def update_fn(
     updates: optax.Updates,
@@ -253,8 +278,8 @@ def _saga(
     del extra_args  # Meant for other transformations of the chain.
     _checks.check_state(state, SAGAState, rule.estimates)
     _check_trees(updates, state, params, axis_name)
-    _check_table(updates, state, params, num_batches, table_dtype)
-    batch_index = _check_index(batch_index, num_batches)
+    _check_table(updates, state, params, table)
+    batch_index = _check_index(batch_index, table.num_batches)
     updates, state = _checks.as_arrays((updates, state))
     value = rule.coefficient(state.count, state.estimate)
     if axis_name is not None:
@@ -399,15 +424,12 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
 
 
 def _init(
-  params: optax.Params,
-  num_batches: int,
-  table_dtype: Any,
-  rule: _control_variate.Rule,
+  params: optax.Params, table: _Table, rule: _control_variate.Rule
 ) -> SAGAState:
   _checks.check_inexact(params, "params")
-  _checks.check_dtype_fits(params, table_dtype, "table_dtype")
+  _checks.check_dtype_fits(params, table.dtype, "table_dtype")
   # First, as it may not fit.
-  table = _sharding.table(params, num_batches, table_dtype)
+  entries = _sharding.table(params, *table)
 
   def zeros(p: Any) -> Any:
     return jnp.zeros_like(p, _checks.wide_dtype(_checks.dtype_of(p)))
@@ -415,8 +437,8 @@ def _init(
   return SAGAState(
     count=jnp.zeros([], jnp.int32),
     alpha=jnp.zeros([], float),
-    is_filled=jnp.zeros(num_batches, bool),
-    table=table,
+    is_filled=jnp.zeros(table.num_batches, bool),
+    table=entries,
     mean_grads=jax.tree.map(zeros, params),
     mean_error=jax.tree.map(zeros, params),
     estimate=rule.init(params),
@@ -442,10 +464,10 @@ def _check_table(
   updates: optax.Updates,
   state: SAGAState,
   params: optax.Params | None,
-  num_batches: int,
-  table_dtype: Any,
+  table: _Table,
 ) -> None:
   """Checks the table of a state, which may come from a checkpoint."""
+  num_batches = table.num_batches
   axes = _table.axes_of(num_batches)
   (num_filled,) = state.is_filled.shape
   shapes = {t.shape[: len(axes)] for t in jax.tree.leaves(state.table)}
@@ -459,7 +481,7 @@ def _check_table(
   _checks.check_leaf_dtypes(
     state.table,
     updates if params is None else params,
-    table_dtype,
+    table.dtype,
     "the table of state",
     "table_dtype",
   )

@@ -120,7 +120,11 @@ def state_shardings(
     lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params
   )
 
-  def sharding_of(path: Any, x: Any) -> NamedSharding:
+  def sharding_of(path: Any, x: Any, is_on_host: bool) -> NamedSharding:
+    sharding = device_sharding_of(path, x)
+    return sharding.with_memory_kind("pinned_host") if is_on_host else sharding
+
+  def device_sharding_of(path: Any, x: Any) -> NamedSharding:
     if path[-1:] == (jax.tree_util.GetAttrKey("is_filled"),):
       return replicated  # Of SAGA: not like a parameter of that shape.
     # From the longest end of the path to the shortest.
@@ -132,8 +136,12 @@ def state_shardings(
         return sharding.update(spec=spec)
     return replicated
 
+  program, state = jax.make_jaxpr(tx.init, return_shape=True)(abstract)
+  on_host = map(_compat.on_host, program.out_avals)
   return jax.tree_util.tree_map_with_path(
-    sharding_of, jax.eval_shape(tx.init, abstract)
+    sharding_of,
+    state,
+    jax.tree.unflatten(jax.tree.structure(state), on_host),
   )
 
 
@@ -162,6 +170,15 @@ def _shardings_by_path(
   return found
 
 
+def _is_placed(x: Any) -> bool:
+  """Returns whether an array is known to be on certain devices."""
+  return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+  return jax.device_put(x, jax.memory.Space.Host)
+
+
 def to_device(tree: Any) -> Any:
   """Moves arrays in the memory of the host to that of the device."""
   return jax.tree.map(
@@ -175,9 +192,7 @@ def to_device(tree: Any) -> Any:
 def to_memory_of(old: Any, new: Any) -> Any:
   """Moves the second tree, on the device, to where the first one is."""
   return jax.tree.map(
-    lambda o, n: (
-      jax.device_put(n, jax.memory.Space.Host) if _compat.on_host(o) else n
-    ),
+    lambda o, n: _to_host(n) if _compat.on_host(o) else n,
     old,
     new,
   )
@@ -219,12 +234,14 @@ def table(
   _check_memory(params, num_batches, dtype, memory_kind)
 
   axes = _table.axes_of(num_batches)
+  on_host = memory_kind is not None and memory_kind.endswith("host")
 
   def entries(p: Any) -> Any:
     entry_dtype = dtype or _checks.dtype_of(p)
-    if memory_kind is None:
+    if memory_kind is None or not _is_placed(p):
       entry = jnp.zeros_like(p, entry_dtype)
-      return jnp.broadcast_to(entry, (*axes, *entry.shape))
+      rows = jnp.broadcast_to(entry, (*axes, *entry.shape))
+      return jax.jit(_to_host)(rows) if on_host else rows
     # Not made on the device first, where it may not fit.
     sharding = p.sharding
     if isinstance(sharding, NamedSharding):
@@ -246,14 +263,8 @@ def table(
 
 
 def _check_memory_kind(params: optax.Params, memory_kind: str) -> None:
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    where = _checks.path_of(path)
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
-      raise ValueError(
-        "memory_kind needs params whose placement is known, got"
-        f" {type(leaf).__name__} {where}. Inside jit, out_shardings say where"
-        " results go."
-      )
+  """Raises ValueError where the devices are known not to have it."""
+  for leaf in filter(_is_placed, jax.tree.leaves(params)):
     device: Any
     for device in leaf.sharding.addressable_devices:
       kinds = [memory.kind for memory in device.addressable_memories()]

@@ -69,6 +69,15 @@ class TestAPI:
       assert re.search(rf"^    (class )?{name}\b", text, re.M), name
 
 
+def test_versions_agree():
+  root = DOCS.parent
+  version = re.escape(optax_svrg.__version__)
+  citation = (root / "CITATION.cff").read_text()
+  assert re.search(rf"^version: {version}$", citation, re.M)
+  changelog = (root / "CHANGELOG.md").read_text()
+  assert re.search(rf"^## \[{version}\]", changelog, re.M)
+
+
 def run(page):
   """Runs the code blocks of a page one after the other."""
   namespace = {"__name__": "docs"}

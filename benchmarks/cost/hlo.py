@@ -42,6 +42,8 @@ _FREE = frozenset(
 
 _CALLS = frozenset(("conditional", "call", "call-start", "async-start"))
 
+_WORK = frozenset(("fusion", "convolution", "dot", "custom-call"))
+
 
 class Operation(NamedTuple):
   """A line of HLO.
@@ -81,36 +83,23 @@ class Program(NamedTuple):
   computations: Mapping[str, list[Operation]]
   entry: str
 
-  def executed(self, name: str | None = None) -> Iterator[tuple[str, int]]:
-    """Computations that are called as such, and how often they run.
+  def executed(self, name: str | None = None) -> Iterator[tuple[str, float]]:
+    """Computations that run as such, and how often: NaN where it is unknown.
 
     Branches count once. Bodies of fusions are left out: these are operations.
-
-    Raises:
-      ValueError: if the number of trips of a loop is unknown.
     """
     name = name or self.entry
     yield name, 1
     for operation in self.computations[name]:
-      times = 1
+      times: float = 1
       if operation.kind == "while":
         trips = _TRIPS.search(operation.line)
-        if trips is None and self._communicates(operation.called):
-          raise ValueError(f"unknown number of trips: {operation.line.strip()}")
-        times = int(trips["n"]) if trips else 0
+        times = int(trips["n"]) if trips else math.nan
       elif operation.kind not in _CALLS:
         continue
       for called in operation.called:
         for inner, count in self.executed(called):
           yield inner, times * count
-
-  def _communicates(self, names: list[str]) -> bool:
-    return any(
-      _COLLECTIVE.match(operation.kind)
-      for name in names
-      for inner, _ in self.executed(name)
-      for operation in self.computations[inner]
-    )
 
 
 def parse(text: str) -> Program:
@@ -180,47 +169,42 @@ def traffic(text: str, num_devices: int) -> Traffic:
   for name, times in program.executed():
     for operation in program.computations[name]:
       if match := _COLLECTIVE.match(operation.kind):
+        if math.isnan(times):
+          raise ValueError(f"unknown number of trips: {operation.line.strip()}")
         kind = match["kind"] if match["kind"] in KINDS else "other"
         lengths = sizes(operation.shape)
         if match["start"] and kind != "all-reduce":
           lengths = lengths[len(lengths) // 2 :]  # Operands and results.
         scattered = num_devices if kind == "reduce-scatter" else 1
-        total.num_bytes[kind] += times * scattered * sum(lengths)
-        total.operations[kind] += times
+        total.num_bytes[kind] += int(times) * scattered * sum(lengths)
+        total.operations[kind] += int(times)
   return total
 
 
 def overlapped(text: str) -> list[int]:
-  """How many fusions and products run while each asynchronous one is under way.
+  """How much work there is while each asynchronous collective is under way.
 
   Args:
     text: the HLO, as scheduled.
 
   Returns:
     For each collective operation that has a start and an end, the number of
-    operations in between.
+    fusions and products in between.
   """
   counts = []
   for operations in parse(text).computations.values():
     starts: dict[str, int] = {}
     for i, operation in enumerate(operations):
-      if operation.kind.endswith("-start") and (
-        _COLLECTIVE.match(operation.kind) or _wraps_collective(operation)
+      if operation.kind.endswith("-start") and any(
+        kind in operation.line for kind in KINDS[:-1]
       ):
         starts[operation.name] = i
-      elif operation.kind.endswith("-done") and operation.operands:
-        start = starts.pop(operation.operands[0], None)
-        if start is not None:
-          between = operations[start + 1 : i]
-          work = ("fusion", "convolution", "dot", "custom-call")
-          counts.append(sum(x.kind in work for x in between))
+      elif starts and operation.kind.endswith("-done"):
+        start = starts.pop(operation.operands[0], i)
+        if start < i:
+          between = [x.kind for x in operations[start + 1 : i]]
+          counts.append(sum(kind in _WORK for kind in between))
   return counts
-
-
-def _wraps_collective(operation: Operation) -> bool:
-  return operation.kind == "async-start" and any(
-    kind in operation.line for kind in KINDS[:-1]
-  )
 
 
 def moved_bytes(text: str) -> int:

@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 import functools
 import json
 from pathlib import Path
-import statistics
 from typing import Any, NamedTuple
 
 import click
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 import optax
 
 from benchmarks import cli
@@ -23,15 +20,13 @@ from benchmarks.cost.problem import (
   mlp,
   no_transform,
   Problem,
-  Program,
   ratio,
   seconds,
 )
 from benchmarks.harness import report, store
 import optax_svrg
 
-_PEAK_SIZE, _PEAK_PRODUCTS = 4096, 4
-_WIDTH = 1000
+_SIZE, _WIDTH = 1_000_000, 1_000
 
 MODELS = {
   "mlp-256": mlp(256, 256),
@@ -86,26 +81,22 @@ def measure_epochs(
     A row for each method: ``time``, that of the epoch, and ``limit``, the
     operations of the plain steps and of the further gradients, both divided
     by those of the plain epoch; ``first``, the time of the first run with
-    compilation, likewise; ``flops_per_second``; ``seconds`` of all runs.
+    compilation, likewise; ``seconds`` of all runs.
   """
   problem = _problem(case, dtype, steps)
   of_step = flops(problem.lower_step(no_transform()))
   of_gradient = flops(problem.lower_gradient())
   times = seconds(problem.programs(), rounds)
-  rows = []
-  for name, extra in EXTRA_GRADIENTS.items():
-    needed = of_step + extra * of_gradient
-    rows.append(
-      {
-        "method": name,
-        "time": ratio(times, name, "plain"),
-        "limit": needed / of_step,
-        "first": times[name][0] / times["plain"][0],
-        "flops_per_second": steps * needed / statistics.median(times[name][1:]),
-        "seconds": times[name],
-      }
-    )
-  return rows
+  return [
+    {
+      "method": name,
+      "time": ratio(times, name, "plain"),
+      "limit": 1 + extra * of_gradient / of_step,
+      "first": times[name][0] / times["plain"][0],
+      "seconds": times[name],
+    }
+    for name, extra in EXTRA_GRADIENTS.items()
+  ]
 
 
 def _problem(case: Case, dtype: Any, steps: int) -> Problem:
@@ -134,21 +125,17 @@ def temporary_gradients(case: Case, dtype: Any) -> dict[str, float]:
   }
 
 
-def updates_alone(
-  size: int, dtype: Any
-) -> dict[str, tuple[jax.stages.Compiled, Program]]:
-  """The transformation and AdamW, without the gradients.
+def updates_alone(size: int, dtype: Any) -> dict[str, jax.stages.Compiled]:
+  """Compiles the transformation and AdamW, without the gradients.
 
   Args:
     size: number of parameters, a multiple of 1,000: of a matrix.
     dtype: their dtype.
 
   Returns:
-    For each method the compiled update, and the program that calls it.
+    For each method the update.
   """
-  params, grads, snapshot_grads, mean = jax.random.normal(
-    jax.random.key(0), (4, size // _WIDTH, _WIDTH)
-  ).astype(dtype)
+  params = jnp.zeros((size // _WIDTH, _WIDTH), dtype)
   transforms = {
     "plain": no_transform(),
     "alpha-svrg": optax_svrg.alpha_svrg(0.75),
@@ -157,17 +144,10 @@ def updates_alone(
   result = {}
   for name, transform in transforms.items():
     tx = optax.chain(transform, optax.adamw(1e-3))
-    state = tx.init(params)
-    if name != "plain":
-      state = optax_svrg.take_snapshot(state, params, lambda _: mean)
-    carry = jnp.array(params), state
-    compiled = (
-      jax.jit(functools.partial(_update, tx), donate_argnums=0)
-      .lower(carry, grads, snapshot_grads)
-      .compile()
+    lowered = jax.jit(functools.partial(_update, tx), donate_argnums=0).lower(
+      (params, tx.init(params)), params, params
     )
-    run = functools.partial(_call, compiled, grads, snapshot_grads)
-    result[name] = compiled, Program(run, carry)
+    result[name] = lowered.compile()
   return result
 
 
@@ -179,109 +159,21 @@ def _update(tx: Any, carry: Any, grads: Any, snapshot_grads: Any) -> Any:
   return optax.apply_updates(params, updates), state
 
 
-def _call(compiled: Any, grads: Any, snapshot_grads: Any, carry: Any) -> Any:
-  return compiled(carry, grads, snapshot_grads)
+def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
+  """Returns the arrays that updates ``must_move``, and ``moves`` as compiled.
 
-
-def measure_updates(size: int, dtype: Any, rounds: int) -> list[dict[str, Any]]:
-  """The transformation alone beside the bytes that it must move.
-
-  Args:
-    size: number of parameters.
-    dtype: their dtype.
-    rounds: how many times to run each program.
-
-  Returns:
-    A row for each method: the arrays that it ``must_move`` and those that it
-    ``moves`` as compiled, its ``time`` divided by that of moving the former at
-    the bandwidth of adding two arrays, and that bandwidth in bytes per second.
+  What is in a branch that is not taken as a rule is left out.
   """
-  updates = updates_alone(size, dtype)
-  programs = {name: program for name, (_, program) in updates.items()}
-  add = jax.jit(jnp.add, donate_argnums=0)
-  other = jnp.ones((size // _WIDTH, _WIDTH), dtype)
-  programs["add"] = Program(lambda x: add(x, other), jnp.ones_like(other))
-  times = seconds(programs, rounds)
-  array_bytes = other.nbytes
-  # Adding moves three. The best of all rounds, here and of the updates: what
-  # others do to the memory meanwhile does not slow all programs alike.
-  bandwidth = 3 * array_bytes / min(times["add"][1:])
+  array_bytes = size * jnp.dtype(dtype).itemsize
   return [
     {
       "method": name,
-      "must_move": moved,
-      "moves": hlo.moved_bytes(updates[name][0].as_text()) / array_bytes,
-      "time": min(times[name][1:]) * bandwidth / (moved * array_bytes),
-      "bandwidth": bandwidth,
-      "seconds": times[name],
+      "must_move": MUST_MOVE[name],
+      "moves": hlo.moved_bytes(compiled.as_text()) / array_bytes,
+      "temporary": compiled.memory_analysis().temp_size_in_bytes / array_bytes,
     }
-    for name, moved in MUST_MOVE.items()
+    for name, compiled in updates_alone(size, dtype).items()
   ]
-
-
-def matmul_peak(size: int, dtype: Any, rounds: int) -> float:
-  """Operations per second of products of large matrices.
-
-  Args:
-    size: rows and columns.
-    dtype: dtype of the matrices.
-    rounds: how many times to measure; the best counts.
-  """
-  x = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
-  x = x.astype(dtype)
-
-  @jax.jit
-  def products(y: jax.Array) -> jax.Array:
-    return jax.lax.fori_loop(0, _PEAK_PRODUCTS, lambda _, y: x @ y, y)
-
-  (times,) = seconds({"": Program(products, x)}, rounds).values()
-  return 2 * size**3 * _PEAK_PRODUCTS / min(times[1:])
-
-
-def state_copies(num_batches: int) -> list[dict[str, Any]]:
-  """Bytes of the states, in copies of float32 parameters.
-
-  Args:
-    num_batches: of the tables.
-
-  Returns:
-    A row for each ``state``: copies ``on_device``, and ``on_host``.
-  """
-  mesh = jax.make_mesh(
-    (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]
-  )
-  on_device = NamedSharding(mesh, P())
-  here, offloaded = (
-    jax.ShapeDtypeStruct((1_000_000,), jnp.float32, sharding=sharding)
-    for sharding in (on_device, on_device.with_memory_kind("pinned_host"))
-  )
-  svrg = optax_svrg.alpha_svrg(0.75)
-  halves = optax_svrg.alpha_svrg(0.75, snapshot_dtype=jnp.bfloat16)
-  saga = optax_svrg.adaptive_saga(num_batches)
-  half_table = optax_svrg.adaptive_saga(num_batches, table_dtype=jnp.bfloat16)
-  rows = []
-  for name, transform, stored, table_bytes in (
-    ("alpha_svrg", svrg, here, 0),
-    ("alpha_svrg, snapshot_dtype=bfloat16", halves, here, 0),
-    ("alpha_svrg, in the memory of the host", svrg, offloaded, 0),
-    ("adaptive_svrg", optax_svrg.adaptive_svrg(), here, 0),
-    (f"alpha_svrg, gradient_table of {num_batches}", svrg, here, 4),
-    ("the same, dtype=bfloat16", svrg, here, 2),
-    (f"adaptive_saga, {num_batches} batches", saga, here, 0),
-    ("the same, table_dtype=bfloat16", half_table, here, 0),
-    ("adaptive_saga, in the memory of the host", saga, offloaded, 0),
-  ):
-    leaves = jax.tree.leaves(jax.eval_shape(transform.init, here))
-    shardings = jax.tree.leaves(optax_svrg.state_shardings(transform, stored))
-    copies = {True: table_bytes * num_batches / 4, False: 0.0}
-    for leaf, sharding in zip(leaves, shardings, strict=True):
-      is_on_device = sharding.memory_kind != "pinned_host"
-      size = leaf.size * leaf.dtype.itemsize
-      copies[is_on_device] += size / (here.size * here.dtype.itemsize)
-    rows.append(
-      {"state": name, "on_device": copies[True], "on_host": copies[False]}
-    )
-  return rows
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -293,7 +185,7 @@ def tables(results: Mapping[str, Any]) -> str:
   epochs = report.markdown_table(
     (
       *("case", "method", "time / plain", "limit", "time / limit"),
-      *("share of peak", "first run / plain's"),
+      "first run / plain's",
     ),
     [
       (
@@ -302,7 +194,6 @@ def tables(results: Mapping[str, Any]) -> str:
         f"{row['time']:.2f}",
         f"{row['limit']:.2f}",
         f"{row['time'] / row['limit']:.3f}",
-        f"{row['flops_per_second'] / results['matmul_peak']:.0%}",
         f"{row['first']:.1f}",
       )
       for name, case in results["cases"].items()
@@ -310,27 +201,15 @@ def tables(results: Mapping[str, Any]) -> str:
     ],
   )
   updates = report.markdown_table(
-    (
-      *("method", "arrays it must move", "arrays moved as compiled"),
-      *("moved / must", "time / limit", "GB/s measured"),
-    ),
+    ("method", "arrays it must move", "as compiled", "temporary arrays"),
     [
       (
         row["method"],
         str(row["must_move"]),
         f"{row['moves']:.1f}",
-        f"{row['moves'] / row['must_move']:.2f}",
-        f"{row['time']:.2f}",
-        f"{row['bandwidth'] / 1e9:.1f}",
+        f"{row['temporary']:.2f}",
       )
       for row in results["updates"]
-    ],
-  )
-  states = report.markdown_table(
-    ("state", "copies on the device", "in the memory of the host"),
-    [
-      (row["state"], f"{row['on_device']:.2f}", f"{row['on_host']:.2f}")
-      for row in results["states"]
     ],
   )
   temporary = report.markdown_table(
@@ -340,7 +219,7 @@ def tables(results: Mapping[str, Any]) -> str:
       for name, case in results["cases"].items()
     ],
   )
-  return "\n\n".join((epochs, updates, states, temporary))
+  return "\n\n".join((epochs, updates, temporary))
 
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
@@ -375,36 +254,25 @@ rounds_option = click.option(
 @cli.cell_option(CASES)
 @steps_option
 @rounds_option
-@click.option(
-  "--size",
-  type=cli.positive,
-  default=10_000_000,
-  show_default=True,
-  help="Number of parameters of the transformation alone.",
-)
 @cli.out_option("step-cost")
 def main(
   dtype: str,
   cells: Sequence[str],
   steps: int,
   rounds: int,
-  size: int,
   out: Path,
 ) -> None:
   """Measures epochs and steps as ratios to the least that they could take.
 
-  Prints tables of epochs, of the transformation alone, of states, and of the
-  temporary bytes of a step above plain's in copies of the gradient; and writes
-  a JSON file. Compilation counts in the first run only.
+  Prints tables of epochs, of the transformation alone, and of the temporary
+  bytes of a step above plain's in copies of the gradient; and writes a JSON
+  file. Compilation counts in the first run only.
   """
   path = out / "results.json"
-  settings = {"dtype": dtype, "steps": steps, "rounds": rounds, "size": size}
   results: dict[str, Any] = {
     **store.environment(),
-    **settings,
-    "matmul_peak": matmul_peak(_PEAK_SIZE, jnp.dtype(dtype), min(rounds, 3)),
-    "updates": measure_updates(size, jnp.dtype(dtype), 3 * rounds),
-    "states": state_copies(steps),
+    **{"dtype": dtype, "steps": steps, "rounds": rounds},
+    "updates": measure_updates(_SIZE, jnp.dtype(dtype)),
     "cases": {},
   }
   for name in cells or CASES:
@@ -417,7 +285,3 @@ def main(
   for name, text in render(json.loads(path.read_text("utf-8"))).items():
     (out / name).write_text(text, encoding="utf-8")
     click.echo(text)
-
-
-if __name__ == "__main__":
-  main()

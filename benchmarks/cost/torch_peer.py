@@ -292,7 +292,3 @@ def main(cells: Sequence[str], steps: int, rounds: int, out: Path) -> None:
   text = table(record["rows"])
   (out / "table.md").write_text(text + "\n", encoding="utf-8")
   click.echo(text)
-
-
-if __name__ == "__main__":
-  main()

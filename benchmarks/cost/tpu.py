@@ -257,7 +257,3 @@ def main(
     if found:
       (out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
   click.echo(f"\n{table(found)}")
-
-
-if __name__ == "__main__":
-  main()

@@ -82,18 +82,6 @@ class Snapshot(NamedTuple):
   params: optax.Params | None = None
 
 
-class Evaluation(NamedTuple):
-  """Performance of a model on a data set.
-
-  Attributes:
-    loss: cross-entropy.
-    accuracy: share of the examples classified correctly.
-  """
-
-  loss: Any
-  accuracy: Any
-
-
 class _Subset:
   """Some of the examples of a source, always the same ones.
 
@@ -191,12 +179,12 @@ class StreamFeed:
     """
     if observed is None:
       return None
-    accuracy = self._mean(params, self._validation).accuracy
+    _, accuracy = self._mean(params, self._validation)
     return float(observed.loss) / num_steps, accuracy
 
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
     """Returns the loss over the training images as they are."""
-    loss = self._mean(params, self._train).loss
+    loss, _ = self._mean(params, self._train)
     return {"clean_train_loss": loss, "num_params": self.num_params}
 
   def context(self, experiment: Experiment) -> Context:
@@ -371,20 +359,20 @@ class StreamFeed:
 
   def _evaluate_fn(
     self, params: optax.Params, batch: streams.Batch
-  ) -> Evaluation:
-    """Sums over a batch."""
+  ) -> list[jax.Array]:
+    """Sums of the losses and of the correct answers of a batch."""
     images = recipe.standardise(self._recipe, batch.images)
     logits = nnx.merge(self._graphdef, params)(images)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
       logits, batch.labels
     )
     is_right = jnp.argmax(logits, axis=-1) == batch.labels
-    return Evaluation(
-      *(jnp.sum(jnp.where(batch.weights > 0, x, 0)) for x in (losses, is_right))
-    )
+    return [
+      jnp.sum(jnp.where(batch.weights > 0, x, 0)) for x in (losses, is_right)
+    ]
 
-  def _mean(self, params: optax.Params, source: sources.Source) -> Evaluation:
-    """Over the images of a source, as they are."""
+  def _mean(self, params: optax.Params, source: sources.Source) -> list[float]:
+    """Loss and accuracy over the images of a source, as they are."""
     batches = streams.validation_batches(
       source,
       self._recipe,
@@ -393,9 +381,7 @@ class StreamFeed:
       self._num_workers,
     )
     sums = [self._evaluate(params, batch) for batch in batches]
-    return Evaluation(
-      *(sum(map(float, x)) / len(source) for x in zip(*sums, strict=True))
-    )
+    return [sum(map(float, x)) / len(source) for x in zip(*sums, strict=True)]
 
 
 def divided(mesh: Any, leaf: Any) -> NamedSharding:

@@ -411,6 +411,7 @@ class Study:
       study = dataclasses.replace(self, cells=chosen)
       runs = study.train(out, data_dir)
       document = publishing.pack(self.name, runs, self.has_curve)
+      document["command"] += "".join(f" --cell {name}" for name in cells)
       click.echo(study.render(document)["table.md"])
       if publish:
         publishing.publish(self.name, document)

@@ -59,7 +59,14 @@ def table(results: study.Results) -> str:
       *("rival", "against the rival"),
     )
     parts.append(f"{cell}\n\n{report.markdown_table(columns, rows)}")
-  parts.append(f"In all: {comparison.count(list(verdicts.values()))}.")
+  count = comparison.count(
+    [
+      text
+      for (_, name, _), text in verdicts.items()
+      if not name.startswith("plain")
+    ]
+  )
+  parts.append(f"Variance reduction against plain: {count}.")
   return "\n\n".join(parts)
 
 

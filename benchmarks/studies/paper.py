@@ -447,113 +447,62 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   return {"table.md": text + "\n"}
 
 
+_OF_THE_SCALE = "by default that of the scale."
+_LR = cli.Number(min=0, min_open=True)
+_METHODS = ",".join(METHODS)
+
+
 @click.command()
-@click.option(
-  "--table",
-  "table_name",
-  type=click.Choice(list(TABLES)),
-  default="small",
-  show_default=True,
-  help="The paper's table: small data sets, or ImageNet.",
+@cli.options(
+  ("--table", TABLES, "small", "Small data sets, or ImageNet."),
+  ("--scale", SCALES, "full", "Reduces images, epochs and models."),
 )
-@click.option(
-  "--dataset",
-  "datasets",
-  multiple=True,
-  type=click.Choice(sources.DATASETS),
-  show_default="those of the table",
-  help="Another data set for its rows; may be repeated.",
-)
-@click.option(
-  "--model",
-  "model_names",
-  multiple=True,
-  type=click.Choice(list(models.MODELS)),
-  show_default="those of the table",
-  help="May be repeated.",
-)
+@cli.several("--dataset", sources.DATASETS, "by default those of the table")
+@cli.several("--model", models.MODELS, "by default those of the table")
 @cli.data_dir_option
-@click.option(
-  "--scale",
-  "scale_name",
-  type=click.Choice(list(SCALES)),
-  default="full",
-  show_default=True,
-  help="Reduces images, epochs and models; the results say so.",
-)
-@click.option(
-  "--methods",
-  "names",
-  type=cli.Names(methods.MAIN),
-  default=",".join(METHODS),
-  show_default=True,
-  help="Separated by commas.",
-)
-@cli.seeds_option(3)
-@click.option("--epochs", type=cli.positive, show_default="that of the scale")
-@click.option(
-  "--warmup-epochs",
-  type=click.IntRange(min=0),
-  show_default="that of the scale",
-)
-@click.option(
-  "--batch-size",
-  type=cli.positive,
-  show_default="that of the scale, in full the largest power of two with 39"
-  " steps of an epoch, 4096 at most",
-  help="Of all devices.",
-)
-@click.option(
-  "--lr",
-  type=cli.Number(min=0, min_open=True),
-  default=4e-3,
-  show_default=True,
-  help="Peak learning rate.",
-)
-@click.option(
-  "--alpha0",
-  type=cli.Number(min=0),
-  default=0.75,
-  show_default=True,
-  help="First coefficient of alpha-svrg.",
-)
-@click.option(
-  "--drop-path",
-  type=cli.Number(0, 1, max_open=True),
-  default=0.0,
-  show_default=True,
-  help="Rate of stochastic depth.",
-)
-@click.option(
-  "--dtype",
-  type=click.Choice(["float32", "bfloat16"]),
-  default="float32",
-  show_default=True,
-  help="Of the computations; parameters are float32.",
-)
-@click.option("--remat", is_flag=True, help="Rematerialise each block.")
-@click.option(
-  "--num-workers",
-  type=click.IntRange(min=0),
-  default=0,
-  show_default=True,
-  help="Processes that read images; 0 for threads.",
-)
-@click.option(
-  "--checkpoint-dir",
-  type=click.Path(file_okay=False, path_type=Path),
-  help="Folder to which each epoch is saved, and from which a run that was"
-  " stopped goes on.",
+@cli.options(
+  ("--methods", cli.Names(methods.MAIN), _METHODS, "Separated by commas."),
+  ("--seeds", cli.positive, 3, "Number of runs per method."),
+  ("--epochs", cli.positive, None, f"Number of epochs, {_OF_THE_SCALE}"),
+  (
+    *("--warmup-epochs", click.IntRange(min=0), None),
+    f"Epochs in which the learning rate rises, {_OF_THE_SCALE}",
+  ),
+  (
+    *("--batch-size", cli.positive, None),
+    "Of all devices, by default that of the scale, in full the largest power of"
+    " two with 39 steps of an epoch, 4096 at most.",
+  ),
+  ("--lr", _LR, 4e-3, "Peak learning rate."),
+  ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
+  (
+    *("--drop-path", cli.Number(0, 1, max_open=True), 0.0),
+    "Rate of stochastic depth.",
+  ),
+  (
+    *("--dtype", ("float32", "bfloat16"), "float32"),
+    "Of the computations; parameters are float32.",
+  ),
+  ("--remat", bool, None, "Rematerialise each block."),
+  (
+    *("--num-workers", click.IntRange(min=0), 0),
+    "Processes that read images; 0 for threads.",
+  ),
+  (
+    *("--checkpoint-dir", cli.folder, None),
+    "Folder to which each epoch is saved, and from which a run that was stopped"
+    " goes on.",
+  ),
 )
 @cli.out_option("paper")
 @distributed.options
 def main(
-  table_name: str,
-  datasets: Sequence[str],
-  model_names: Sequence[str],
+  table: str,
+  scale: str,
+  dataset: Sequence[str],
+  model: Sequence[str],
   data_dir: Path | None,
-  scale_name: str,
-  names: Sequence[str],
+  methods: Sequence[str],
   seeds: int,
   alpha0: float,
   remat: bool,
@@ -570,16 +519,22 @@ def main(
   than SVRG.
   """
   cluster.initialize()
-  table, scale = TABLES[table_name], SCALES[scale_name]
+  chosen = TABLES[table]
   cells = [
     template(
-      dataset, load(dataset, "streams", data_dir), model, scale, **options
+      name,
+      load(name, "streams", data_dir),
+      architecture,
+      SCALES[scale],
+      **options,
     )
-    for dataset in datasets or table.datasets
-    for model in model_names or table.models
+    for name in dataset or chosen.datasets
+    for architecture in model or chosen.models
   ]
   wanted = [
-    e for cell in cells for e in experiments(cell, names, seeds, alpha0)
+    experiment
+    for cell in cells
+    for experiment in experiments(cell, methods, seeds, alpha0)
   ]
   with Progress(sum(e.epochs for e in wanted)) as progress:
     runs = run_all(
@@ -593,7 +548,7 @@ def main(
     )
   if jax.process_index():
     return
-  if scale_name != "full":
+  if scale != "full":
     click.echo(describe(cells, SCALES["full"]))
-  click.echo(f"\nThe paper's figures are of {table.source}.\n")
-  click.echo(tables(by_cell(runs), table))
+  click.echo(f"\nThe paper's figures are of {chosen.source}.\n")
+  click.echo(tables(by_cell(runs), chosen))

@@ -14,6 +14,7 @@ ARMS: dict[str, study.Arm] = {
   ROUNDED: study.arm("adaptive-saga", table_dtype="bfloat16"),
 }
 CELLS = study.cells(
+  study.cell("mnist-5k", "logreg", "adamw"),
   study.cell("fashion-mnist", "mlp2", "adamw"),
   study.cell("fashion-mnist", "mlp2", "adamw", label_noise=0.3),
   study.cell("fashion-mnist", "mlp2", "adamw", augment="shift-flip"),
@@ -73,12 +74,7 @@ def figure(results: study.Results) -> figures.Figure:
 
 
 def _is_shown(experiment: Experiment) -> bool:
-  return (
-    not experiment.method_settings
-    and not experiment.label_noise
-    and experiment.augment == "none"
-    and experiment.seed < 100
-  )
+  return not experiment.method_settings and experiment.seed < 100
 
 
 STUDY = study.Study(

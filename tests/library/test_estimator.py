@@ -62,6 +62,7 @@ class TestProperties:
   """Over random trees, batch splits and coefficients."""
 
   @hypothesis.given(trees, sizes, alphas, st.integers(0, 99), st.booleans())
+  @hypothesis.settings(max_examples=8)
   def test_unbiased(self, tree, sizes, alpha, seed, jit):
     problem = helpers.finite_sum(sizes, seed)
     snapshot, params = draw_params(tree, seed), draw_params(tree, seed + 1)
@@ -72,6 +73,7 @@ class TestProperties:
     )
     helpers.assert_close(mean, problem.full_grad(params), rtol=0, atol=1e-12)
 
+  @pytest.mark.slow
   @hypothesis.given(trees, sizes, alphas, st.integers(0, 99))
   def test_linear_in_alpha(self, tree, sizes, alpha, seed):
     problem = helpers.finite_sum(sizes, seed)
@@ -82,6 +84,7 @@ class TestProperties:
     want = jax.tree.map(lambda g, h: g + alpha * (h - g), none, one)
     helpers.assert_close(some, want, rtol=0, atol=1e-12)
 
+  @pytest.mark.slow
   @hypothesis.given(trees, sizes, st.integers(0, 99), st.booleans())
   def test_identity_at_zero(self, tree, sizes, seed, static):
     problem = helpers.finite_sum(sizes, seed)
@@ -91,6 +94,7 @@ class TestProperties:
     for updates, batch in zip(got, problem.batches, strict=True):
       helpers.assert_equal(updates, problem.grad(params, batch))
 
+  @pytest.mark.slow
   @hypothesis.given(trees, sizes, st.integers(0, 99))
   def test_exact_at_the_snapshot(self, tree, sizes, seed):
     problem = helpers.finite_sum(sizes, seed)
@@ -99,6 +103,7 @@ class TestProperties:
     for updates in got:
       helpers.assert_close(updates, state.mean_grads, rtol=0, atol=0)
 
+  @pytest.mark.slow
   @hypothesis.given(trees, sizes, st.integers(0, 99))
   def test_variance_vanishes_at_the_snapshot_only(self, tree, sizes, seed):
     """Not a constant: away from the snapshot batches still differ."""
