@@ -87,7 +87,10 @@ def without_seconds(run):
 
 
 class TestArrays:
-  @pytest.mark.parametrize("batch_size", [1, 16, TRAIN])
+  @pytest.mark.parametrize(
+    "batch_size",
+    [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, TRAIN))],
+  )
   def test_snapshot_is_over_all_examples(self, dataset, batch_size):
     experiment = ARRAYS.replace(batch_size=batch_size)
     feed = array_feed.ArrayFeed(experiment, dataset)
@@ -141,7 +144,9 @@ class TestArrays:
     got = jax.grad(feed.loss)(params, array_feed.Batch(*padded, is_real))
     helpers.assert_close(got, want, rtol=1e-5)
 
-  @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+  @pytest.mark.parametrize(
+    "optimizer", ["sgd", pytest.param("momentum", marks=pytest.mark.slow)]
+  )
   def test_a_batch_of_all_data_needs_no_correction(self, dataset, optimizer):
     experiment = ARRAYS.replace(
       model="logreg",
@@ -246,7 +251,14 @@ class TestStreams:
     corrected, _ = tx.update(grads, state, params, snapshot_grads=table[index])
     jax.tree.map(np.testing.assert_array_equal, corrected, mean)
 
-  @pytest.mark.parametrize("method", ["svrg", "alpha-svrg", "adaptive"])
+  @pytest.mark.parametrize(
+    "method",
+    [
+      "alpha-svrg",
+      pytest.param("svrg", marks=pytest.mark.slow),
+      pytest.param("adaptive", marks=pytest.mark.slow),
+    ],
+  )
   def test_gradients_kept_and_computed_again_train_the_same(
     self, images, method
   ):
@@ -363,11 +375,11 @@ class Stop:
 @pytest.mark.parametrize(
   ("feed", "method", "every", "number"),
   [
-    # After the first epoch, and in the middle of the second one.
-    ("arrays", "adaptive", None, 1),
+    # In the middle of the second epoch, and at the end of one.
     ("arrays", "adaptive-saga", 2, 3),
     ("streams", "adaptive", None, 2),
-    ("streams", "adaptive-saga", None, 1),
+    pytest.param("arrays", "adaptive", None, 1, marks=pytest.mark.slow),
+    pytest.param("streams", "adaptive-saga", None, 1, marks=pytest.mark.slow),
   ],
 )
 def test_a_run_that_was_stopped_goes_on(

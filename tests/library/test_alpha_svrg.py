@@ -41,7 +41,7 @@ def correct(tx, params, state, batch, arg="grad_fn", **kwargs):
 
 
 class TestInvariants:
-  """DESIGN section 1, for every kind of parameters."""
+  """For every kind of parameters."""
 
   @pytest.mark.parametrize(
     ("alpha", "arg", "jit"),

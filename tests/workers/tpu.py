@@ -74,7 +74,10 @@ def shapes_of(table):
 def measure(case):
   mesh = tpu_program.make_mesh(case.topology)
   step = steps.make_step(case, mesh, loss, PARAMS, SHAPE)
-  compiled = tpu_program.compile_step(step)
+  try:
+    compiled = tpu_program.compile_step(step)
+  except jax.errors.JaxRuntimeError as e:
+    return {"error": str(e)}
   text, memory = compiled.as_text(), compiled.memory_analysis()
   own = step.args[1][0]
   table = getattr(own, "table", ())
