@@ -342,8 +342,8 @@ def check_positive(value: Any, name: str) -> None:
     raise ValueError(f"{name} must be positive, got {value}.")
 
 
-def check_count(value: Any, name: str) -> int:
-  """Returns ``value`` as an int; raises unless it is a positive integer."""
+def check_count(value: Any, name: str, least: int = 1) -> int:
+  """Returns ``value`` as an int; raises unless it is an integer in range."""
   if isinstance(value, jax.Array):
     raise TypeError(
       f"{name} must be an integer, got a JAX array. With"
@@ -352,8 +352,8 @@ def check_count(value: Any, name: str) -> int:
     )
   if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
     raise TypeError(f"{name} must be an integer, got {value!r}.")
-  if value < 1:
-    raise ValueError(f"{name} must be at least 1, got {value}.")
+  if value < least:
+    raise ValueError(f"{name} must be at least {least}, got {value}.")
   return int(value)
 
 

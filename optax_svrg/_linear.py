@@ -715,7 +715,7 @@ def fit_linear(
     )
   batch_size = min(_checks.check_count(batch_size, "batch_size"), n)
   outputs = _linear_data.match(loss, y, num_outputs, dtype)
-  rng = np.random.default_rng(_minimize.check_seed(seed))
+  rng = np.random.default_rng(_checks.check_count(seed, "seed", 0))
   bar = _minimize.progress_bar(progress, "fit_linear", max_epochs)
   data = _linear_data.arrange(x, outputs.targets, s, intercept, batch_size, rng)
   problem = _Problem(

@@ -176,7 +176,7 @@ def minimize(
   num_examples = _checks.check_batch(data, "data")
   _checks.check_positive(tol, "tol")
   max_epochs = _checks.check_count(max_epochs, "max_epochs")
-  rng = np.random.default_rng(check_seed(seed))
+  rng = np.random.default_rng(_checks.check_count(seed, "seed", 0))
   bar = progress_bar(progress, "minimize", max_epochs)
   if batch_size is None:
     batch_size = max(_MIN_BATCH_SIZE, -(-num_examples // _NUM_BATCHES))
@@ -238,7 +238,7 @@ def prox_elastic_net(l1: float, l2: float) -> Prox:
 
   Args:
     l1: a number that is not negative.
-    l2: likewise.
+    l2: a number that is not negative.
 
   Returns:
     A function ``prox(params, step_size)`` that applies it to every leaf.
@@ -643,15 +643,6 @@ def not_converged(
     f"{name} did not converge in {count} epochs: gradient norm {norm:.1e} >"
     f" tol={tol:g}. {advice}"
   )
-
-
-def check_seed(seed: Any) -> int:
-  """Returns a seed; raises unless it is an integer that is not negative."""
-  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-    raise TypeError(f"seed must be an integer, got {seed!r}.")
-  if seed < 0:
-    raise ValueError(f"seed must be at least 0, got {seed}.")
-  return int(seed)
 
 
 def check_not_negative(value: Any, name: str) -> float:

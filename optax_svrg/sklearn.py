@@ -131,16 +131,7 @@ class LogisticRegression(ClassifierMixin, _LinearModel):  # type: ignore[misc]
     self.verbose = verbose
 
   def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: N803
-    """Fits the model.
-
-    Args:
-      X: ``(n_samples, n_features)``, an array or a sparse matrix.
-      y: ``(n_samples,)``, the labels.
-      sample_weight: ``(n_samples,)``, or ``None`` for ones.
-
-    Returns:
-      The estimator.
-    """
+    """Fits the model to an array or a sparse matrix; returns the estimator."""
     if not self.C > 0:
       raise ValueError(f"C must be positive, got {self.C}.")
     if not 0 <= self.l1_ratio <= 1:
@@ -252,24 +243,9 @@ class PoissonRegressor(RegressorMixin, _LinearModel):  # type: ignore[misc]
     self.verbose = verbose
 
   def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: N803
-    """Fits the model.
-
-    Args:
-      X: ``(n_samples, n_features)``, an array or a sparse matrix.
-      y: ``(n_samples,)``, counts or rates, not negative.
-      sample_weight: ``(n_samples,)``, or ``None`` for ones.
-
-    Returns:
-      The estimator.
-    """
-    x, y = validate_data(
-      self,
-      X,
-      y,
-      accept_sparse="csr",
-      dtype=np.float64,
-      y_numeric=True,
-    )
+    """Fits the model to counts or rates ``y``; returns the estimator."""
+    options = {"accept_sparse": "csr", "dtype": np.float64, "y_numeric": True}
+    x, y = validate_data(self, X, y, **options)
     y = y.astype(x.dtype)
     if y.min() < 0 or not y.max() > 0:
       raise ValueError(

@@ -19,6 +19,7 @@ TOLERANCES = (1e-6, 1e-8)
 _LIMIT = 30.0  # Seconds of a call after which more work is not tried.
 _SHORT = 1.0  # Seconds of a call that is repeated against noise.
 _NEMOS, _SCIPY = "nemos SVRG", "SciPy L-BFGS, compiled gradient"
+_NUM_DATA = len(problems.CELLS) // 2  # Problems of each penalty.
 _TITLE = "Convex problems: seconds and passes to the optimum"
 NOTES = """\
 Mean logistic loss without an intercept, in float64, from zero, with an l2 or an
@@ -38,6 +39,14 @@ batches of 8; copt, for two classes only, 1/(3 L) as in its examples.
 scikit-learn's newton-cholesky is left out where its Hessian has more than 3,000
 columns, liblinear where there are more than two classes. For l1, SciPy's
 L-BFGS-B has the positive and negative parts of weights."""
+REASONS = """\
+Why targets are missed. **Compilation**: `fit_linear` compiles an epoch of
+SAGA, the derivatives of the outputs, and a direction of Newton's method, once
+for each loss and shape, which takes longer than small problems do; for these it
+leaves LLVM's optimisation out. **Passes**: an evaluation after each block of
+epochs and the products of Newton's method count, and are often the cheaper way
+to less time. **l1 alone**: the Hessian is singular, so that steps of Newton's
+method are short, or damped, until it is known which weights are 0."""
 
 
 def trace(
@@ -110,8 +119,8 @@ def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
 def _cell_table(cell: Mapping[str, Any]) -> str:
   records = cell["solvers"]
   lines = []
-  for name, record in records.items():
-    line = [name]
+  for name in filter(records.__contains__, solvers.SOLVERS):
+    record, line = records[name], [name]
     for tolerance in TOLERANCES:
       passes = reach(record, tolerance, "passes")
       seconds = reach(record, tolerance, "seconds")
@@ -134,9 +143,13 @@ def _cell_table(cell: Mapping[str, Any]) -> str:
   return report.markdown_table(["solver", *columns], lines)
 
 
-def _verdict(met: Sequence[bool], needed: int | None = None) -> str:
-  count, needed = sum(met), len(met) if needed is None else needed
-  return f"{'met' if count >= needed else 'missed'} ({count} of {len(met)})"
+def _verdict(met: Sequence[bool], needed: int = _NUM_DATA) -> str:
+  """Whether a target is met; open while problems are missing."""
+  count, missing = sum(met), _NUM_DATA - len(met)
+  verdict = "met" if count >= needed else "missed"
+  if verdict == "missed" and count + missing >= needed:
+    verdict = "open"
+  return f"{verdict} ({count} of {len(met)})"
 
 
 def targets(cells: Mapping[str, Mapping[str, Any]]) -> str:
@@ -167,7 +180,7 @@ def _targets(chosen: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
           _texts(got),
         ]
       )
-  for rival, needed in ((_NEMOS, len(chosen)), (_SCIPY, 3)):
+  for rival, needed in ((_NEMOS, _NUM_DATA), (_SCIPY, 3)):
     got = _speedups(chosen, rival, 1e-6, False)
     text = f"faster than {rival} to 1e-06 on {needed} problems"
     lines.append([text, _verdict([g > 1 for g in got], needed), _texts(got)])
@@ -261,7 +274,8 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     Contents by name of the file: the tables, and the figure as data.
   """
   cells = document["cells"]
-  parts = [f"# {_TITLE}", f"    {document['command']}", NOTES, targets(cells)]
+  parts = [f"# {_TITLE}", f"    {document['command']}", NOTES]
+  parts += [targets(cells), REASONS]
   for name, cell in cells.items():
     rows, columns, outputs = cell["shape"]
     parts += [
