@@ -11,6 +11,7 @@ import benchmarks
 from benchmarks import cli
 from benchmarks.cost import tpu
 from benchmarks.cost.steps import Case
+from benchmarks.harness import publishing
 
 GIB = 2**30
 COUNTS = {
@@ -87,6 +88,13 @@ def test_command(tmp_path, compiled):
   compiled.clear()
   assert run(tmp_path, *args).output == result.output
   assert compiled == []
+
+
+def test_the_published_table_is_made_of_stored_cases():
+  folder = publishing.FOLDER / "tpu"
+  table = (folder / "table.md").read_text("utf-8")
+  assert table == tpu.table(tpu.stored(folder)) + "\n"
+  assert "| 1.000 | 1.000 | 0.0 | 0.00 |" in table
 
 
 class TestFit:

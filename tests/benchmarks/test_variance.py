@@ -250,7 +250,9 @@ class TestObservations:
     assert set(self.verdicts({("mlp4", "sgd"): nan}).values()) == {None}
 
 
-def test_command(call, tmp_path):
+def test_command(call, tmp_path, monkeypatch):
+  # Each of them compiles measurements of its own.
+  monkeypatch.setattr(variance, "METHODS", ("plain", "adaptive"))
   result = call(
     *("variance", "--dataset=mnist-5k", "--train-examples=96"),
     *("--batch-size=32", "--epochs=3", "--points=3", "--model=logreg"),

@@ -4,7 +4,11 @@
 import pathlib
 import re
 
+import optax
 import pytest
+from sklearn.datasets import load_digits
+
+import optax_svrg
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -12,13 +16,27 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.standard_promotion
 def test_the_example_trains():
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+  code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
   assert code.count("\n") <= 20
   namespace = {"__name__": "readme"}
   exec(compile(code, "README.md", "exec"), namespace)
   loss, w, x, y = (namespace[name] for name in ("loss", "w", "x", "y"))
   before, after = loss(0 * w, x, y), loss(w, x, y)
   assert after < 0.5 * before
+
+
+@pytest.mark.standard_promotion
+def test_the_linear_probe_predicts():
+  _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+  images, classes = load_digits(return_X_y=True)
+  namespace = {
+    **{"optax": optax, "optax_svrg": optax_svrg},
+    **{"features": images[:1500] / 16, "labels": classes[:1500]},
+    "new_features": images[1500:] / 16,
+  }
+  exec(compile(code, "README.md", "exec"), namespace)
+  assert namespace["fit"].converged
+  assert (namespace["predictions"] == classes[1500:]).mean() > 0.9
 
 
 def test_it_is_one_screen():
