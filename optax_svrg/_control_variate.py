@@ -548,8 +548,10 @@ def _sums(*terms: jax.Array) -> tuple[jax.Array, ...]:
   if not terms[0].ndim:
     return terms
   # XLA for CPU does not fuse sums into one loop, unless they are one operation,
-  # which it then adds up in order: not accurate along a long axis.
-  if terms[0].shape[-1] > _LONGEST_SEQUENTIAL_SUM:
+  # which it then adds up in order: not accurate along a long axis. Of several
+  # devices, it would gather what is sharded.
+  is_long = terms[0].shape[-1] > _LONGEST_SEQUENTIAL_SUM
+  if is_long or jax.device_count() > 1:
     return one_by_one()
   return jax.lax.platform_dependent(cpu=together, default=one_by_one)
 

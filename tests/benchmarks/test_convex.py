@@ -179,7 +179,8 @@ def test_command(tmp_path, monkeypatch):
     name: solvers.SOLVERS[name] for name in ("fit_linear", solvers.BASELINE)
   }
   monkeypatch.setattr(solvers, "SOLVERS", chosen)
-  monkeypatch.setattr(problems, "make", lambda cell, data_dir: small())
+  problem = small()
+  monkeypatch.setattr(problems, "make", lambda cell, data_dir: problem)
   result = run("--cell=digits-l2", f"--out={tmp_path}")
   assert result.exit_code == 0, result.output
   assert "| fit_linear |" in result.stdout

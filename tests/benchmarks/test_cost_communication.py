@@ -133,6 +133,7 @@ def rows(tmp_path_factory):
   return {(row["how"], row["method"]): row for row in results["rows"]}
 
 
+@pytest.mark.slow
 def test_one_reduction_per_step(rows):
   how = "step, shard_map"
   plain = rows[how, "plain"]["total"]
@@ -145,6 +146,7 @@ def test_one_reduction_per_step(rows):
     assert sum(rows[how, method]["operations"].values()) == 1
 
 
+@pytest.mark.slow
 def test_one_reduction_per_pass(rows):
   step = rows["step, shard_map", "plain"]["total"]
   ours, naive = (
@@ -155,6 +157,7 @@ def test_one_reduction_per_pass(rows):
   assert naive["total"] == 4 * step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "how",
   [

@@ -524,7 +524,8 @@ class TestTakeSnapshot:
     snapshot = lambda s, p: optax_svrg.take_snapshot(s, p, PROBLEM.full_grad)
     state = (jax.jit(snapshot) if jit else snapshot)(tx.init(params), point)
     helpers.assert_equal(state.snapshot_params, point)
-    mean = PROBLEM.full_grad(point)
+    full_grad = jax.jit(PROBLEM.full_grad) if jit else PROBLEM.full_grad
+    mean = full_grad(point)
     want = helpers.wide(mean)
     rounded = jax.tree.map(
       lambda m, g: m.astype(g.dtype), state.mean_grads, mean
