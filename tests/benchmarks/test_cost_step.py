@@ -135,6 +135,7 @@ def test_programs_take_turns():
   assert {name: len(x) for name, x in times.items()} == {"a": 3, "b": 3}
 
 
+@pytest.mark.slow
 def test_methods_train_alike(task):
   """The table gives what the second gradient gives; off is plain."""
   params = {

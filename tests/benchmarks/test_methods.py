@@ -122,6 +122,7 @@ class TestSnapshots:
   def test_gradients_are_counted(self, strategy, gradients):
     assert follow(strategy)[1].extra_gradients == gradients * STEPS
 
+  @pytest.mark.slow
   def test_coin_flips(self):
     """A snapshot at the start, and then about once per epoch."""
     _, state = follow("coin flips", 40)
@@ -132,12 +133,14 @@ class TestSnapshots:
   @pytest.mark.parametrize(
     "strategy", ["gradient table", "coin flips", "mean of the previous epoch"]
   )
+  @pytest.mark.slow
   def test_linear_convergence(self, strategy):
     assert final_norm(follow(strategy, 150, 0.1)[0]) < 1e-9
 
   def test_plain_does_not_converge(self):
     assert final_norm(train(optax.identity(), 150, 0.1)[0]) > 1e-3
 
+  @pytest.mark.slow
   def test_error_of_a_sampled_mean(self):
     """A constant step ends at a distance that a coefficient makes smaller."""
     alone, accounted = (
@@ -185,6 +188,7 @@ class TestGate:
     assert state.when.is_open
     assert final_norm(history) < 1e-9
 
+  @pytest.mark.slow
   def test_small_steps_leave_it_closed(self):
     """As plain, for a probe every few epochs."""
     history, state = follow("gated", 40, 1e-4)

@@ -210,6 +210,7 @@ def test_bfloat16(case):
   assert 2.0**-12 < error < 2.0**-4
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients():
   case = "convnext-28"
 
@@ -235,6 +236,7 @@ def test_remat_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("case", DROPPING)
+@pytest.mark.slow
 def test_stochastic_depth_is_a_function_of_the_key(case):
   graphdef, params = make(case, drop_path=0.5)
   images = images_of(case, batch=16)
@@ -296,6 +298,7 @@ def test_branches_of_a_block_are_dropped_apart():
   assert len(np.unique(np.asarray(outputs[:, 0, 0]).round(4))) == 4
 
 
+@pytest.mark.slow
 def test_initial_weights():
   @nnx.jit
   def modules():
@@ -323,6 +326,7 @@ def test_initial_weights():
   assert 0 < jnp.abs(hidden.bias[...]).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_depthwise_by_matrix():
   shape = (2, 5, 9, 3)
   x, target = (
@@ -351,6 +355,7 @@ def swin_block(size, window, shifted):
 
 
 @pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.slow
 def test_attention_stays_in_its_window(shifted):
   size, window = 8, 4
   block = swin_block(size, window, shifted)
@@ -435,7 +440,8 @@ def test_mlp():
   x = np.random.default_rng(0).normal(size=(4, 36)).astype(np.float32)
   want = x
   for layer in model.layers:
-    want = np.asarray(want @ layer.kernel[...] + layer.bias[...])
+    kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+    want = want @ kernel + bias
     if layer is not model.layers[-1]:
       want = np.maximum(want, 0)
   np.testing.assert_allclose(model(x), want, rtol=1e-5, atol=1e-6)

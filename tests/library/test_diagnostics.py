@@ -219,6 +219,7 @@ class TestPerExampleGrads:
     assert temporaries(None) > 64 * 128 * 128 * 4
     assert temporaries(4) < temporaries(None) / 12
 
+  @pytest.mark.slow
   def test_inside_vmap_and_grad(self):
     grads = optax_svrg.per_example_grads(loss, chunk_size=2)
     both = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), make_params())
@@ -321,6 +322,7 @@ class TestGradientVariance:
     assert {value.dtype for value in got} == {jnp.dtype(jnp.float64)}
     np.testing.assert_allclose(got, direct_variance(grads), rtol=1e-13)
 
+  @pytest.mark.slow
   def test_orthonormal(self):
     got = optax_svrg.gradient_variance({"w": jnp.eye(5).reshape(5, 5, 1)})
     # Total variance 1 - |mean|^2; the covariance is (I - 11'/5) / 5.
@@ -338,6 +340,7 @@ class TestGradientVariance:
     squared = 4 * np.sum(g**2)
     np.testing.assert_allclose(got, (1, squared, squared), rtol=1e-6)
 
+  @pytest.mark.slow
   def test_rank_one(self):
     rng = np.random.default_rng(0)
     g = rng.normal(size=40) + rng.normal(size=(8, 1)) * rng.normal(size=40)
@@ -347,6 +350,7 @@ class TestGradientVariance:
       got.total_variance, g.var(axis=0).sum(), rtol=1e-5
     )
 
+  @pytest.mark.slow
   def test_nearly_parallel(self):
     """1 - cosine would be lost to rounding in float32."""
     g = np.ones((2, 1000), np.float32)
@@ -386,6 +390,7 @@ class TestGradientVariance:
       assert scaled.total_variance == plain.total_variance * 4.0**exponent
       assert scaled.spectral_norm == plain.spectral_norm * 4.0**exponent
 
+  @pytest.mark.slow
   def test_each_gradient_of_another_scale(self):
     grads = stack(jnp.ones(5), 20)
     lengths = jnp.asarray(10.0 ** np.linspace(-30, 30, 20), jnp.float32)
@@ -394,6 +399,7 @@ class TestGradientVariance:
       got.cosine_distance, direct_variance(grads)[0], rtol=1e-5
     )
 
+  @pytest.mark.slow
   def test_large_mean(self):
     g = 1e4 + np.random.default_rng(0).normal(size=(50, 30))
     g = g.astype(np.float32)
@@ -739,6 +745,7 @@ class TestRunningMoments:
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     assert size(moments) == 5 * size(params) + 8
 
+  @pytest.mark.slow
   def test_per_batch_gradients_of_a_model(self, x64):
     """The state accumulates what stacks of batch gradients hold."""
     params, batch = make_params(float), data(24, float)

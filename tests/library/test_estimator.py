@@ -183,6 +183,7 @@ def logistic(params, batch):
   ("loss", "learning_rate"),
   [(least_squares, 0.05), helpers.slow(logistic, 0.2)],
 )
+@pytest.mark.slow
 def test_linear_convergence_with_a_constant_step(loss, learning_rate):
   """SVRG and adaptive reach the optimum; at the same step SGD stalls far above.
 
