@@ -338,7 +338,7 @@ except AssertionError:
       [sys.executable, "-c", code],
       capture_output=True,
       check=False,
-      cwd=Path(__file__).parents[1],
+      cwd=Path(__file__).parents[2],
       env=os.environ | {"PYTHONPATH": str(fake.parent)},
       text=True,
     )

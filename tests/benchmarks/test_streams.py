@@ -236,7 +236,7 @@ def spread(num_processes, out):
   out.mkdir()
   for status, output in helpers.in_processes(
     lambda process, port: [
-      *("-m", "tests.stream_worker", num_processes, process, port),
+      *("-m", "tests.workers.stream_worker", num_processes, process, port),
       out / str(process),
     ],
     num_processes,

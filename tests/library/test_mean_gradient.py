@@ -817,11 +817,6 @@ class TestGradientTable:
         "memory_kind must be one of device, .*, got 'disk'",
       ),
       (
-        {"memory_kind": "pinned_host", "params": {"w": np.ones(2)}},
-        ValueError,
-        r"memory_kind needs params whose placement .* ndarray at \['w'\]",
-      ),
-      (
         {"params": {"w": jnp.ones(2, jnp.complex64)}, "dtype": "float32"},
         ValueError,
         "dtype",
