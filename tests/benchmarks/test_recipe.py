@@ -396,6 +396,7 @@ def test_label_smoothing():
 
 
 @pytest.mark.parametrize(("size", "channels"), [(24, 1), (40, 3)])
+@pytest.mark.slow
 def test_all_of_it(size, channels):
   """Draws follow from the generator and the key alone."""
   recipe = recipe_lib.Recipe(size, channels, 7)

@@ -199,6 +199,7 @@ def test_validation(size, channels):
   assert [int(batch.step) for batch in got] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_pass_and_the_steps_see_the_same():
   """Gradients at the snapshot are bit-equal, with all of the recipe on."""
   source = Source()
@@ -250,6 +251,7 @@ def spread(num_processes, out):
   return results
 
 
+@pytest.mark.slow
 def test_processes_and_devices(tmp_path):
   """Eight devices of one process or of two have the batches of one device."""
   ((one, one_visited),) = spread(1, tmp_path / "one")

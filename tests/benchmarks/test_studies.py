@@ -181,6 +181,7 @@ def test_publishing_takes_the_sizes_of_the_study(untrained, tmp_path):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 def test_a_command_trains_and_reports(tmp_path):
   """Once without stubs; a second time nothing is trained."""
   args = ["--cell", "mnist-5k-logreg-adamw", "--seeds", "1", "--epochs", "1"]

@@ -223,6 +223,7 @@ def batches_of(feed, experiment, seed=0, epoch=0):
 
 
 class TestStreams:
+  @pytest.mark.slow
   def test_the_two_gradients_of_a_batch_are_equal_at_the_snapshot(self, images):
     experiment = STREAMS.replace(
       model="mixer-s16",
@@ -259,6 +260,7 @@ class TestStreams:
       pytest.param("adaptive", marks=pytest.mark.slow),
     ],
   )
+  @pytest.mark.slow
   def test_gradients_kept_and_computed_again_train_the_same(
     self, images, method
   ):

@@ -95,6 +95,7 @@ def test_at_the_snapshot(measured):
   assert all(0 <= points["alpha"][i] <= 1 for i in later)
 
 
+@pytest.mark.slow
 def test_the_best_coefficient_leaves_the_least_variance(measured, frozen):
   """SVRG and the best coefficients at the same weights."""
   ratios = {
@@ -109,6 +110,7 @@ def test_the_best_coefficient_leaves_the_least_variance(measured, frozen):
   assert all(0 < ratio < 1 for ratio in ratios[1:4])
 
 
+@pytest.mark.slow
 def test_against_numpy(frozen):
   """Gradients of all batches by hand."""
   got, params, shifted, batches = frozen("svrg")

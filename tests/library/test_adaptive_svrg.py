@@ -200,15 +200,17 @@ class TestSnapshot:
     tx = optax.chain(
       optax_svrg.adaptive_svrg(max_alpha=max_alpha), optax.sgd(0.1)
     )
+    # In which the best coefficient is below 1.
+    batches = helpers.finite_sum([3, 4, 1]).batches
     state = tx.init(params)
     seen = []
     for _ in range(2):
       state = optax_svrg.take_snapshot(
         state,
         params,
-        lambda p: optax_svrg.mean_gradient(PROBLEM.grad, p, PROBLEM.batches),
+        lambda p: optax_svrg.mean_gradient(PROBLEM.grad, p, batches),
       )
-      for batch in PROBLEM.batches:
+      for batch in batches:
         updates, state = correct(tx, params, state, batch)
         seen.append(float(optax.tree.get(state, "alpha")))
         params = optax.apply_updates(params, updates)

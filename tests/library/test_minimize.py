@@ -176,6 +176,7 @@ def test_steps_that_are_too_long_are_undone(factor, monkeypatch, x64):
     assert not losses[1] <= losses[0]
 
 
+@pytest.mark.slow
 def test_never_worse_and_never_nan(x64):
   def wild(w, batch):
     return jnp.mean(jnp.sin(30 * batch["x"] @ w)) + jnp.log1p(jnp.vdot(w, w))
@@ -190,6 +191,7 @@ def test_never_worse_and_never_nan(x64):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 def test_a_net(x64):
   def net(params, batch):
     hidden = jnp.tanh(batch["x"] @ params["in"])
@@ -341,6 +343,7 @@ for method in ("saga", "svrg"):
 """
 
 
+@pytest.mark.slow
 def test_sharded_data():
   subprocess.run(
     [sys.executable, "-c", SHARDED],

@@ -52,6 +52,7 @@ def test_largest_eigenvalue_of_any_batch():
   assert 0.9 * want < estimates[1] <= estimates[2] < (1 + 1e-6) * want
 
 
+@pytest.mark.slow
 def test_larger_batches_are_smoother():
   params = make_params()
   small = make_batches(12, 1)
