@@ -54,6 +54,19 @@ def is_committed(x: jax.Array) -> bool:
   return getattr(x, "committed", True)
 
 
+def on_host_processor(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Lets the processor of the host compute on arrays in its memory."""
+  from jax.experimental import compute_on
+
+  # JAX 0.12 has renamed it.
+  wrap: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
+  return wrap(
+    fn,
+    compute_type="device_host",
+    out_memory_spaces=jax.memory.Space.Host,
+  )
+
+
 def outside_of_branches(fn: Callable[[], Any]) -> Callable[[], Any]:
   """Computes convolutions ahead of a branch on CPU.
 

@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental import compute_on
 import jax.numpy as jnp
 
 from optax_svrg import _checks, _compat
@@ -85,9 +84,8 @@ def _where_it_is(
   def by_host(
     t: jax.Array, position: list[jax.Array], *entry: jax.Array
   ) -> jax.Array:
-    with compute_on.compute_on("device_host"):
-      position = [jax.device_put(p, jax.memory.Space.Host) for p in position]
-      return fn(t, position, *entry)
+    position = [jax.device_put(p, jax.memory.Space.Host) for p in position]
+    return _compat.on_host_processor(fn)(t, position, *entry)
 
   return jax.lax.platform_dependent(
     t, position, *entry, tpu=by_host, default=fn
