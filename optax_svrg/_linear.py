@@ -56,7 +56,7 @@ class LinearFit(NamedTuple):
 
 
 class _Local(NamedTuple):
-  """What a program finds out about outputs.
+  """Quantities that a program computes from outputs.
 
   Attributes:
     value: mean loss.
@@ -564,7 +564,7 @@ class _Solver:
     return 8 * float(np.finfo(self.problem.dtype).eps) * (1 + abs(point.value))
 
   def is_done(self) -> bool:
-    """Whether it has converged, makes no progress, or must stop."""
+    """True if it has converged, makes no progress, or must stop."""
     return (
       self.best.norm <= self.tol
       or self.passes >= self.max_epochs

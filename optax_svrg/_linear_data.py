@@ -251,7 +251,7 @@ def check_weights(sample_weight: Any, num_examples: int) -> np.ndarray:
 
 
 def scale_advice(x: Any, num_features: int) -> str | None:
-  """What to do about features whose scales, or means, are far apart."""
+  """Returns advice on features whose scales, or means, are far apart."""
   if isinstance(x, sparse.BCOO):
     column = np.asarray(x.indices)[:, 1]
     square = np.bincount(column, np.asarray(x.data, np.float64) ** 2)
@@ -270,7 +270,7 @@ def scale_advice(x: Any, num_features: int) -> str | None:
 
 
 class Outputs(NamedTuple):
-  """How outputs meet targets: the loss to use, its targets, and ``k``."""
+  """Returns the loss to use, its targets, and the number of outputs ``k``."""
 
   loss: Loss
   targets: np.ndarray

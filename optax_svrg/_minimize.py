@@ -33,7 +33,7 @@ _PATIENCE = 50  # Epochs at least without progress.
 
 
 class HistoryPoint(NamedTuple):
-  """What :func:`optax_svrg.minimize` has found after a number of epochs.
+  """State of :func:`optax_svrg.minimize` after a number of epochs.
 
   Attributes:
     num_epochs: number of epochs so far.
@@ -510,7 +510,7 @@ def _is_saga(x: Any) -> bool:
 
 
 def _holds(state: Any, kind: type) -> bool:
-  """Whether an optimizer state holds one of a kind."""
+  """Returns whether an optimizer state holds one of a kind."""
   is_kind = lambda x: isinstance(x, kind)
   return any(map(is_kind, jax.tree.leaves(state, is_leaf=is_kind)))
 

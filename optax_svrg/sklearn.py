@@ -31,7 +31,7 @@ from optax_svrg import _linear
 
 
 class _LinearModel(BaseEstimator):  # type: ignore[misc]
-  """What the estimators have in common."""
+  """Base of the estimators."""
 
   def _fit(
     self, loss: Callable[..., Any], x: Any, y: Any, weights: Any, **options: Any

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steps cost: time, bytes, memory, and collective operations."""
+"""Cost of steps: time, bytes, memory, and collective operations."""

@@ -137,7 +137,7 @@ def sizes(shape: str) -> list[int]:
 
 
 class Traffic(NamedTuple):
-  """What one device takes part in, by the kind of operation.
+  """Collective operations of one device, by kind.
 
   Attributes:
     num_bytes: of the arrays that are reduced, gathered, or scattered, each
@@ -182,7 +182,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
 
 
 def overlapped(text: str) -> list[int]:
-  """How much work there is while each asynchronous collective is under way.
+  """Work that runs while each asynchronous collective is under way.
 
   Args:
     text: the HLO, as scheduled.

@@ -177,7 +177,7 @@ def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-  """What is published, in Markdown.
+  """Returns the published table in Markdown.
 
   Args:
     results: the contents of the JSON file.

@@ -27,7 +27,7 @@ AXIS = "data"
 
 
 class Case(NamedTuple):
-  """What is compiled.
+  """A step to compile.
 
   Attributes:
     model: a key of :data:`benchmarks.models.MODELS`, or ``mlp-1024``.

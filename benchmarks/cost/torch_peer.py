@@ -230,7 +230,7 @@ def compare(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """What is published, in Markdown.
+  """Returns the published table in Markdown.
 
   Args:
     rows: results of :func:`compare`, with the names of the ``model`` and of

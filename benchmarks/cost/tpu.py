@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steps need on TPUs, seen through the TPU compiler."""
+"""Requirements of steps on TPUs, by the TPU compiler."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import itertools
@@ -137,7 +137,7 @@ def _collectives(counts: Mapping[str, Any]) -> str:
 
 
 def fit(case: Case, counts: Mapping[str, Any]) -> str:
-  """Whether a step fits on a device, and what makes it fit if it does not.
+  """Says whether a step fits on a device, or what makes it fit.
 
   Args:
     case: what was compiled.

@@ -136,7 +136,7 @@ def with_wrong_labels(dataset: Dataset, share: float) -> Dataset:
 
   Args:
     dataset: the data set.
-    share: which part of the labels is drawn anew, of which one in
+    share: share of the labels that is drawn at random, of which one in
       ``num_classes`` happens to be right. Always the same ones for a share.
 
   Returns:

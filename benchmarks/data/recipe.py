@@ -380,7 +380,7 @@ def _erase(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _share_kept(recipe: Recipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """How much of each image stays where it is mixed with another.
+  """Share of each image that stays where it is mixed with another.
 
   Args:
     recipe: the settings.

@@ -36,7 +36,7 @@ from benchmarks.data import arrays
 
 
 class _Splits(NamedTuple):
-  """What TensorFlow Datasets calls the parts of a data set."""
+  """Names of the parts of a data set in TensorFlow Datasets."""
 
   train: str
   validation: str

@@ -303,7 +303,7 @@ def train_batches(
     sharding: how the examples of a batch are divided among devices; each
       process reads those of its own. ``None`` for a single device.
     num_workers: processes that read; 0 for threads of this one. They import
-      the main module anew, which must have the usual guard for it.
+      the main module again, which must have the usual guard for it.
 
   Returns:
     An iterator of batches on the devices. Its ``close`` ends the workers, which

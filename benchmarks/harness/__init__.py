@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all studies share: experiments, training, storage, comparison."""
+"""Shared by all studies: experiments, training, storage, comparison."""

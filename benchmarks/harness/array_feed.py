@@ -284,7 +284,7 @@ class ArrayFeed:
 
   @property
   def _piece_size(self) -> int:
-    """How many examples are evaluated at once: what fits into a cache."""
+    """Number of examples evaluated at once, which fit into a cache."""
     return self._placement.padded_size(128)
 
   @functools.cached_property

@@ -27,7 +27,7 @@ class CheckpointError(benchmarks.UserError):
 
 
 class Position(NamedTuple):
-  """How far a run is.
+  """Progress of a run.
 
   Attributes:
     epoch: number of epochs trained.
@@ -94,7 +94,7 @@ class Checkpoints:
     ocp.multihost.sync_global_processes("checkpoints")
 
   def position(self, run: Run) -> Position:
-    """How far a run has been saved; its history is filled in.
+    """Returns the saved progress of a run, and fills in its history.
 
     Args:
       run: the run, of which method and seed are known.
@@ -151,7 +151,7 @@ class Checkpoints:
     return min(num_steps, step + self._every - done % self._every)
 
   def is_due(self, epoch: int, num_steps: int) -> bool:
-    """Whether to save at the end of an epoch."""
+    """Returns whether to save at the end of an epoch."""
     return self._every is None or (epoch + 1) * num_steps % self._every == 0
 
   def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Distributed(NamedTuple):
-  """How to join the processes of a cluster.
+  """Options to join the processes of a cluster.
 
   Attributes:
     enabled: whether there is one.

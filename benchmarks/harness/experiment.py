@@ -193,7 +193,7 @@ class Run:
 
   @property
   def diverged(self) -> bool:
-    """Whether the train loss ever was infinite or not a number."""
+    """True if the train loss ever was infinite or not a number."""
     return not all(math.isfinite(point.train_loss) for point in self.history)
 
   def as_json(self) -> dict[str, Any]:

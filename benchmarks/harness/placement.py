@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the examples lie: on one device, or on all devices of all processes."""
+"""Placement of the examples on one device, or on those of all processes."""
 
 import math
 from typing import Any, NamedTuple
@@ -50,13 +50,13 @@ class Placement:
       self.replicated = NamedSharding(self._mesh, P())
 
   def store(self, images: np.ndarray, labels: np.ndarray) -> Any:
-    """What a compiled program needs to look examples up."""
+    """Arrays that a compiled program needs to look examples up."""
     if self.num_devices > 1:
       return ()
     return jax.device_put((images, labels))
 
   def refer(self, images: np.ndarray, labels: np.ndarray, indices: Any) -> Any:
-    """What stands for examples in a compiled program.
+    """References to examples in a compiled program.
 
     Args:
       images: all images of the data set.

@@ -65,7 +65,7 @@ class Observed(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """What training changes.
+  """State of a training run.
 
   Attributes:
     params: the parameters.

@@ -184,7 +184,7 @@ class Results:
     return list(self._cells[cell].arms or self._all_arms)
 
   def experiments(self, cell: str, arm: str) -> list[Experiment]:
-    """What is to be run next for a method: to tune it, or for the verdict."""
+    """Experiments to run next for a method: to tune it, or for the verdict."""
     lr, seeds = self.lr(cell, arm), range(self._cells[cell].num_seeds)
     if lr is None:
       rates = self._cells[cell].learning_rates

@@ -211,7 +211,7 @@ class _Training:
     )
 
   def _takes_snapshot(self, epoch: int) -> bool:
-    """Whether a step uses the snapshot that an epoch may begin with."""
+    """True if a step uses the snapshot that an epoch may begin with."""
     experiment, steps = self.run.experiment, self.program.num_steps
     if epoch % experiment.snapshot_every:
       return False

@@ -35,7 +35,7 @@ class Moment(NamedTuple):
 
   @property
   def is_start(self) -> jax.Array:
-    """Whether the step is the first one of its epoch."""
+    """True for the first step of an epoch."""
     return self.step % self.num_steps == 0
 
   @property
@@ -45,7 +45,7 @@ class Moment(NamedTuple):
 
 
 class Decision(NamedTuple):
-  """What a strategy decides about a step.
+  """Decision of a strategy about a step.
 
   Attributes:
     enabled: whether variance is reduced.
@@ -61,7 +61,7 @@ class Decision(NamedTuple):
 
 
 class Payoff(NamedTuple):
-  """What noise has cost in an interval of training; real scalars.
+  """Cost of noise in an interval of training; real scalars.
 
   Attributes:
     progress: by how much the loss has decreased.
@@ -76,7 +76,7 @@ class Payoff(NamedTuple):
   variance_ratio: jax.Array
 
   def pays(self, cost: float) -> jax.Array:
-    """Whether variance reduction is worth its gradients.
+    """Returns whether variance reduction is worth its gradients.
 
     It must lower the loss by more than as many gradients would with plain
     steps, and the variance by more than its cost: smaller steps lessen noise,
@@ -93,7 +93,7 @@ class Payoff(NamedTuple):
 def payoff(
   moments: optax_svrg.RunningMoments, displacement: optax.Updates
 ) -> Payoff:
-  r"""What noise has cost since the snapshot, seen from plain steps.
+  r"""Estimates the cost of noise since the snapshot, from plain steps.
 
   For an interval of plain steps that have moved the parameters by :math:`d`
   from those of the snapshot, the loss has changed, up to third order, by
@@ -115,7 +115,7 @@ def payoff(
 
 
 class GateState(NamedTuple):
-  """What :class:`Gate` remembers.
+  """State of :class:`Gate`.
 
   Attributes:
     start: the parameters at the start of the epoch.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is to the trainer."""
+"""Interface between methods and the trainer."""
 
 from collections.abc import Callable
 import math
@@ -24,7 +24,7 @@ class Context(NamedTuple):
 
   @property
   def steps_per_epoch(self) -> int:
-    """Number of batches that are drawn anew: the remainder is dropped."""
+    """Number of batches drawn in each epoch: the remainder is dropped."""
     return self.num_examples // self.batch_size
 
   @property
@@ -49,7 +49,7 @@ class Method(NamedTuple):
       advance, by step. The trainer takes the snapshots of an interval where it
       is not 0 throughout; ``None`` if the trainer is to take none.
     has_fixed_batches: whether each example belongs to one batch for good,
-      instead of being drawn anew in each epoch.
+      instead of being drawn in each epoch.
     has_fixed_order: whether fixed batches have the same order in each epoch.
   """
 
@@ -59,7 +59,7 @@ class Method(NamedTuple):
   has_fixed_order: bool = False
 
   def uses_snapshot(self, start: int, stop: int) -> bool:
-    """Whether any step from ``start`` up to ``stop`` uses one taken before."""
+    """Returns whether a step from ``start`` to ``stop`` uses the snapshot."""
     if self.coefficient is None:
       return False
     return bool(np.any(self.coefficient(np.arange(start, stop)) != 0))

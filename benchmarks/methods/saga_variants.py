@@ -38,7 +38,7 @@ class Variant:
 
 
 def equal_epochs(settings: Mapping[str, Any], epochs: int) -> int:
-  """How many epochs take as many gradients as those of adaptive SAGA."""
+  """Number of epochs that take as many gradients as adaptive SAGA's."""
   variant = Variant(**settings)
   return (epochs - variant.filled_first) // (1 + variant.refreshed)
 

@@ -93,7 +93,7 @@ class CoinFlips:
 
 
 class Step(NamedTuple):
-  """What a step gives its correction.
+  """Inputs of the correction of a step.
 
   Attributes:
     update: ``update`` of the transformation.

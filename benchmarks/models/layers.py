@@ -37,7 +37,7 @@ def cut(images: Any, size: int) -> Any:
 
 
 class Network(nnx.Module):
-  """What the architectures share: features, then a linear head.
+  """Base of the architectures: features, then a linear head.
 
   Args:
     image_size: height and width of the images, in pixels.

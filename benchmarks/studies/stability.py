@@ -31,7 +31,7 @@ def _good(results: study.Results, cell: str, name: str) -> list[float]:
 
 
 def table(results: study.Results) -> str:
-  """How many runs have not failed, and their median loss."""
+  """Number of runs that have not failed, and their median loss."""
   rows = []
   for cell in results.cells:
     row = [f"{CELLS[cell].learning_rates[0]:g}"]

@@ -176,7 +176,7 @@ def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
 
 
 class Results:
-  """What a training leaves behind.
+  """Files that a training writes.
 
   Args:
     folder: the folder of the files.

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
   @property
   def is_binary(self) -> bool:
-    """Whether there are two classes."""
+    """True if there are two classes."""
     return self.shape[1] == 1
 
 

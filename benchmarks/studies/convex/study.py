@@ -144,7 +144,7 @@ def _cell_table(cell: Mapping[str, Any]) -> str:
 
 
 def _verdict(met: Sequence[bool], needed: int = _NUM_DATA) -> str:
-  """Whether a target is met; open while problems are missing."""
+  """Returns whether a target is met; open while problems are missing."""
   count, missing = sum(met), _NUM_DATA - len(met)
   verdict = "met" if count >= needed else "missed"
   if verdict == "missed" and count + missing >= needed:
