@@ -36,7 +36,7 @@ ARCHITECTURES = paper.TABLES["imagenet"].models
 @pytest.mark.parametrize(
   ("model", "names"),
   [
-    ("mixer-s32", ("alpha-svrg",)),
+    ("mlp2", ("alpha-svrg",)),
     *(
       pytest.param(model, paper.METHODS, marks=pytest.mark.slow)
       for model in ("logreg", "mlp2", "mlp4", *ARCHITECTURES)

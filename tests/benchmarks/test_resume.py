@@ -104,9 +104,8 @@ def progress(folder):
   return json.loads((latest(folder) / "progress" / "metadata").read_text())
 
 
-@pytest.mark.parametrize(
-  "repetitions", [1, pytest.param(8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("repetitions", [1, 8])
 def test_killed_again_and_again(
   repetitions, arguments, start, trained, tmp_path
 ):

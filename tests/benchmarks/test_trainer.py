@@ -281,6 +281,7 @@ class TestStreams:
     extra = again.last.gradients_per_example - kept.last.gradients_per_example
     assert extra == (2 if method == "alpha-svrg" else 3)
 
+  @pytest.mark.slow
   def test_methods_differ_but_plain_is_the_optimizer(self, images):
     trainer = Trainer(STREAMS, images)
     runs = {
