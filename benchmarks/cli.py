@@ -67,7 +67,8 @@ COMMANDS: dict[str, Entry] = {
     "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
   ),
   "step-cost": Entry(
-    "benchmarks.cost.step_cost", "Time and bytes of steps, beside the least."
+    "benchmarks.cost.step_cost",
+    "Time and bytes of steps, and their lower limits.",
   ),
   "communication": Entry(
     "benchmarks.cost.communication", "Bytes that data parallel training sends."
@@ -76,16 +77,16 @@ COMMANDS: dict[str, Entry] = {
     "benchmarks.cost.tpu", "Needs of steps on TPUs, by their compiler."
   ),
   "torch": Entry(
-    "benchmarks.cost.torch_peer", "Epochs beside plain PyTorch.", "torch"
+    "benchmarks.cost.torch_peer", "Epochs compared with plain PyTorch.", "torch"
   ),
   "convex": Entry(
     "benchmarks.studies.convex.study",
-    "Convex problems to high precision, beside other packages.",
+    "Convex problems to high precision, and other packages.",
     "convex",
   ),
   "tomography": Entry(
     "benchmarks.studies.tomography",
-    "Poisson tomography by SVRG, beside L-BFGS-B.",
+    "Poisson tomography by SVRG and by L-BFGS-B.",
     "convex",
   ),
   "report": Entry(

@@ -402,7 +402,7 @@ def _in_next_unit(
 ) -> CoefficientEstimate:
   """The averages in the unit for the next step.
 
-  It changes where squares have overflowed, beside which the averages vanish, or
+  It changes where squares have overflowed, next to which averages vanish, or
   where they have vanished and there are no averages.
   """
   low, _, high = units(estimate.unit.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what a step costs, beside the least that it could."""
+"""Measures the cost of a step and its lower limit."""
 
 from collections.abc import Mapping, Sequence
 import functools
@@ -69,7 +69,7 @@ def flops(lowered: jax.stages.Lowered) -> float:
 def measure_epochs(
   case: Case, dtype: Any, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-  """Epoch times beside their limit by the gradients that they need.
+  """Epoch times and their limit by the gradients that they need.
 
   Args:
     case: the case.
@@ -81,7 +81,7 @@ def measure_epochs(
     A row for each method: ``time``, that of the epoch, and ``limit``, the
     operations of the plain steps and of the further gradients, both divided
     by those of the plain epoch; ``first``, the time of the first run with
-    compilation, likewise; ``seconds`` of all runs.
+    compilation, in the same way; ``seconds`` of all runs.
   """
   problem = _problem(case, dtype, steps)
   of_step = flops(problem.lower_step(no_transform()))

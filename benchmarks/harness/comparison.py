@@ -68,7 +68,7 @@ def compare(losses: Losses, rival: Losses) -> Comparison:
   n = len(seeds)
   if any(diverged):
     return Comparison(n, *diverged)
-  scale = statistics.fmean(theirs) or 1.0  # Absolute beside losses of 0.
+  scale = statistics.fmean(theirs) or 1.0  # Absolute if all losses are 0.
   differences = [(a - b) / scale for a, b in zip(ours, theirs, strict=True)]
   mean = statistics.fmean(differences)
   if n < 2:

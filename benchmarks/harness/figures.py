@@ -2,7 +2,7 @@
 """Figures as data, and how they are drawn.
 
 A study computes a :class:`Figure` from stored runs; it is published as JSON
-beside the drawing, so that it can be checked without comparing pixels.
+with the drawing, so that it can be checked without comparing pixels.
 """
 
 from collections.abc import Mapping, Sequence

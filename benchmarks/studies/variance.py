@@ -225,7 +225,7 @@ def _within_training(
 
 
 def coefficient_table(found: Results) -> str:
-  """The best coefficient by epoch beside the paper's, in Markdown."""
+  """Returns the best coefficient by epoch and the paper's, in Markdown."""
   ours = {
     key: by_epoch(methods["adaptive"], "optimal_component")
     for key, methods in found.items()
@@ -251,7 +251,7 @@ def _after(measured: Measured, field: str) -> list[float]:
 
 
 def estimate_table(found: Results) -> str:
-  """Online estimates beside the true values, in Markdown."""
+  """Returns online estimates and the true values, in Markdown."""
   lines = []
   for key, methods in found.items():
     adaptive = methods["adaptive"]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convex problems to high precision, beside the solvers of other packages."""
+"""Convex problems to high precision, compared with other packages."""
