@@ -231,10 +231,9 @@ def table(
   """
   if memory_kind is not None:
     _check_memory_kind(params, memory_kind)
-  _check_memory(params, num_batches, dtype, memory_kind)
-
-  axes = _table.axes_of(num_batches)
   on_host = memory_kind is not None and memory_kind.endswith("host")
+  _check_memory(params, num_batches, dtype, on_host=on_host)
+  axes = _table.axes_of(num_batches)
 
   def entries(p: Any) -> Any:
     entry_dtype = dtype or _checks.dtype_of(p)
@@ -276,10 +275,9 @@ def _check_memory_kind(params: optax.Params, memory_kind: str) -> None:
 
 
 def _check_memory(
-  params: optax.Params, num_batches: int, dtype: Any, memory_kind: str | None
+  params: optax.Params, num_batches: int, dtype: Any, *, on_host: bool
 ) -> None:
   """Raises if the table is known not to fit where it is to be."""
-  on_host = memory_kind is not None and memory_kind.endswith("host")
   needed = 0
   num_entries = math.prod(_table.axes_of(num_batches))
   devices = set()

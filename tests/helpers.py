@@ -127,6 +127,31 @@ def finite_sum(sizes: Sequence[int], seed: int = 0) -> FiniteSum:
   )
 
 
+def network_loss(params: Any, batch: Any) -> jax.Array:
+  """Mean square error of a perceptron with one hidden layer."""
+  x, y = batch["x"], batch["y"]
+  hidden = jnp.tanh(x @ params["w"])
+  return jnp.mean((hidden @ params["v"] - y) ** 2)
+
+
+def network_data(n: int, dtype: Any = jnp.float32, seed: int = 0) -> Any:
+  """Examples for :func:`network_loss`."""
+  rng = np.random.default_rng(seed)
+  return {
+    "x": jnp.asarray(rng.normal(size=(n, 3)), dtype),
+    "y": jnp.asarray(rng.normal(size=n), dtype),
+  }
+
+
+def network_params(dtype: Any = jnp.float32) -> Any:
+  """Parameters for :func:`network_loss`."""
+  rng = np.random.default_rng(1)
+  return {
+    "w": jnp.asarray(rng.normal(size=(3, 4)), dtype),
+    "v": jnp.asarray(rng.normal(size=4), dtype),
+  }
+
+
 def _dtype(x: Any) -> Any:
   return jnp.result_type(x)
 

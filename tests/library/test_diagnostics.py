@@ -10,32 +10,13 @@ import pytest
 
 import optax_svrg
 from tests import helpers
+from tests.helpers import network_data as data
+from tests.helpers import network_loss as loss
+from tests.helpers import network_params as make_params
 
 TREES = helpers.tree_names(without=["empty"])
 PERS = ("component", "leaf", "tree")
 N = 7
-
-
-def loss(params, batch):
-  x, y = batch["x"], batch["y"]
-  hidden = jnp.tanh(x @ params["w"])
-  return jnp.mean((hidden @ params["v"] - y) ** 2)
-
-
-def data(n, dtype=jnp.float32):
-  rng = np.random.default_rng(0)
-  return {
-    "x": jnp.asarray(rng.normal(size=(n, 3)), dtype),
-    "y": jnp.asarray(rng.normal(size=n), dtype),
-  }
-
-
-def make_params(dtype=jnp.float32):
-  rng = np.random.default_rng(1)
-  return {
-    "w": jnp.asarray(rng.normal(size=(3, 4)), dtype),
-    "v": jnp.asarray(rng.normal(size=4), dtype),
-  }
 
 
 def quadratic(params, batch):

@@ -19,31 +19,11 @@ import pytest
 import optax_svrg
 from optax_svrg import _mean_gradient
 from tests import helpers
-
-
-def loss(params, batch):
-  x, y = batch["x"], batch["y"]
-  hidden = jnp.tanh(x @ params["w"])
-  return jnp.mean((hidden @ params["v"] - y) ** 2)
-
+from tests.helpers import network_data as data
+from tests.helpers import network_loss as loss
+from tests.helpers import network_params as make_params
 
 GRAD = jax.grad(loss)
-
-
-def data(n, dtype=jnp.float32, seed=0):
-  rng = np.random.default_rng(seed)
-  return {
-    "x": jnp.asarray(rng.normal(size=(n, 3)), dtype),
-    "y": jnp.asarray(rng.normal(size=n), dtype),
-  }
-
-
-def make_params(dtype=jnp.float32):
-  rng = np.random.default_rng(1)
-  return {
-    "w": jnp.asarray(rng.normal(size=(3, 4)), dtype),
-    "v": jnp.asarray(rng.normal(size=4), dtype),
-  }
 
 
 def split(batch, sizes):
