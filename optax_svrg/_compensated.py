@@ -35,7 +35,7 @@ def replace(
   error: jax.Array,
   old: jax.Array,
   new: jax.Array,
-  count: int,
+  count: int | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the mean of ``count`` values after one has changed, and its error.
 
@@ -50,7 +50,7 @@ def replace(
   """
 
   def share(x: jax.Array) -> jax.Array:
-    x = x.astype(mean.dtype) / count
+    x = x.astype(mean.dtype) / jnp.asarray(count, mean.dtype)
     # Always true: keeps XLA for CPU from fusing the division into the sum,
     # which would round what goes out unlike what came in (TestRunningMean).
     return jnp.where(jnp.isfinite(x), x, 0)

@@ -390,6 +390,14 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     return jnp.where(entry.is_known & jnp.isfinite(new), new, old)
 
   new = jax.tree.map(stored, entry.grads, grads)
+  # XLA for CPU would write what the mean and its error have in common to memory
+  # (JAX 0.10: 22 copies of the parameters moved instead of 14), unless it takes
+  # them for different computations.
+  other_count = jax.lax.platform_dependent(
+    entry.position,
+    cpu=lambda position: jnp.where(position >= 0, jnp.int32(num_batches), 0),
+    default=lambda position: jnp.full_like(position, num_batches, jnp.int32),
+  )
   means, errors = [], []
   for mean, error, before, after in zip(
     *map(
@@ -402,9 +410,9 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     ),
     strict=True,
   ):
-    pair = _compensated.replace(mean, error, before, after, num_batches)
-    means.append(pair[0])
-    errors.append(pair[1])
+    args = mean, error, before, after
+    means.append(_compensated.replace(*args, num_batches)[0])
+    errors.append(_compensated.replace(*args, other_count)[1])
   like_mean = functools.partial(
     jax.tree.unflatten, jax.tree.structure(state.mean_grads)
   )
