@@ -106,11 +106,7 @@ class Commands(click.Group):
     return list(COMMANDS)
 
   def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-    """Imports a command.
-
-    Raises:
-      click.UsageError: if an optional package is missing.
-    """
+    """Imports a command."""
     if name not in COMMANDS:
       return None
     try:
@@ -192,11 +188,7 @@ class Number(click.FloatRange):
 
 
 class Names(click.ParamType):
-  """Different names, separated by commas.
-
-  Args:
-    known: the names to choose from.
-  """
+  """Different names, separated by commas."""
 
   name = "names"
 
@@ -223,12 +215,7 @@ folder = click.Path(file_okay=False, path_type=Path)
 def options(
   *table: tuple[str, Any, Any, str],
 ) -> Callable[[Callable], Callable]:
-  """The options of a command as a table.
-
-  Args:
-    *table: for each option its name; its type, where names are a choice of them
-      and ``bool`` is a flag; its default; and its help.
-  """
+  """The options of a command as a table."""
 
   def decorate(command: Callable) -> Callable:
     for name, kind, default, text in reversed(table):
@@ -253,11 +240,7 @@ data_dir_option = click.option(
 
 
 def out_option(study: str) -> Callable[[Callable], Callable]:
-  """The option for the folder of a study's results.
-
-  Args:
-    study: name of the study; its default folder is ``results/<study>``.
-  """
+  """The option for the folder of a study's results."""
   return click.option(
     "--out",
     type=click.Path(file_okay=False, writable=True, path_type=Path),
@@ -270,13 +253,7 @@ def out_option(study: str) -> Callable[[Callable], Callable]:
 def several(
   name: str, known: Iterable[str], default: str
 ) -> Callable[[Callable], Callable]:
-  """An option that may be repeated.
-
-  Args:
-    name: its name.
-    known: the values to choose from.
-    default: what is chosen without it, in words.
-  """
+  """An option that may be repeated."""
   kind = click.Choice(list(known))
   text = f"May be repeated; {default}."
   return click.option(name, type=kind, multiple=True, help=text)

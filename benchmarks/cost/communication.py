@@ -24,14 +24,7 @@ _METHODS = ("plain", "alpha-svrg", "adaptive-svrg", "adaptive-saga")
 
 
 def programs(mesh: Mesh) -> Iterator[tuple[str, str, str]]:
-  """Compiles steps of a perceptron, and snapshot passes over four batches.
-
-  Args:
-    mesh: one axis of devices, of the type Auto.
-
-  Yields:
-    How the devices are used, the method, and the HLO.
-  """
+  """Compiles steps of a perceptron, and snapshot passes over four batches."""
   model = problem.mlp(263, 88, 29)
   task = problem.Problem(
     model, _BATCH_SIZE, _BATCHES, jnp.float32, optax.adamw(1e-3)
@@ -65,15 +58,7 @@ def programs(mesh: Mesh) -> Iterator[tuple[str, str, str]]:
 
 
 def rows(mesh: Mesh) -> list[dict[str, Any]]:
-  """Counts what the programs send.
-
-  Args:
-    mesh: one axis of devices.
-
-  Returns:
-    For each program ``how``, ``method``, ``bytes`` and ``operations`` by kind,
-    the ``total`` of bytes and its ``ratio`` to the first program of that kind.
-  """
+  """Counts what the programs send."""
   result: list[dict[str, Any]] = []
   first: dict[str, int] = {}
   for how, method, text in programs(mesh):

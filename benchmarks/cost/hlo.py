@@ -150,20 +150,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str, num_devices: int) -> Traffic:
-  """Counts the collective operations of a compiled program.
-
-  Args:
-    text: the HLO.
-    num_devices: over how many devices it scatters.
-
-  Returns:
-    The sums over the program. What is in a loop counts as often as the loop is
-    run, what is in a branch once.
-
-  Raises:
-    ValueError: if a loop with collective operations has no known number of
-      trips.
-  """
+  """Counts the collective operations of a compiled program."""
   program = parse(text)
   total = Traffic(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
   for name, times in program.executed():
@@ -182,15 +169,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
 
 
 def overlapped(text: str) -> list[int]:
-  """Work that runs while each asynchronous collective is under way.
-
-  Args:
-    text: the HLO, as scheduled.
-
-  Returns:
-    For each collective operation that has a start and an end, the number of
-    fusions and products in between.
-  """
+  """Work that runs while each asynchronous collective is under way."""
   counts = []
   for operations in parse(text).computations.values():
     starts: dict[str, int] = {}
@@ -223,16 +202,7 @@ def moved_bytes(text: str) -> int:
 
 
 def copies(text: str, shapes: Container[str]) -> list[Operation]:
-  """Operations that write an array of one of some shapes, but not in place.
-
-  Args:
-    text: the HLO.
-    shapes: as ``f32[8,128]``.
-
-  Returns:
-    All operations with such a result but those that name or pass on an array,
-    and updates of a part of their operand, alone or fused.
-  """
+  """Operations that write an array of one of some shapes, but not in place."""
   program = parse(text)
   return [
     operation

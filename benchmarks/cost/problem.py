@@ -68,16 +68,7 @@ class Program(NamedTuple):
 def seconds(
   programs: Mapping[str, Program], rounds: int
 ) -> dict[str, list[float]]:
-  """Times programs in turn, so that a busy machine slows all of them.
-
-  Args:
-    programs: the programs, by their names.
-    rounds: how many times to run each, after a first time.
-
-  Returns:
-    The seconds of the first time, which includes compilation, and of each
-    round.
-  """
+  """Times programs in turn, so that a busy machine slows all of them."""
   states = {name: program.state for name, program in programs.items()}
   times: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(1 + rounds):
@@ -165,14 +156,7 @@ class Problem:
     )
 
   def programs(self, alpha: float = 0.75) -> dict[str, Program]:
-    """The epochs with :data:`METHODS`.
-
-    Args:
-      alpha: coefficient of alpha-SVRG.
-
-    Returns:
-      Programs whose states are parameters and the state of the optimizer.
-    """
+    """The epochs with :data:`METHODS`."""
     svrg = optax_svrg.alpha_svrg(alpha)
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
     saga = optax_svrg.adaptive_saga(len(self.batches))

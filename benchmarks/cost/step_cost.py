@@ -69,20 +69,7 @@ def flops(lowered: jax.stages.Lowered) -> float:
 def measure_epochs(
   case: Case, dtype: Any, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-  """Epoch times and their limit by the gradients that they need.
-
-  Args:
-    case: the case.
-    dtype: of the parameters.
-    steps: number of batches of an epoch.
-    rounds: how many times to run each epoch.
-
-  Returns:
-    A row for each method: ``time``, that of the epoch, and ``limit``, the
-    operations of the plain steps and of the further gradients, both divided
-    by those of the plain epoch; ``first``, the time of the first run with
-    compilation, in the same way; ``seconds`` of all runs.
-  """
+  """Epoch times and their limit by the gradients that they need."""
   problem = _problem(case, dtype, steps)
   of_step = flops(problem.lower_step(no_transform()))
   of_gradient = flops(problem.lower_gradient())
@@ -126,15 +113,7 @@ def temporary_gradients(case: Case, dtype: Any) -> dict[str, float]:
 
 
 def updates_alone(size: int, dtype: Any) -> dict[str, jax.stages.Compiled]:
-  """Compiles the transformation and AdamW, without the gradients.
-
-  Args:
-    size: number of parameters, a multiple of 1,000: of a matrix.
-    dtype: their dtype.
-
-  Returns:
-    For each method the update.
-  """
+  """Compiles the transformation and AdamW, without the gradients."""
   params = jnp.zeros((size // _WIDTH, _WIDTH), dtype)
   transforms = {
     "plain": no_transform(),
@@ -177,11 +156,7 @@ def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-  """Returns the published table in Markdown.
-
-  Args:
-    results: the contents of the JSON file.
-  """
+  """Returns the published table in Markdown."""
   epochs = report.markdown_table(
     (
       *("case", "method", "time / plain", "limit", "time / limit"),

@@ -110,15 +110,7 @@ def place(tree: Any, shardings: Any) -> Any:
 def make_step(
   case: Case, mesh: Mesh, loss: Callable[..., Any], params: Any, shape: Any
 ) -> Step:
-  """Builds the step of a case.
-
-  Args:
-    case: the case.
-    mesh: one axis of devices, of the type Auto.
-    loss: ``loss(params, batch)``.
-    params: structures of the parameters.
-    shape: of an input.
-  """
+  """Builds the step of a case."""
   local = case.placement == "shard_map"
   transform = make_transform(case, AXIS if local else None)
   optimizer = optax.adamw(1e-3)

@@ -121,17 +121,7 @@ PEERS = {
 def torch_epoch(
   model: Any, batches: Sequence[Any], variant: str
 ) -> Callable[[], None]:
-  """An epoch of α-SVRG, as one writes it in PyTorch.
-
-  Args:
-    model: the module, which is trained.
-    batches: images and labels, as tensors.
-    variant: ``"plain"`` SGD; ``"recompute"``, the gradient at the snapshot once
-      more in each step; or ``"cached"``, from a list that the pass has made.
-
-  Returns:
-    A function that trains for an epoch.
-  """
+  """An epoch of α-SVRG, as one writes it in PyTorch."""
   import torch
 
   snapshot = copy.deepcopy(model)
@@ -170,19 +160,7 @@ def torch_epoch(
 def compare(
   peer: Peer, variant: str, steps: int, rounds: int
 ) -> dict[str, Any]:
-  """Trains with both, and times them in turn.
-
-  Args:
-    peer: the model.
-    variant: see :func:`torch_epoch`.
-    steps: number of batches of an epoch.
-    rounds: how many epochs to time, after a first one.
-
-  Returns:
-    ``difference``, the largest of a weight after the first epoch, and
-    ``change``, the largest of a weight in it; ``ratio`` of their time to ours;
-    ``seconds`` of both.
-  """
+  """Trains with both, and times them in turn."""
   import torch
 
   task = problem.Problem(
@@ -230,12 +208,7 @@ def compare(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns the published table in Markdown.
-
-  Args:
-    rows: results of :func:`compare`, with the names of the ``model`` and of
-      the ``variant``.
-  """
+  """Returns the published table in Markdown."""
   return report.markdown_table(
     (
       *("model", "variant", "time of PyTorch / ours", "our seconds"),

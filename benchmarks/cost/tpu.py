@@ -28,11 +28,7 @@ _WORKER = "benchmarks.cost.tpu_program"
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-  """Compiles a case in a process of its own, as libtpu asks for.
-
-  Raises:
-    benchmarks.UserError: if libtpu is missing, or the compiler fails.
-  """
+  """Compiles a case in a process of its own, as libtpu asks for."""
   result = subprocess.run(
     [sys.executable, "-m", _WORKER],
     input=json.dumps(case._asdict()),
@@ -137,16 +133,7 @@ def _collectives(counts: Mapping[str, Any]) -> str:
 
 
 def fit(case: Case, counts: Mapping[str, Any]) -> str:
-  """Says whether a step fits on a device, or what makes it fit.
-
-  Args:
-    case: what was compiled.
-    counts: its counts.
-
-  Returns:
-    Lines of text. What other settings need is estimated: the step as compiled,
-    with the other setting's state in the place of its own.
-  """
+  """Says whether a step fits on a device, or what makes it fit."""
   device = case.topology.partition(":")[0]
   has = MEMORY[device]
   needs = counts["needed"] / _GIB

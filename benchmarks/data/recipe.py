@@ -71,9 +71,6 @@ class Recipe:
     cutmix: the same for cutmix.
     switch: probability of cutmix where both are on.
     label_smoothing: how much of a target is spread evenly over all classes.
-
-  Raises:
-    ValueError: if a setting is out of its range.
   """
 
   image_size: int
@@ -280,19 +277,7 @@ def _rand_augment(
 def augment(
   recipe: Recipe, rng: np.random.Generator, image: np.ndarray
 ) -> np.ndarray:
-  """Augments an image for training, on the host.
-
-  Args:
-    recipe: the settings.
-    rng: from which all draws follow.
-    image: uint8 of the shape (height, width, channels).
-
-  Returns:
-    An array of uint8 of the shape (image_size, image_size, channels).
-
-  Raises:
-    ValueError: if ``image`` is of another dtype or shape.
-  """
+  """Augments an image for training, on the host."""
   result = _crop(recipe, rng, _to_pillow(recipe, image))
   if rng.random() < recipe.flip:
     result = ImageOps.mirror(result)
@@ -306,16 +291,6 @@ def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
 
   Above 32 pixels the shorter side is scaled to 256/224 of the size, and the
   middle cut out; else the image is scaled as a whole.
-
-  Args:
-    recipe: the settings.
-    image: uint8 of the shape (height, width, channels).
-
-  Returns:
-    An array of uint8 of the shape (image_size, image_size, channels).
-
-  Raises:
-    ValueError: if ``image`` is of another dtype or shape.
   """
   result, size = _to_pillow(recipe, image), recipe.image_size
   if size <= _SMALL:
@@ -328,15 +303,7 @@ def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
 
 
 def standardise(recipe: Recipe, images: jax.Array) -> jax.Array:
-  """Standardises images by the mean and standard deviation of ImageNet.
-
-  Args:
-    recipe: the settings.
-    images: uint8 of the shape (batch, height, width, channels).
-
-  Returns:
-    An array of float32 of the same shape.
-  """
+  """Standardises images by the mean and standard deviation of ImageNet."""
   shape = (1, 1, 1, recipe.num_channels)
   mean = jnp.array(recipe.mean, jnp.float32).reshape(shape)
   std = jnp.array(recipe.std, jnp.float32).reshape(shape)
@@ -380,15 +347,7 @@ def _erase(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _share_kept(recipe: Recipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Share of each image that stays where it is mixed with another.
-
-  Args:
-    recipe: the settings.
-    key: from which the draws follow.
-
-  Returns:
-    The share at each pixel, of the shape (size, size, 1), and on the whole.
-  """
+  """Share of each image that stays where it is mixed with another."""
   size = recipe.image_size
   switch_key, share_key, center_key = jax.random.split(key, 3)
   switch = (
@@ -418,19 +377,6 @@ def mix(
 
   To be compiled by the caller. Each image is mixed with that at its place in
   the batch in reverse order, as timm does, by one draw for the batch.
-
-  Args:
-    recipe: the settings.
-    key: from which all draws follow.
-    images: uint8 of the shape (batch, image_size, image_size, channels).
-    labels: integers of the shape (batch,).
-
-  Returns:
-    The images as float32, and targets of float32 and of the shape (batch,
-    num_classes), each of which sums to one.
-
-  Raises:
-    ValueError: if ``images`` or ``labels`` is of another dtype or shape.
   """
   shape = (recipe.image_size, recipe.image_size, recipe.num_channels)
   if images.dtype != jnp.uint8 or images.shape[1:] != shape:

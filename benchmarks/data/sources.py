@@ -99,27 +99,7 @@ class ImageData(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None) -> ImageData:
-  """Opens a data set.
-
-  Args:
-    name: one of ``DATASETS``: one of TensorFlow Datasets, prepared as the
-      module's docstring says; ``"image-folder"``, any images in files; or what
-      ``arrays.load`` takes.
-    data_dir: of TensorFlow Datasets, where ``tfds build`` has put them; of
-      ``"image-folder"``, the folder with ``train/CLASS/FILE`` and
-      ``validation/CLASS/FILE`` or ``val/CLASS/FILE``, in which files that
-      Pillow does not know by their extension count for nothing, nor do hidden
-      ones; otherwise as in ``arrays.load``.
-
-  Returns:
-    The data set.
-
-  Raises:
-    ValueError: if there is no such data set.
-    arrays.DataError: if data are missing or damaged, or ``data_dir``
-      is missing or given without need. Damage to an image shows when it is
-      asked for.
-  """
+  """Opens a data set."""
   if name not in DATASETS:
     raise ValueError(
       f"name must be one of {', '.join(DATASETS)}, got {name!r}."
@@ -138,17 +118,6 @@ def decode(encoded: bytes, num_channels: int, origin: str) -> np.ndarray:
 
   As in torchvision, which the authors use, transparency is dropped, and the
   orientation that a camera has noted is ignored.
-
-  Args:
-    encoded: the bytes of the file.
-    num_channels: 1 for grey, 3 for RGB. Other images are converted.
-    origin: what to call the image in an error.
-
-  Returns:
-    The pixels, read-only, uint8 of the shape (height, width, channels).
-
-  Raises:
-    arrays.DataError: if the image is damaged.
   """
   try:
     with PIL.Image.open(io.BytesIO(encoded)) as image:

@@ -79,10 +79,6 @@ class Visits:
     batch_size: examples in a batch, of all processes.
     seed: from which everything follows, not negative.
     has_fixed_batches: whether the batches are fixed.
-
-  Raises:
-    ValueError: if there are no examples, fewer than fill a batch that is not
-      fixed, or a number is out of its range.
   """
 
   num_examples: int
@@ -109,18 +105,7 @@ class Visits:
     return self.num_examples // self.batch_size
 
   def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The batch of a step.
-
-    Args:
-      step: the number of the step, counted over all epochs.
-
-    Returns:
-      The indices of the examples; which of them count, as booleans; and the
-      number of the batch among fixed batches, else its position in the epoch.
-
-    Raises:
-      ValueError: if ``step`` is negative.
-    """
+    """The batch of a step."""
     if step < 0:
       raise ValueError(f"step must not be negative, got {step}.")
     epoch, position = divmod(step, self.steps_per_epoch)
@@ -292,28 +277,7 @@ def train_batches(
   sharding: NamedSharding | None = None,
   num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-  """The batches of steps, augmented, read ahead.
-
-  Args:
-    source: the examples.
-    recipe: how to augment them.
-    visits: which examples are in each batch.
-    start: the first step.
-    stop: the step after the last.
-    sharding: how the examples of a batch are divided among devices; each
-      process reads those of its own. ``None`` for a single device.
-    num_workers: processes that read; 0 for threads of this one. They import
-      the main module again, which must have the usual guard for it.
-
-  Returns:
-    An iterator of batches on the devices. Its ``close`` ends the workers, which
-    also end when it is exhausted.
-
-  Raises:
-    ValueError: if ``visits`` is of another number of examples, ``start`` or
-      ``stop`` is not in range, the batch cannot be divided, or ``num_workers``
-      is negative.
-  """
+  """The batches of steps, augmented, read ahead."""
   if visits.num_examples != len(source):
     raise ValueError(
       "visits must be of as many examples as source,"
@@ -341,24 +305,7 @@ def validation_batches(
   sharding: NamedSharding | None = None,
   num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-  """All examples once, in the order of the source.
-
-  Args:
-    source: the examples.
-    recipe: gives the size of the images.
-    batch_size: examples in a batch, of all processes. The last batch is filled
-      up with examples of weight 0.
-    sharding: as in :func:`train_batches`.
-    num_workers: as in :func:`train_batches`.
-
-  Returns:
-    An iterator of batches, as of :func:`train_batches`. Index and step are the
-    number of the batch.
-
-  Raises:
-    ValueError: if ``batch_size`` is not positive or cannot be divided, or
-      ``num_workers`` is negative.
-  """
+  """All examples once, in the order of the source."""
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
   return _stream(

@@ -65,16 +65,7 @@ class Batch(NamedTuple):
 
 
 class ArrayFeed:
-  """Makes the programs of an experiment on arrays.
-
-  Args:
-    experiment: the experiment, of which method, optimizer, learning rate and
-      seed are ignored: they may differ between programs.
-    dataset: the whole data set.
-
-  Raises:
-    arrays.DataError: if the images do not suit the model.
-  """
+  """Makes the programs of an experiment on arrays."""
 
   def __init__(self, experiment: Experiment, dataset: arrays.Dataset):
     self._common = experiment
@@ -124,12 +115,7 @@ class ArrayFeed:
     return {}
 
   def program(self, experiment: Experiment, method: Method) -> Program:
-    """Compiles the functions of a method.
-
-    Args:
-      experiment: the experiment.
-      method: its method.
-    """
+    """Compiles the functions of a method."""
     context = self.context(experiment)
     num_steps = method.num_steps(context)
     replicated = self._placement.replicated

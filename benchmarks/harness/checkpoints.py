@@ -94,17 +94,7 @@ class Checkpoints:
     ocp.multihost.sync_global_processes("checkpoints")
 
   def position(self, run: Run) -> Position:
-    """Returns the saved progress of a run, and fills in its history.
-
-    Args:
-      run: the run, of which method and seed are known.
-
-    Returns:
-      The position; the beginning where nothing has been saved.
-
-    Raises:
-      CheckpointError: if a checkpoint is damaged or foreign.
-    """
+    """Returns the saved progress of a run, and fills in its history."""
     manager = self._open(run)
     if manager.latest_step() is None:
       return START
@@ -121,19 +111,7 @@ class Checkpoints:
     return Position(**saved["position"])
 
   def restore(self, run: Run, target: Any) -> Any:
-    """The state at the position of a run.
-
-    Args:
-      run: the run, after :meth:`position`.
-      target: a state whose structure, shapes, dtypes and shardings the result
-        has. Scalars of a checkpoint would be tied to one device without it.
-
-    Returns:
-      The state.
-
-    Raises:
-      CheckpointError: if the checkpoint is damaged.
-    """
+    """The state at the position of a run."""
     manager = self._open(run)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     state = self._load(manager, "state", ocp.args.StandardRestore(abstract))
@@ -155,14 +133,7 @@ class Checkpoints:
     return self._every is None or (epoch + 1) * num_steps % self._every == 0
 
   def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:
-    """Saves a run.
-
-    Args:
-      run: the run.
-      state: its state, the same in all processes.
-      at: its position.
-      num_steps: number of steps of an epoch.
-    """
+    """Saves a run."""
     progress = {
       "identity": self._identity,
       **run.as_json(),

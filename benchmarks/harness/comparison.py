@@ -48,18 +48,7 @@ class Comparison:
 
 
 def compare(losses: Losses, rival: Losses) -> Comparison:
-  """Compares the losses of a method with those of a rival.
-
-  Args:
-    losses: losses of the method by seed, infinite or NaN where it diverged.
-    rival: losses of the rival by seed.
-
-  Returns:
-    The comparison. It has no interval below two seeds or where a run diverged.
-
-  Raises:
-    ValueError: if the two have no seed in common.
-  """
+  """Compares the losses of a method with those of a rival."""
   seeds = sorted(losses.keys() & rival.keys())
   if not seeds:
     raise ValueError("The two methods have no seed in common.")
@@ -83,14 +72,7 @@ def compare(losses: Losses, rival: Losses) -> Comparison:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """Adjusts p-values for the number of them, by Holm's method.
-
-  Args:
-    p_values: the p-values; NaN stands for a comparison without a test.
-
-  Returns:
-    The adjusted p-values, NaN where it was NaN.
-  """
+  """Adjusts p-values for the number of them, by Holm's method."""
   order = sorted(
     (i for i, p in enumerate(p_values) if not math.isnan(p)),
     key=lambda i: p_values[i],
@@ -110,13 +92,6 @@ def verdicts(
 
   A difference counts if its p-value is below 5 % after Holm's correction over
   all comparisons of the table with enough seeds.
-
-  Args:
-    comparisons: the comparisons of a table, by any key.
-
-  Returns:
-    Texts such as ``"lower, -12.3 % [-15.0, -9.6]"`` by the same keys, with the
-    interval of the single comparison.
   """
   tested = [k for k, c in comparisons.items() if c.num_seeds >= MIN_SEEDS]
   adjusted = holm([comparisons[k].p for k in tested])
@@ -162,11 +137,7 @@ def count(texts: Sequence[str]) -> str:
 
 
 def best_learning_rate(losses: Mapping[float, Losses]) -> float:
-  """The learning rate of least mean loss; the least one if all diverge.
-
-  Args:
-    losses: losses by seed, of the tuning seeds, by learning rate.
-  """
+  """The learning rate of least mean loss; the least one if all diverge."""
 
   def mean(lr: float) -> float:
     values = list(losses[lr].values())
@@ -187,18 +158,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 def over_plain(
   gradients: float, loss: float, curve: Sequence[tuple[float, float]]
 ) -> float | None:
-  """The loss divided by that of plain runs with as many gradients.
-
-  Args:
-    gradients: gradient evaluations per example of a method.
-    loss: its final loss.
-    curve: pairs of gradients and final loss of plain runs of several lengths,
-      ascending; a power law is assumed between neighbours.
-
-  Returns:
-    The ratio; ``None`` if ``gradients`` is outside of the curve by more than 3
-    %, which the remainder of an epoch may make.
-  """
+  """The loss divided by that of plain runs with as many gradients."""
   inside = min(max(gradients, curve[0][0]), curve[-1][0])
   if abs(inside / gradients - 1) > 0.03:
     return None

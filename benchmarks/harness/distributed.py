@@ -29,12 +29,7 @@ class Distributed(NamedTuple):
   process_id: int | None
 
   def initialize(self) -> None:
-    """Joins them.
-
-    Raises:
-      click.UsageError: if the options contradict one another, or the cluster is
-        not detected.
-    """
+    """Joins them."""
     given = {
       "--coordinator": self.coordinator,
       "--num-processes": self.num_processes,
@@ -97,14 +92,7 @@ def options(command: Callable) -> Callable:
 
 
 def check_same(identity: Mapping[str, Any]) -> None:
-  """Raises in all processes unless all are to train the same.
-
-  Args:
-    identity: what the results follow from, as JSON.
-
-  Raises:
-    click.UsageError: if that of another process differs.
-  """
+  """Raises in all processes unless all are to train the same."""
   if jax.process_count() == 1:
     return
   digest = hashlib.sha256(json.dumps(identity).encode()).digest()
@@ -117,12 +105,7 @@ def check_same(identity: Mapping[str, Any]) -> None:
 
 
 def check_batch_size(batch_size: int, num_examples: int) -> None:
-  """Raises unless batches can be filled and divided among all devices.
-
-  Raises:
-    click.UsageError: if a batch is too large, or no multiple of the number of
-      devices.
-  """
+  """Raises unless batches can be filled and divided among all devices."""
   if batch_size > num_examples:
     raise click.UsageError(
       "--batch-size must be at most the number of training examples,"

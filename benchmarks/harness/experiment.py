@@ -83,9 +83,6 @@ class Experiment:
     """Makes an experiment from :meth:`identity`.
 
     Fields that are missing get their defaults: they were added later.
-
-    Raises:
-      TypeError: if a field is unknown.
     """
     return cls(**identity)
 
@@ -209,12 +206,7 @@ class Run:
 
   @classmethod
   def from_json(cls, saved: Mapping[str, Any]) -> "Run":
-    """Makes a run from :meth:`as_json`.
-
-    Raises:
-      KeyError: if something is missing.
-      TypeError: if a field is unknown.
-    """
+    """Makes a run from :meth:`as_json`."""
     own = ("experiment", "finished", "diverged", "history", "measured")
     return cls(
       Experiment.from_identity(saved["experiment"]),

@@ -101,13 +101,7 @@ def family(label: str) -> str:
 def mean_line(
   label: str, x: Sequence[float], values: Sequence[Sequence[float | None]]
 ) -> Line:
-  """The curve of the mean over runs, and their range.
-
-  Args:
-    label: name of the method.
-    x: abscissae.
-    values: ordinates of each run; a point that one of them lacks is left out.
-  """
+  """The curve of the mean over runs, and their range."""
   columns = [
     column if all(v is not None and math.isfinite(v) for v in column) else None
     for column in zip(*values, strict=True)
@@ -121,28 +115,12 @@ def mean_line(
 
 
 def write(figure: Figure, path: Path) -> None:
-  """Draws a figure.
-
-  Args:
-    figure: the figure.
-    path: the file, whose suffix says in which format.
-
-  Raises:
-    ValueError: if a panel has more than eight curves.
-  """
+  """Draws a figure."""
   path.write_bytes(draw(figure, path.suffix.removeprefix(".")))
 
 
 def draw(figure: Figure, image_format: str = "svg") -> bytes:
-  """The drawing of a figure, the same bytes for the same figure.
-
-  Args:
-    figure: the figure.
-    image_format: ``"svg"``, or another format of Matplotlib.
-
-  Raises:
-    ValueError: if a panel has more than eight curves.
-  """
+  """The drawing of a figure, the same bytes for the same figure."""
   for panel in figure.panels:
     if len(panel.lines) > MAX_LINES:
       raise ValueError(

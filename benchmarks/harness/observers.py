@@ -70,9 +70,6 @@ class Variance:
   * ``estimated_ratio``: its online estimate by adaptive SVRG.
 
   The method ``"optimal"`` gets its coefficients from these measurements.
-
-  Args:
-    points: measurements per epoch, the first one at its start.
   """
 
   def __init__(self, points: int):

@@ -56,18 +56,7 @@ class Placement:
     return jax.device_put((images, labels))
 
   def refer(self, images: np.ndarray, labels: np.ndarray, indices: Any) -> Any:
-    """References to examples in a compiled program.
-
-    Args:
-      images: all images of the data set.
-      labels: their classes.
-      indices: which examples, the same in all processes. The last axis is
-        divided among the devices where their number divides it.
-
-    Returns:
-      The indices, on a single device. Else :class:`Examples`, of which this
-      process has loaded its part.
-    """
+    """References to examples in a compiled program."""
     if self.num_devices == 1:
       return indices
     indices = np.asarray(indices)
@@ -88,16 +77,7 @@ class Placement:
     )
 
   def in_batches(self, reference: Any, size: int) -> Any:
-    """Divides examples, so that each batch is of all devices.
-
-    Args:
-      reference: the result of :meth:`refer` for a flat array of indices.
-      size: of a batch, a multiple of the number of devices that divides the
-        number of examples. Fewer examples are one batch.
-
-    Returns:
-      A tree with a leading axis of batches.
-    """
+    """Divides examples, so that each batch is of all devices."""
     size = min(size, len(jax.tree.leaves(reference)[0]))
     shards = 1 if size % self.num_devices else self.num_devices
 

@@ -107,13 +107,7 @@ class Program(NamedTuple):
 def optimizer(
   experiment: Experiment, num_steps: int, lr: Any
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of an experiment.
-
-  Args:
-    experiment: the experiment.
-    num_steps: number of steps of an epoch.
-    lr: peak learning rate; may be traced, so that one program serves all.
-  """
+  """Makes the optimizer of an experiment."""
   total = experiment.epochs * num_steps
   warmup = total // 10
   if experiment.warmup_epochs is not None:
@@ -144,18 +138,7 @@ def update(
   grads: optax.Updates,
   **extra_args: Any,
 ) -> tuple[TrainState, optax.Updates]:
-  """Makes one step.
-
-  Args:
-    method: the method.
-    optimizer: the optimizer.
-    state: the state before.
-    grads: the gradient of the batch.
-    **extra_args: further arguments of the method's transformation.
-
-  Returns:
-    The state after, but for what is observed, and the corrected gradient.
-  """
+  """Makes one step."""
   # Without variance reduction, they are accepted and ignored.
   transform = optax.with_extra_args_support(method.transform)
   before, opt_state = state.opt_state

@@ -21,10 +21,6 @@ class Progress:
 
   Called with a run and its state after each epoch; a context manager. Only
   process 0 shows anything.
-
-  Args:
-    total: number of epochs of all runs.
-    interval: seconds between lines.
   """
 
   def __init__(self, total: int, interval: float = _INTERVAL):

@@ -36,14 +36,7 @@ _FIELDS = (
 def pack(
   study: str, runs: Sequence[Run], has_curve: Callable[[Experiment], bool]
 ) -> dict[str, Any]:
-  """Makes the contents of ``runs.json`` of a study.
-
-  Args:
-    study: name of the study.
-    runs: its runs.
-    has_curve: whether the whole history of an experiment is kept, and not the
-      last point alone.
-  """
+  """Makes the contents of ``runs.json`` of a study."""
   identities = [run.experiment.identity() for run in runs]
   common = {
     name: value
@@ -93,12 +86,7 @@ def unpack(document: Mapping[str, Any]) -> list[Run]:
 
 
 def publish(study: str, document: Mapping[str, Any]) -> None:
-  """Writes the runs of a study, and what is made of them.
-
-  Args:
-    study: name of the folder.
-    document: contents of ``runs.json``.
-  """
+  """Writes the runs of a study, and what is made of them."""
   folder = FOLDER / study
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(document, separators=(",", ":"), allow_nan=False)

@@ -30,15 +30,7 @@ _SHORT_HEADINGS = (
 def markdown_table(
   columns: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> str:
-  """A table as it is published.
-
-  Args:
-    columns: the headings.
-    rows: the cells, row by row.
-
-  Returns:
-    Lines of Markdown.
-  """
+  """A table as it is published."""
   lines = [columns, ["---"] * len(columns), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -56,12 +48,7 @@ def mean_std(values: Iterable[float], scale: float = 1.0) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a file that is whole at any moment, however the program ends.
-
-  Args:
-    path: the file.
-    value: its contents, without numbers that are not finite.
-  """
+  """Writes a file that is whole at any moment, however the program ends."""
   partial = path.with_name(f"{path.name}.partial")
   text = json.dumps(
     value, separators=(",", ":"), allow_nan=False, ensure_ascii=False
@@ -71,20 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def summarise(histories: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-  """Means over the seeds, a row for each method with finished runs.
-
-  Args:
-    histories: the points of each finished run, by method: objects with
-      ``train_loss``, ``validation_accuracy``, ``gradients_per_example``,
-      ``seconds`` and ``variance_ratio``.
-
-  Returns:
-    Rows for JSON. ``std`` is the sample standard deviation, ``None`` for a
-    single run. ``variance_ratio`` is the mean over epochs with a snapshot,
-    ``None`` if there are none. The loss, the accuracy and the ratio of a method
-    are ``None`` if any of its runs has diverged: the mean of the others would
-    flatter it.
-  """
+  """Means over the seeds, a row for each method with finished runs."""
   rows = []
   for method, runs in histories.items():
     if not runs:
@@ -123,12 +97,7 @@ def summarise(histories: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def print_table(
   rows: Sequence[Mapping[str, Any]], console: rich.console.Console | None = None
 ) -> None:
-  """Prints the rows of :func:`summarise`, for any width of the terminal.
-
-  Args:
-    rows: the rows.
-    console: where to print them, standard output by default.
-  """
+  """Prints the rows of :func:`summarise`, for any width of the terminal."""
   console = console or rich.console.Console()
   table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   table.add_column("method", no_wrap=True)

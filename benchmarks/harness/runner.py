@@ -25,21 +25,6 @@ def run_all(
 
   Experiments on the same data and model share a trainer, and those that differ
   in learning rate and seed alone its compiled functions.
-
-  Args:
-    experiments: the experiments.
-    store: where runs are looked up and stored.
-    data_dir: folder of the data sets that need one.
-    progress: called with each run and its state after each epoch.
-    checkpoint_dir: folder to which each epoch is saved, and from which a run
-      that was stopped goes on.
-    **options: of the trainers; results do not depend on them.
-
-  Returns:
-    The runs in the order of the experiments.
-
-  Raises:
-    benchmarks.UserError: if data or the store cannot be used.
   """
   experiments = list(experiments)
   found = {experiment: store.get(experiment) for experiment in experiments}

@@ -23,12 +23,7 @@ class StoreError(benchmarks.UserError):
 
 
 class Store:
-  """A folder of runs.
-
-  Args:
-    folder: the folder; it is made when the first run is stored.
-    record: further contents of each file, as JSON, such as the command line.
-  """
+  """A folder of runs."""
 
   def __init__(self, folder: Path, record: Mapping[str, Any] | None = None):
     self.folder = folder
@@ -39,17 +34,7 @@ class Store:
     return self.folder / f"{experiment.name}.json"
 
   def get(self, experiment: Experiment) -> Run | None:
-    """Reads a run.
-
-    Args:
-      experiment: its configuration.
-
-    Returns:
-      The run; ``None`` if there is none of this very configuration.
-
-    Raises:
-      StoreError: if the file is damaged.
-    """
+    """Reads a run."""
     path = self.path(experiment)
     if not path.exists():
       return None
@@ -57,21 +42,13 @@ class Store:
     return run if run.experiment == experiment else None
 
   def put(self, run: Run) -> None:
-    """Writes a run, with commit, versions and machine, in process 0.
-
-    Raises:
-      StoreError: if it cannot be written.
-    """
+    """Writes a run, with commit, versions and machine, in process 0."""
     run.origin = {**run.origin, **self._record, **environment()}
     if jax.process_index() == 0:
       write_json(self.path(run.experiment), run.as_json())
 
   def runs(self) -> list[Run]:
-    """Reads all runs, in the order of their names.
-
-    Raises:
-      StoreError: if a file is damaged.
-    """
+    """Reads all runs, in the order of their names."""
     return [_read(path) for path in sorted(self.folder.glob("*.json"))]
 
 
@@ -83,15 +60,7 @@ def _read(path: Path) -> Run:
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
-  """Writes a file that is whole at any moment, however the program ends.
-
-  Args:
-    path: the file.
-    contents: its contents, without numbers that are not finite.
-
-  Raises:
-    StoreError: if it cannot be written.
-  """
+  """Writes a file that is whole at any moment, however the program ends."""
   partial = path.with_name(f"{path.name}.partial")
   text = json.dumps(contents, indent=2, allow_nan=False, ensure_ascii=False)
   try:

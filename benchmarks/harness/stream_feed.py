@@ -101,16 +101,7 @@ class _Subset:
 
 
 class StreamFeed:
-  """Makes the programs of an experiment on streams.
-
-  Args:
-    experiment: the experiment, of which method, optimizer, learning rate and
-      seed are ignored: they may differ between programs.
-    images: the whole data set.
-    remat: whether the blocks of the model are computed again for the gradient
-      instead of being kept, which changes nothing but memory and time.
-    num_workers: processes that read images; 0 for threads.
-  """
+  """Makes the programs of an experiment on streams."""
 
   def __init__(
     self,
@@ -192,12 +183,7 @@ class StreamFeed:
     return Context(self.num_examples, experiment.batch_size, experiment.epochs)
 
   def program(self, experiment: Experiment, method: Method) -> Program:
-    """Compiles the functions of a method, for all seeds.
-
-    Args:
-      experiment: the experiment.
-      method: its method.
-    """
+    """Compiles the functions of a method, for all seeds."""
     num_steps = method.num_steps(self.context(experiment))
     make = functools.partial(program.optimizer, experiment, num_steps)
     init, take, update = self._compile(method, make)
@@ -385,15 +371,7 @@ class StreamFeed:
 
 
 def divided(mesh: Any, leaf: Any) -> NamedSharding:
-  """Divides the last axis that can be divided among all devices.
-
-  Args:
-    mesh: a mesh of one axis, ``"data"``.
-    leaf: an array, or what has a shape.
-
-  Returns:
-    The sharding; replicated where no axis can be divided.
-  """
+  """Divides the last axis that can be divided among all devices."""
   spec: list[str | None] = [None] * len(leaf.shape)
   for axis in reversed(range(len(spec))):
     if leaf.shape[axis] and leaf.shape[axis] % mesh.size == 0:

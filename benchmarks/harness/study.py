@@ -116,17 +116,7 @@ def cell(
   num_seeds: int = len(comparison.VERDICT_SEEDS),
   **changes: Any,
 ) -> Cell:
-  """A problem of the size that most studies have.
-
-  Args:
-    dataset: name of the data set.
-    model: name of the model.
-    optimizer: name of the optimizer.
-    lr: the learning rate; if ``None``, those of ``LEARNING_RATES`` are tried.
-    arms: names of the methods, all of the study by default.
-    num_seeds: number of the verdict's seeds.
-    **changes: other fields of the experiments.
-  """
+  """A problem of the size that most studies have."""
   rates = LEARNING_RATES[model, optimizer] if lr is None else (lr,)
   sizes: dict[str, Any] = {"train_examples": 4_000, "batch_size": 64}
   if dataset == "fashion-mnist":
@@ -350,14 +340,7 @@ class Study:
   has_curve: Callable[[Experiment], bool] = lambda experiment: False
 
   def render(self, document: Mapping[str, Any]) -> dict[str, str]:
-    """Makes the published files from the published runs.
-
-    Args:
-      document: contents of ``runs.json``.
-
-    Returns:
-      Contents by name of the file: the table, and the figure as data.
-    """
+    """Makes the published files from the published runs."""
     results = Results(self.cells, self.arms, publishing.unpack(document))
     parts = [
       f"# {self.title}",

@@ -47,16 +47,7 @@ def shared(experiment: Experiment) -> Experiment:
 def load(
   dataset: str, feed: str, data_dir: Path | None
 ) -> arrays.Dataset | sources.ImageData:
-  """Loads the data of an experiment.
-
-  Args:
-    dataset: name of the data set.
-    feed: name of the feed.
-    data_dir: folder of the data; ignored by ``mnist-5k``.
-
-  Raises:
-    arrays.DataError: if the data are missing or damaged.
-  """
+  """Loads the data of an experiment."""
   data_dir = None if dataset == "mnist-5k" else data_dir
   return (arrays if feed == "arrays" else sources).load(dataset, data_dir)
 
@@ -91,18 +82,7 @@ class Trainer:
     on_epoch: OnEpoch = lambda run, point: None,
     checkpoints: checkpointing.Checkpoints | None = None,
   ) -> None:
-    """Trains once.
-
-    Args:
-      run: the run; its history grows from epoch to epoch, so that it holds the
-        results so far when the training is interrupted.
-      on_epoch: called with the run and its state after each epoch.
-      checkpoints: where to save the run, and from where to go on.
-
-    Raises:
-      checkpointing.CheckpointError: if a checkpoint is damaged.
-      TimeoutError: if another process is lost.
-    """
+    """Trains once."""
     experiment = run.experiment
     at = checkpointing.START
     if checkpoints is not None:

@@ -81,11 +81,5 @@ METHODS: dict[str, Factory] = {
 
 
 def make(name: str, context: Context, **settings: Any) -> Method:
-  """Makes a method.
-
-  Args:
-    name: a key of ``METHODS``.
-    context: the training that it is made for.
-    **settings: its settings, see its function.
-  """
+  """Makes a method."""
   return METHODS[name](context, **settings)

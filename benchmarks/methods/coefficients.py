@@ -42,15 +42,7 @@ def transform(
   per_leaf: bool = False,
   kept: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """SVRG with a coefficient that is estimated.
-
-  Args:
-    decay: decay of the averages.
-    current: whether they include the batch that is corrected, which makes the
-      gradient biased.
-    per_leaf: whether each array of parameters has a coefficient of its own.
-    kept: whether they are kept at a snapshot, instead of starting empty.
-  """
+  """SVRG with a coefficient that is estimated."""
   svrg = optax_svrg.alpha_svrg(1.0)
 
   def init_fn(params: optax.Params) -> CoefficientState:

@@ -81,9 +81,6 @@ class Payoff(NamedTuple):
     It must lower the loss by more than as many gradients would with plain
     steps, and the variance by more than its cost: smaller steps lessen noise,
     too, for nothing but slower progress.
-
-    Args:
-      cost: gradients per step with variance reduction.
     """
     return (self.gain > (cost - 1) * self.progress) & (
       self.variance_ratio * cost < 1
@@ -101,11 +98,6 @@ def payoff(
   \rangle`. The second term, the curvature along the path, holds all that noise
   has cost: its effect of first order averages out. A control variate that
   leaves the share :math:`r` of the variance saves at most :math:`1 - r` of it.
-
-  Args:
-    moments: of a few pairs of gradients at the end of the interval and at the
-      snapshot, of batches drawn at random.
-    displacement: the current parameters minus those of the snapshot.
   """
   change = optax.tree.sub(moments.mean_grads, moments.mean_snapshot_grads)
   curvature = optax.tree.vdot(change, displacement) / 2

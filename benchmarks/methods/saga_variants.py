@@ -65,15 +65,7 @@ class VariantState(NamedTuple):
 def transform(
   variant: Variant, num_batches: int
 ) -> optax.GradientTransformationExtraArgs:
-  """Adaptive SAGA with an addition.
-
-  Args:
-    variant: the addition.
-    num_batches: number of fixed batches.
-
-  Returns:
-    A transformation for a :class:`benchmarks.methods.Method`.
-  """
+  """Adaptive SAGA with an addition."""
   saga = optax_svrg.adaptive_saga(num_batches)
 
   def init_fn(params: optax.Params) -> VariantState:

@@ -276,18 +276,7 @@ def transform(
   num_steps: int,
   num_epochs: int,
 ) -> optax.GradientTransformationExtraArgs:
-  """SVRG that takes its snapshots by itself.
-
-  Args:
-    svrg: the transformation, of the library.
-    when: decides when snapshots are taken, of ``WHEN``.
-    mean: provides the mean gradient, of ``MEANS``.
-    num_steps: number of steps of an epoch.
-    num_epochs: number of epochs.
-
-  Returns:
-    A transformation for a :class:`benchmarks.methods.Method`.
-  """
+  """SVRG that takes its snapshots by itself."""
 
   def init_fn(params: optax.Params) -> SnapshotsState:
     return SnapshotsState(
@@ -341,19 +330,7 @@ def method(
   max_alpha: float = 1.0,
   **settings: Any,
 ) -> Method:
-  """SVRG with a snapshot strategy.
-
-  Args:
-    context: the training that it is made for.
-    when: when snapshots are taken, a key of ``WHEN``.
-    mean: what their mean gradient is made of, a key of ``MEANS``.
-    alpha: the coefficient, estimated if ``None``.
-    max_alpha: the largest coefficient that is estimated.
-    **settings: attributes of the two.
-
-  Raises:
-    TypeError: if neither of the two has one of the settings.
-  """
+  """SVRG with a snapshot strategy."""
   made = []
   for kind in (WHEN[when], MEANS[mean]):
     names = {f.name for f in dataclasses.fields(kind)} & settings.keys()

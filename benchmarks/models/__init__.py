@@ -48,18 +48,7 @@ def maker(
   num_classes: int,
   settings: Mapping[str, Any],
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-  """Returns a function of ``rngs`` that makes a model.
-
-  Args:
-    name: a key of ``MODELS``.
-    image_shape: channels, height and width of the images.
-    num_classes: number of outputs.
-    settings: arguments of the model by name, as JSON has them.
-
-  Raises:
-    benchmarks.UserError: if the images are not square; the function, if they
-      do not suit the model.
-  """
+  """Returns a function of ``rngs`` that makes a model."""
   num_channels, height, width = image_shape
   if height != width:
     raise benchmarks.UserError(

@@ -11,16 +11,7 @@ from benchmarks.models import layers
 
 
 class ConvNet(nnx.Module):
-  """A small convolutional net: 16, 32 and 64 channels, halved in size twice.
-
-  Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
-    num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    dtype: of the computation; weights and logits are of float32.
-    remat: without effect, as there are no blocks.
-  """
+  """A small convolutional net: 16, 32 and 64 channels, halved in size twice."""
 
   def __init__(
     self,

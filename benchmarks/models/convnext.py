@@ -25,20 +25,6 @@ class ConvNeXt(layers.Network):
   convolution, LayerNorm, a perceptron, layer scale from 1e-6), halved in size
   by LayerNorm and a 2 x 2 convolution between stages; the mean over pixels,
   LayerNorm and the head at the end.
-
-  Args:
-    image_size: see :class:`layers.Network`, as the next three.
-    num_channels: number of channels.
-    num_classes: number of outputs.
-    rngs: random streams.
-    patch_size: of the stem, in pixels.
-    depths: number of blocks of each stage.
-    widths: number of features of each stage.
-    **common: dtype, remat and drop_path of the network.
-
-  Raises:
-    ValueError: if an argument is out of range, or if the image cannot be cut
-      into patches or halved as often as there are stages.
   """
 
   def __init__(
@@ -129,13 +115,6 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
   On the CPU, small maps of features are multiplied with the matrix of the
   convolution, several times faster there than XLA's convolution and its
   gradients.
-
-  Args:
-    x: ``[batch, height, width, channels]``; zero outside.
-    kernel: ``[size, size, channels]`` with an odd size, of the same dtype.
-
-  Returns:
-    An array like ``x``.
   """
   _, height, width, _ = x.shape
   if jax.default_backend() == "cpu" and height * width <= _MATRIX_PIXELS:

@@ -22,35 +22,14 @@ zeros = nnx.initializers.zeros_init()
 
 
 def cut(images: Any, size: int) -> Any:
-  """Cuts images into squares that do not overlap.
-
-  Args:
-    images: a NumPy or JAX array, ``[..., height, width, channels]``.
-    size: height and width of a square, in pixels; it divides the images'.
-
-  Returns:
-    ``[..., height / size, width / size, size, size, channels]``.
-  """
+  """Cuts images into squares that do not overlap."""
   *leading, height, width, channels = images.shape
   grid = (height // size, size, width // size, size)
   return images.reshape(*leading, *grid, channels).swapaxes(-4, -3)
 
 
 class Network(nnx.Module):
-  """Base of the architectures: features, then a linear head.
-
-  Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: number of channels of the images.
-    num_classes: number of outputs.
-    num_features: number of inputs of the head.
-    rngs: random streams for the initial weights.
-    drop_path: rate of stochastic depth of the last block; it rises linearly
-      from 0 in the first one.
-    remat: whether each block is computed again for the backward pass.
-    dtype: dtype of the computation; weights and logits are float32.
-    head_init: initial weights of the head.
-  """
+  """Base of the architectures: features, then a linear head."""
 
   def __init__(
     self,
@@ -82,19 +61,7 @@ class Network(nnx.Module):
   def __call__(
     self, images: jax.Array, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """Returns the logits.
-
-    Args:
-      images: ``[batch, image_size, image_size, num_channels]``.
-      rngs: gives, by its stream ``"dropout"``, the key of stochastic depth;
-        without it nothing is dropped.
-
-    Returns:
-      float32 ``[batch, num_classes]``.
-
-    Raises:
-      ValueError: if the images are of another shape.
-    """
+    """Returns the logits."""
     check_images(images, self.image_shape)
     key = rngs.dropout() if rngs is not None and self.drop_path else None
     return self.head(self._features(images.astype(self.dtype), key))

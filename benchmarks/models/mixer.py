@@ -16,20 +16,6 @@ class Mixer(layers.Network):
   As ``models/mlp_mixer.py`` of the authors, with timm's initial weights: the
   head is zero. The perceptron of tokens has half as many hidden units as there
   are features, that of channels four times as many.
-
-  Args:
-    image_size: see :class:`layers.Network`, as the next three.
-    num_channels: number of channels.
-    num_classes: number of outputs.
-    rngs: random streams.
-    patch_size: height and width of a patch, in pixels.
-    width: number of features of a patch.
-    depth: number of blocks.
-    **common: dtype, remat and drop_path of the network.
-
-  Raises:
-    ValueError: if an argument is out of range, or if the image cannot be cut
-      into patches.
   """
 
   def __init__(

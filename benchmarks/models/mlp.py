@@ -14,13 +14,7 @@ NUM_LAYERS = {"logreg": 1, "mlp2": 2, "mlp4": 4}
 
 
 class MLP(nnx.Module):
-  """A perceptron with ReLU; with one layer it is logistic regression.
-
-  Args:
-    sizes: numbers of units, from the inputs to the outputs.
-    rngs: random streams for the initial weights.
-    dtype: of the computation; that of inputs and weights unless given.
-  """
+  """A perceptron with ReLU; with one layer it is logistic regression."""
 
   def __init__(
     self,
@@ -44,18 +38,7 @@ class MLP(nnx.Module):
 
 
 def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
-  """Interpolates geometrically between the numbers of inputs and of classes.
-
-  Args:
-    num_layers: number of linear layers.
-    num_inputs: number of inputs.
-    num_classes: number of outputs.
-
-  Returns:
-    The ``num_layers + 1`` numbers of units, from the inputs to the outputs;
-    those in between are rounded down one after the other, as in the authors'
-    code.
-  """
+  """Interpolates geometrically between the numbers of inputs and of classes."""
   ratio = (num_classes / num_inputs) ** (1 / num_layers)
   sizes = [num_inputs]
   for _ in range(num_layers - 1):
@@ -64,17 +47,7 @@ def widths(num_layers: int, num_inputs: int, num_classes: int) -> list[int]:
 
 
 class Perceptron(nnx.Module):
-  """Logistic regression or a perceptron of the paper.
-
-  Args:
-    image_size: height and width of the images, in pixels.
-    num_channels: of the images.
-    num_classes: number of outputs.
-    rngs: random streams for the initial weights.
-    num_layers: number of linear layers.
-    dtype: of the computation; weights are of float32.
-    remat: without effect, as there are no blocks.
-  """
+  """Logistic regression or a perceptron of the paper."""
 
   def __init__(
     self,

@@ -24,23 +24,6 @@ class Swin(layers.Network):
   mask where the shift has joined what does not touch; 2 x 2 patches are merged
   between stages, with twice the features. A window is at most as large as the
   stage's map, and then is not shifted.
-
-  Args:
-    image_size: see :class:`layers.Network`, as the next three.
-    num_channels: number of channels.
-    num_classes: number of outputs.
-    rngs: random streams.
-    patch_size: height and width of a patch, in pixels.
-    width: number of features of a patch in the first stage.
-    depths: number of blocks of each stage.
-    heads: number of heads of each stage.
-    window: height and width of a window, in patches.
-    **common: dtype, remat and drop_path of the network.
-
-  Raises:
-    ValueError: if an argument is out of range, if the image cannot be cut into
-      patches and windows or halved as often as there are stages, or the width
-      not divided among the heads.
   """
 
   def __init__(

@@ -16,21 +16,6 @@ class ViT(layers.Network):
   As ``models/vision_transformer.py`` of the authors: a class token and learned
   positions, blocks with the norms first, biases of queries, keys and values,
   and a last norm.
-
-  Args:
-    image_size: see :class:`layers.Network`, as the next three.
-    num_channels: number of channels.
-    num_classes: number of outputs.
-    rngs: random streams.
-    patch_size: height and width of a patch, in pixels.
-    width: number of features of a patch.
-    depth: number of blocks.
-    heads: of the attention.
-    **common: dtype, remat and drop_path of the network.
-
-  Raises:
-    ValueError: if an argument is out of range, if the image cannot be cut into
-      patches, or the width not divided among the heads.
   """
 
   def __init__(

@@ -209,14 +209,7 @@ SCALES = {
 
 
 def default_batch_size(train_examples: int) -> int:
-  """The largest power of two with at least 39 steps of an epoch.
-
-  Args:
-    train_examples: how many there are.
-
-  Returns:
-    The batch size, at least 1 and at most 4,096.
-  """
+  """The largest power of two with at least 39 steps of an epoch."""
   largest = max(train_examples // _MIN_STEPS, 1)
   return min(2 ** (largest.bit_length() - 1), _MAX_BATCH)
 
@@ -234,23 +227,7 @@ def template(
   drop_path: float = 0.0,
   dtype: str = "float32",
 ) -> Experiment:
-  """Returns a cell's experiment, but for method and seed.
-
-  Args:
-    dataset: name of the data set.
-    images: the data set.
-    model: name of the architecture.
-    scale: the scale.
-    lr: peak learning rate.
-    epochs: number of epochs; that of the scale by default, as the next two.
-    warmup_epochs: number of epochs in which the learning rate rises.
-    batch_size: examples of a batch.
-    drop_path: rate of stochastic depth.
-    dtype: name of the dtype of the computations.
-
-  Raises:
-    click.UsageError: if the numbers do not go together.
-  """
+  """Returns a cell's experiment, but for method and seed."""
   size = min(len(images.train), scale.train_examples or len(images.train))
   validation = len(images.validation)
   epochs = epochs or scale.epochs
@@ -296,14 +273,7 @@ def template(
 def experiments(
   cell: Experiment, names: Sequence[str], seeds: int, alpha0: float
 ) -> list[Experiment]:
-  """Returns the experiments of a cell, seed by seed.
-
-  Args:
-    cell: the result of :func:`template`.
-    names: names of the methods.
-    seeds: number of seeds.
-    alpha0: first coefficient of alpha-SVRG.
-  """
+  """Returns the experiments of a cell, seed by seed."""
   settings: dict[str, dict[str, Any]] = {"alpha-svrg": {"alpha0": alpha0}}
   if not cell.keeps_table:
     settings["adaptive-saga"] = {"table_dtype": "bfloat16"}
@@ -340,17 +310,7 @@ def _value(run: Run, field: str) -> float:
 
 
 def tables(rows: Mapping[Cell, Sequence[Run]], table: Table) -> str:
-  """Makes the tables, in Markdown.
-
-  Args:
-    rows: the runs of each cell.
-    table: the table of the paper.
-
-  Returns:
-    Losses and accuracy with the sample standard deviation over seeds, beside
-    the paper's; then a test of the abstract's claim, that alpha-SVRG has a
-    lower train loss than plain and than SVRG, cell by cell.
-  """
+  """Makes the tables, in Markdown."""
   names = list(
     dict.fromkeys(run.method for runs in rows.values() for run in runs)
   )

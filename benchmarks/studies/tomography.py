@@ -91,13 +91,7 @@ def phantom() -> np.ndarray:
 
 
 def project(image: jax.Array, bins: jax.Array, shares: jax.Array) -> jax.Array:
-  """Sums along parallel rays, ``(angles, bins)``.
-
-  Args:
-    image: ``(pixels,)``.
-    bins: ``(angles, pixels)``, the bin left of each pixel's centre.
-    shares: ``(angles, pixels)``, what the next bin has of the pixel.
-  """
+  """Sums along parallel rays, ``(angles, bins)``."""
   angles = jnp.arange(len(bins))[:, None]
   out = jnp.zeros((len(bins), NUM_BINS), image.dtype)
   out = out.at[angles, bins].add((1 - shares) * image)
@@ -173,14 +167,7 @@ def by_subsets(
   subsets: Subset,
   epochs: int,
 ) -> Curve:
-  """Steps through the subsets in random order.
-
-  Args:
-    correction: SVRG or nothing.
-    has_momentum: whether momentum comes after it.
-    subsets: the data.
-    epochs: number of passes through the subsets.
-  """
+  """Steps through the subsets in random order."""
   tx = optax.chain(
     correction,
     precondition(),
@@ -274,11 +261,7 @@ def first_below(curve: Mapping[str, Any], target: float) -> float | None:
 
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
-  """Makes the published files from the stored curves.
-
-  Args:
-    document: contents of ``runs.json``.
-  """
+  """Makes the published files from the stored curves."""
   curves = document["curves"]
   base = first_below(curves[_LBFGS], TARGET)
   rows = []
@@ -317,11 +300,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run(epochs: int, iterations: int) -> dict[str, Any]:
-  """Solves by all methods.
-
-  Returns:
-    Contents of ``runs.json``.
-  """
+  """Solves by all methods."""
   with jax.enable_x64(True):
     subsets = make_subsets()
     image, gradient_norm = _reference(subsets)

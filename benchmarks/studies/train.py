@@ -149,16 +149,7 @@ def main(
 
 
 def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
-  """Returns the experiments of a command line.
-
-  Args:
-    options: the options by the names of their arguments.
-    sha256: of the data.
-
-  Returns:
-    The experiments, seed by seed, so that methods can be compared after an
-    interruption.
-  """
+  """Returns the experiments of a command line."""
   own = ("methods", "seeds", "alpha0")
   common = {k: v for k, v in options.items() if k not in own}
   settings = {"alpha-svrg": {"alpha0": options["alpha0"]}}
@@ -201,11 +192,7 @@ class Results:
     self._is_first = jax.process_index() == 0
 
   def check(self, overwrite: bool) -> None:
-    """Raises if there are results of other options.
-
-    Raises:
-      click.UsageError: if so, unless they may be overwritten.
-    """
+    """Raises if there are results of other options."""
     path = self._folder / "results.json"
     if path.exists() and not overwrite:
       try:

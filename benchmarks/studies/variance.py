@@ -67,13 +67,7 @@ Results = Mapping[Key, Mapping[str, Measured]]  # By method.
 def experiments(
   template: Experiment, names: Iterable[str], optimizers: Iterable[str]
 ) -> list[Experiment]:
-  """Returns the experiments of all models, optimizers and methods.
-
-  Args:
-    template: an experiment that names the observer ``"variance"``.
-    names: names of the models.
-    optimizers: names of the optimizers.
-  """
+  """Returns the experiments of all models, optimizers and methods."""
   return [
     template.replace(
       model=model,
@@ -116,15 +110,7 @@ class EpochMeans(NamedTuple):
 
 
 def by_epoch(measured: Measured, field: str) -> list[EpochMeans]:
-  """Summarises each epoch of a training.
-
-  Args:
-    measured: the measurements.
-    field: which of them.
-
-  Returns:
-    An item for each epoch.
-  """
+  """Summarises each epoch of a training."""
   means = []
   pairs = zip(measured["epoch"], measured[field], strict=True)
   for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
@@ -165,14 +151,7 @@ def _observation(
 def observations(
   coefficients: Mapping[Key, Sequence[EpochMeans]],
 ) -> list[Observation]:
-  """Looks for the paper's observations.
-
-  Args:
-    coefficients: results of :func:`by_epoch` for the best coefficients.
-
-  Returns:
-    An observation for each case that the given models and optimizers allow.
-  """
+  """Looks for the paper's observations."""
   # The first epoch is a subject of its own.
   overall = {
     key: statistics.fmean(epoch.mean for epoch in epochs[1:])

@@ -155,12 +155,7 @@ def _data(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make(cell: str, data_dir: Path | None) -> Problem:
-  """Makes a problem.
-
-  Args:
-    cell: its name.
-    data_dir: folder of Fashion-MNIST, for the features of a net.
-  """
+  """Makes a problem."""
   name, penalty = CELLS[cell]
   strengths = {"l2": 0.0, "l1": 0.0} | {penalty: _STRENGTH}
   return Problem(*_data(name, data_dir), **strengths)

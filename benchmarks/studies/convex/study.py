@@ -52,12 +52,7 @@ method are short, or damped, until it is known which weights are 0."""
 def trace(
   problem: problems.Problem, solver: solvers.Solver, minimum: float
 ) -> dict[str, Any]:
-  """Calls a solver with more and more effort, up to the least tolerance.
-
-  Returns:
-    ``compiling``, the seconds of compilation, and lists of ``passes``,
-    ``seconds``, and ``gap``, a number for each call.
-  """
+  """Calls a solver with more and more effort, up to the least tolerance."""
   compiling, rows = 0.0, []
   for effort in solver.efforts:
     call = solver.prepare(problem, effort)
@@ -265,14 +260,7 @@ def _figure(cells: Mapping[str, Mapping[str, Any]]) -> figures.Figure:
 
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
-  """Makes the published files from the stored calls.
-
-  Args:
-    document: contents of ``runs.json``.
-
-  Returns:
-    Contents by name of the file: the tables, and the figure as data.
-  """
+  """Makes the published files from the stored calls."""
   cells = document["cells"]
   parts = [f"# {_TITLE}", f"    {document['command']}", NOTES]
   parts += [targets(cells), REASONS]
