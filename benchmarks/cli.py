@@ -70,14 +70,8 @@ COMMANDS: dict[str, Entry] = {
     "benchmarks.cost.step_cost",
     "Time and bytes of steps, and their lower limits.",
   ),
-  "communication": Entry(
-    "benchmarks.cost.communication", "Bytes that data parallel training sends."
-  ),
   "tpu": Entry(
     "benchmarks.cost.tpu", "Needs of steps on TPUs, by their compiler."
-  ),
-  "torch": Entry(
-    "benchmarks.cost.torch_peer", "Epochs compared with plain PyTorch.", "torch"
   ),
   "convex": Entry(
     "benchmarks.studies.convex.study",

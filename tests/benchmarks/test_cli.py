@@ -186,13 +186,13 @@ def test_exit_status_of_the_module():
 
 
 def test_a_missing_package_names_its_extra(call, monkeypatch):
-  entry = cli.Entry("no_such_package.module", "Fails.", "torch")
+  entry = cli.Entry("no_such_package.module", "Fails.", "tfds")
   monkeypatch.setitem(cli.COMMANDS, "fails", entry)
   result = call("fails")
   assert result.exit_code == 2
   assert result.stderr == (
     "Error: fails needs the package 'no_such_package':"
-    ' pip install "optax-svrg[torch]".\n'
+    ' pip install "optax-svrg[tfds]".\n'
   )
 
 
