@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data sets: standardised images with labels, from local files only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import gzip
 import hashlib
 import math
 from pathlib import Path
-import pickle
-import tarfile
-from typing import Any, IO, NamedTuple
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -18,16 +16,11 @@ import numpy as np
 
 import benchmarks
 
-DATASETS = ("mnist-5k", "fashion-mnist", "cifar-10")
+DATASETS = ("mnist-5k", "fashion-mnist")
 
 NUM_CLASSES = 10
 _UNSIGNED_BYTE = 0x08  # The IDX code of the only type of element used here.
-_READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
-_CIFAR_FOLDER = "cifar-10-batches-py"
-_CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
-_CIFAR_SHAPE = (3, 32, 32)
-_CIFAR_PIXELS = math.prod(_CIFAR_SHAPE)
-
+_READ_ERRORS = (OSError, EOFError, zlib.error)
 _MAX_SHIFT = 2  # Pixels.
 
 
@@ -95,9 +88,7 @@ def load_arrays(name: str, data_dir: Path | None) -> Arrays:
     return _load_mnist_5k()
   if data_dir is None:
     raise DataError(f"--dataset {name} needs --data-dir.")
-  return (
-    _load_idx(data_dir) if name == "fashion-mnist" else _load_cifar(data_dir)
-  )
+  return _load_idx(data_dir)
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
@@ -203,104 +194,6 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
       f" {shape}, got {len(raw) - payload}."
     )
   return np.frombuffer(raw, np.uint8, offset=payload).reshape(shape)
-
-
-class _PickledDtype:
-  """A dtype in a pickle; only bytes are read."""
-
-  def __init__(self, kind: bytes | str, *flags: Any):
-    if kind not in (b"u1", "u1"):
-      raise pickle.UnpicklingError(f"it has an array of dtype {kind!r}")
-
-  def __setstate__(self, state: Any) -> None:
-    pass
-
-
-class _PickledArray:
-  """An array of bytes in a pickle."""
-
-  def __setstate__(self, state: Any) -> None:
-    _, shape, dtype, is_fortran, raw = state
-    if not isinstance(dtype, _PickledDtype):
-      raise pickle.UnpicklingError("it has an array without a dtype")
-    self.array = np.frombuffer(raw, np.uint8).reshape(
-      shape, order="F" if is_fortran else "C"
-    )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-  """Reads arrays of bytes, and what needs no name: lists, numbers and so on.
-
-  A pickle can run any code. It is not enough to admit NumPy's own names, which
-  can be made to take raw memory for objects.
-  """
-
-  _STAND_INS: Mapping[tuple[str, str], Any] = {
-    ("numpy", "dtype"): _PickledDtype,
-    ("numpy", "ndarray"): None,
-    # The module has been renamed since the files were written.
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
-  }
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in self._STAND_INS:
-      raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-    return self._STAND_INS[module, name]
-
-
-def read_cifar_batch(
-  file: IO[bytes], path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-  """Reads a batch of the Python version of CIFAR-10."""
-  try:
-    batch = _PlainUnpickler(file, encoding="bytes").load()
-    images, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
-  # A damaged pickle may raise anything.
-  except Exception as e:
-    reason = one_line(e) or type(e).__name__
-    raise DataError(f"{path}: is no batch of CIFAR-10: {reason}.") from e
-  shape = (len(labels), _CIFAR_PIXELS)
-  if images.dtype != np.uint8 or images.shape != shape or not len(labels):
-    raise DataError(
-      f"{path}: must hold bytes of the shape {list(shape)} for as many labels,"
-      f" got {images.dtype} of the shape {list(images.shape)}."
-    )
-  if labels.min() < 0 or labels.max() >= NUM_CLASSES:
-    raise DataError(
-      f"{path}: labels must be from 0 to {NUM_CLASSES - 1}, got"
-      f" {labels.min()} to {labels.max()}."
-    )
-  return images, labels.astype(np.uint8)
-
-
-def _load_cifar(folder: Path) -> Arrays:
-  names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-  archive = folder / _CIFAR_ARCHIVE
-  unpacked = folder / _CIFAR_FOLDER
-  unpacked = unpacked if unpacked.is_dir() else folder
-  batches = []
-  try:
-    if archive.exists() and not (unpacked / names[0]).exists():
-      with tarfile.open(archive) as tar:
-        for name in names:
-          member = f"{_CIFAR_FOLDER}/{name}"
-          file = tar.extractfile(member)
-          if file is None:
-            raise DataError(f"{archive}: {member} is not a file.")
-          batches.append(read_cifar_batch(file, archive / member))
-    else:
-      for name in names:
-        with (unpacked / name).open("rb") as file:
-          batches.append(read_cifar_batch(file, unpacked / name))
-  except KeyError as e:
-    raise DataError(f"{archive}: {one_line(e)}.") from e
-  except _READ_ERRORS as e:
-    path = getattr(e, "filename", None) or archive
-    raise DataError(f"{path}: {one_line(e)}.") from e
-  *train, validation = batches
-  images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-  return Arrays(images, labels, *validation, image_shape=_CIFAR_SHAPE)
 
 
 def _load_mnist_5k() -> Arrays:

@@ -91,29 +91,6 @@ class Recipe:
   def __post_init__(self) -> None:
     if self.num_channels not in (1, 3):
       raise ValueError(f"num_channels must be 1 or 3, got {self.num_channels}.")
-    for name, low, high in (
-      ("image_size", 1, math.inf),
-      ("num_classes", 1, math.inf),
-      ("padding", 0, math.inf),
-      ("flip", 0, 1),
-      ("magnitude", 0, _MAX_MAGNITUDE),
-      ("magnitude_std", 0, math.inf),
-      ("erasing", 0, 1),
-      ("mixup", 0, math.inf),
-      ("cutmix", 0, math.inf),
-      ("switch", 0, 1),
-      ("label_smoothing", 0, 1),
-    ):
-      value = getattr(self, name)
-      if value is not None and not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high:g}, got {value}.")
-    for name, high in (("crop_scale", 1), ("crop_ratio", math.inf)):
-      first, second = value = getattr(self, name)
-      if not 0 < first <= second <= high:
-        raise ValueError(
-          f"{name} must be two numbers in ascending order, above 0 and at most"
-          f" {high:g}, got {value}."
-        )
 
   @property
   def mean(self) -> tuple[float, ...]:

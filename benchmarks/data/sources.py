@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 import shlex
 from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
@@ -56,10 +55,8 @@ _SPLITS = {
 }
 _CONFIGS = {"eurosat": "eurosat/rgb"}
 
-_IMAGE_FOLDER = "image-folder"
-
 TFDS_DATASETS = tuple(_SPLITS)
-DATASETS = (*TFDS_DATASETS, _IMAGE_FOLDER, *arrays.DATASETS)
+DATASETS = (*TFDS_DATASETS, *arrays.DATASETS)
 
 
 class Example(TypedDict):
@@ -87,8 +84,7 @@ class ImageData(NamedTuple):
     num_channels: of each image: 1, or 3 for RGB.
     fingerprint: what identifies the data. Of arrays, SHA-256 of all bytes; of
       TensorFlow Datasets, name and version, and SHA-256 of the sizes of all
-      splits and shards; of folders, SHA-256 of the names and sizes of all
-      files.
+      splits and shards.
   """
 
   train: Source
@@ -108,8 +104,6 @@ def load(name: str, data_dir: Path | None) -> ImageData:
     return _load_arrays(name, data_dir)
   if data_dir is None:
     raise arrays.DataError(f"--dataset {name} needs --data-dir.")
-  if name == _IMAGE_FOLDER:
-    return _load_folder(data_dir)
   return _load_tfds(name, data_dir)
 
 
@@ -152,37 +146,6 @@ class ArraySource:
 
   def __getitem__(self, index: SupportsIndex) -> Example:
     return {"image": self.images[index], "label": int(self.labels[index])}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FileSource:
-  """Images in files, decoded to RGB at each access.
-
-  Attributes:
-    name: what to call the source.
-    folder: where the files are.
-    files: the path of each in the folder.
-    labels: integers of the shape (n,).
-  """
-
-  name: str
-  folder: Path = dataclasses.field(repr=False)
-  files: tuple[str, ...] = dataclasses.field(repr=False)
-  labels: np.ndarray = dataclasses.field(repr=False)
-
-  def __len__(self) -> int:
-    return len(self.files)
-
-  def __getitem__(self, index: SupportsIndex) -> Example:
-    path = self.folder / self.files[index]
-    try:
-      encoded = path.read_bytes()
-    except OSError as e:
-      raise arrays.DataError(f"{path}: {arrays.one_line(e)}.") from e
-    return {
-      "image": decode(encoded, 3, str(path)),
-      "label": int(self.labels[index]),
-    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,73 +200,6 @@ def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
     num_channels,
     found.sha256,
   )
-
-
-def _load_folder(data_dir: Path) -> ImageData:
-  train_dir = data_dir / "train"
-  candidates = (data_dir / "validation", data_dir / "val")
-  present = [folder for folder in candidates if folder.is_dir()]
-  if len(present) != 1:
-    raise arrays.DataError(
-      f"{data_dir}: must have a folder validation or val, and not both."
-    )
-  validation_dir = present[0]
-  classes = sorted(_visible(train_dir, is_dir=True))
-  of_one_split = _visible(validation_dir, is_dir=True).keys() ^ set(classes)
-  if of_one_split:
-    raise arrays.DataError(
-      f"{data_dir}: class {min(of_one_split)!r} must be in both train and"
-      f" {validation_dir.name}."
-    )
-  if not classes:
-    raise arrays.DataError(f"{train_dir}: has no folders of classes.")
-  PIL.Image.init()
-  extensions = {
-    extension
-    for extension, format_name in PIL.Image.registered_extensions().items()
-    if format_name in PIL.Image.OPEN
-  }
-  digest = hashlib.sha256()
-
-  def source(split: str, folder: Path) -> FileSource:
-    files, labels = [], []
-    for label, class_name in enumerate(classes):
-      sizes = {
-        name: size
-        for name, size in _visible(folder / class_name, is_dir=False).items()
-        if os.path.splitext(name)[1].lower() in extensions
-      }
-      if not sizes:
-        raise arrays.DataError(f"{folder / class_name}: has no images.")
-      for name in sorted(sizes):
-        path = f"{class_name}/{name}"
-        files.append(path)
-        labels.append(label)
-        # No name has a byte 0.
-        digest.update(os.fsencode(f"{split}/{path}\0{sizes[name]}\0"))
-    name = f"{_IMAGE_FOLDER} {split}"
-    return FileSource(name, folder, tuple(files), np.asarray(labels))
-
-  return ImageData(
-    source("train", train_dir),
-    source("validation", validation_dir),
-    len(classes),
-    3,
-    digest.hexdigest(),
-  )
-
-
-def _visible(folder: Path, is_dir: bool) -> dict[str, int]:
-  """Sizes in bytes of what is in a folder, by name, but for hidden names."""
-  try:
-    with os.scandir(folder) as entries:
-      return {
-        entry.name: entry.stat().st_size
-        for entry in entries
-        if not entry.name.startswith(".") and entry.is_dir() == is_dir
-      }
-  except OSError as e:
-    raise arrays.DataError(f"{e.filename}: {arrays.one_line(e)}.") from e
 
 
 def _load_tfds(name: str, data_dir: Path) -> ImageData:

@@ -113,7 +113,7 @@ def test_number():
       "--snapshot-every needs a method with snapshots, got --methods plain.",
     ),
     ("train --data-dir=.", "--dataset mnist-5k takes no --data-dir, got ."),
-    ("train --dataset=cifar-10", "--dataset cifar-10 needs --data-dir."),
+    ("train --dataset=fashion-mnist", "fashion-mnist needs --data-dir."),
     (
       "train --dataset=fashion-mnist --data-dir=.",
       "train-images-idx3-ubyte.gz: No such file or directory.",

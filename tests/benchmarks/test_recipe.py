@@ -425,24 +425,9 @@ def test_all_of_it(size, channels):
   assert np.any(batch(0, 1)[0] != images)
 
 
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"num_channels": 2}, "num_channels must be 1 or 3, got 2"),
-    ({"image_size": 0}, "image_size must be from 1 to inf, got 0"),
-    ({"num_classes": 0}, "num_classes must be from 1 to inf, got 0"),
-    ({"flip": 1.5}, "flip must be from 0 to 1, got 1.5"),
-    ({"magnitude": 11.0}, "magnitude must be from 0 to 10, got 11.0"),
-    ({"mixup": -1.0}, "mixup must be from 0 to inf, got -1.0"),
-    ({"erasing": math.nan}, "erasing must be from 0 to 1, got nan"),
-    ({"crop_scale": (0.5, 1.5)}, r"crop_scale .* at most 1, got \(0.5, 1.5\)"),
-    ({"crop_ratio": (2.0, 1.0)}, r"crop_ratio .* got \(2.0, 1.0\)"),
-  ],
-)
-def test_bad_settings(settings, message):
-  settings = {"image_size": 8, "num_channels": 3, "num_classes": 10} | settings
-  with pytest.raises(ValueError, match=message):
-    recipe_lib.Recipe(**settings)
+def test_bad_channels():
+  with pytest.raises(ValueError, match="num_channels must be 1 or 3, got 2"):
+    recipe_lib.Recipe(image_size=8, num_channels=2, num_classes=10)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,6 @@ def test_names():
   assert set(sources.TFDS_DATASETS) == {*TFDS, "eurosat"}
   assert set(sources.DATASETS) == {
     *sources.TFDS_DATASETS,
-    "image-folder",
     *data.DATASETS,
   }
 
@@ -346,148 +345,6 @@ except AssertionError:
     assert result.stdout == "The fake can be found.\n"
 
 
-def write_folder(folder, splits, file_format="png", validation="validation"):
-  """Writes a class per key; returns what a source should give."""
-  want = {}
-  for split, classes in splits.items():
-    want[split] = []
-    for label, class_name in enumerate(sorted(classes)):
-      place = folder / (validation if split == "validation" else split)
-      place = place / class_name
-      place.mkdir(parents=True)
-      for name, image, rgb in classes[class_name]:
-        extension = Path(name).suffix[1:].lower()
-        encoded = encode(image, "jpeg" if extension == "jpg" else extension)
-        (place / name).write_bytes(encoded)
-        want[split].append((rgb, encoded, label))
-  return want
-
-
-class TestImageFolder:
-  @pytest.fixture
-  def splits(self):
-    """Every kind of image, with the pixels in RGB that it stands for."""
-    rng = np.random.default_rng(0)
-    rgb, grey = pixels(rng, 9, 12, 3), pixels(rng, 9, 12)
-    colours, numbers = pixels(rng, 256, 3), pixels(rng, 5, 6)
-    palette = PIL.Image.fromarray(numbers)
-    palette.putpalette(colours.tobytes())
-    is_white = grey > 100
-    in_three = lambda image: np.repeat(image[..., np.newaxis], 3, axis=-1)
-    red = np.broadcast_to(np.uint8([255, 0, 0]), (9, 12, 3))
-    with_alpha = np.concatenate([rgb, grey[..., np.newaxis]], axis=-1)
-    with PIL.Image.open(io.BytesIO(encode(rgb, "jpeg"))) as image:
-      jpeg = np.asarray(image)
-    with PIL.Image.open(io.BytesIO(encode(grey, "jpeg"))) as image:
-      grey_jpeg = np.asarray(image)
-    cmyk = PIL.Image.new("CMYK", (12, 9), (0, 255, 255, 0))
-    return {
-      "train": {
-        "cat": [
-          ("a.png", rgb, rgb),
-          ("b.PNG", grey, in_three(grey)),
-          ("c.png", palette, colours[numbers]),
-          ("d.bmp", rgb, rgb),
-        ],
-        "Zebra": [
-          ("a.JPEG", rgb, jpeg),
-          ("b.jpg", grey, in_three(grey_jpeg)),
-          ("c.jpeg", cmyk, red),
-        ],
-        "ape": [
-          ("a.png", with_alpha, rgb),
-          ("b.png", is_white, in_three(is_white * np.uint8(255))),
-        ],
-      },
-      "validation": {
-        "cat": [("a.png", grey, in_three(grey))],
-        "Zebra": [("1.png", rgb, rgb), ("10.jpg", rgb, jpeg)],
-        "ape": [("x.bmp", grey, in_three(grey))],
-      },
-    }
-
-  @pytest.mark.parametrize("validation", ["validation", "val"])
-  def test_examples(self, splits, validation, tmp_path):
-    want = write_folder(tmp_path, splits, validation=validation)
-    (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "train" / "ape" / "notes.txt").write_text("no image")
-    (tmp_path / "train" / "ape" / "._a.png").write_text("no image")
-    (tmp_path / "README.md").write_text("no image")
-    got = sources.load("image-folder", tmp_path)
-    assert_examples(got.train, want["train"])
-    assert_examples(got.validation, want["validation"])
-    assert (got.num_classes, got.num_channels) == (3, 3)
-    assert re.fullmatch("[0-9a-f]{64}", got.fingerprint)
-
-  def test_fingerprint(self, splits, tmp_path):
-    """The same wherever the folder is, another for other names and sizes."""
-    fingerprints = []
-    for index, validation in enumerate(("validation", "val")):
-      folder = tmp_path / str(index)
-      write_folder(folder, splits, validation=validation)
-      fingerprints.append(sources.load("image-folder", folder).fingerprint)
-    with (folder / "val" / "ape" / "x.bmp").open("ab") as file:
-      file.write(b"0")
-    fingerprints.append(sources.load("image-folder", folder).fingerprint)
-    (folder / "val" / "ape" / "x.bmp").rename(folder / "val" / "ape" / "y.bmp")
-    fingerprints.append(sources.load("image-folder", folder).fingerprint)
-    assert fingerprints[0] == fingerprints[1]
-    assert len(set(fingerprints)) == 3
-
-  @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-      (lambda d: (d / "train").rename(d / "t"), "/train: No such file"),
-      (lambda d: (d / "validation").rename(d / "v"), ": must have a folder"),
-      (lambda d: (d / "val").mkdir(), "validation or val, and not both"),
-      (
-        lambda d: (d / "train" / "dog").mkdir(),
-        ": class 'dog' must be in both train and validation",
-      ),
-      (
-        lambda d: (d / "validation" / "ape").rename(d / "ape"),
-        ": class 'ape' must be in both train and validation",
-      ),
-      (
-        lambda d: (d / "validation" / "ape" / "x.bmp").unlink(),
-        "/validation/ape: has no images",
-      ),
-    ],
-  )
-  def test_wrong_layout(self, splits, change, message, tmp_path):
-    write_folder(tmp_path, splits)
-    change(tmp_path)
-    message = f"^{tmp_path}.*{message}"
-    assert_data_error(message, sources.load, "image-folder", tmp_path)
-
-  def test_no_classes(self, tmp_path):
-    for split in ("train", "validation"):
-      (tmp_path / split).mkdir()
-    message = f"^{tmp_path}/train: has no folders of classes"
-    assert_data_error(message, sources.load, "image-folder", tmp_path)
-
-  @pytest.mark.parametrize("index", range(9))
-  @pytest.mark.parametrize("kept", [0, 20, -40, None])
-  def test_damaged_file(self, splits, index, kept, tmp_path):
-    write_folder(tmp_path, splits)
-    train = sources.load("image-folder", tmp_path).train
-    path = tmp_path / "train" / train.files[index]
-    if kept is None:
-      path.unlink()
-    else:
-      path.write_bytes(path.read_bytes()[:kept])
-    assert_data_error(f"^{path}: ", train.__getitem__, index)
-
-  def test_text_in_place_of_an_image(self, splits, tmp_path):
-    write_folder(tmp_path, splits)
-    path = tmp_path / "train" / "cat" / "a.png"
-    path.write_text("<html>")
-    train = sources.load("image-folder", tmp_path).train
-    message = f"^{path}: is no image that Pillow can read"
-    index = train.files.index("cat/a.png")
-    assert_data_error(message, train.__getitem__, index)
-
-
 def write_fashion_mnist(folder):
   rng = np.random.default_rng(0)
   for part, size in (("train", 9), ("t10k", 4)):
@@ -501,23 +358,12 @@ def write_fashion_mnist(folder):
     )
 
 
-def write_cifar(folder):
-  rng = np.random.default_rng(0)
-  for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-    batch = {
-      b"data": pixels(rng, 3, 3072),
-      b"labels": rng.integers(0, 10, 3).tolist(),
-    }
-    (folder / name).write_bytes(pickle.dumps(batch, protocol=4))
-
-
 class TestArrays:
   @pytest.mark.parametrize(
     ("name", "write", "shape"),
     [
       ("mnist-5k", None, (28, 28, 1)),
       ("fashion-mnist", write_fashion_mnist, (5, 7, 1)),
-      ("cifar-10", write_cifar, (32, 32, 3)),
     ],
   )
   def test_against_load(self, name, write, shape, tmp_path):
@@ -547,30 +393,14 @@ class TestArrays:
         assert example["label"] == labels[index]
         assert type(example["label"]) is int
 
-  def test_order_of_channels(self, tmp_path):
-    """CIFAR-10 has first the reds, row by row, then the greens, the blues."""
-    write_cifar(tmp_path)
-    with (tmp_path / "data_batch_1").open("rb") as file:
-      row = pickle.load(file)[b"data"][1]
-    image = sources.load("cifar-10", tmp_path).train[1]["image"]
-    for channel in range(3):
-      assert image[3, 5, channel] == row[1024 * channel + 32 * 3 + 5]
-
 
 def test_in_worker_processes(tmp_path):
   """Grain reads all kinds of sources in processes of its own."""
   rng = np.random.default_rng(0)
   examples = cifar100(rng, 4)
   prepare("cifar100", tmp_path, {"train": examples, "test": examples})
-  write_folder(
-    tmp_path,
-    {
-      split: {"a": [(f"{i}.png", x, x) for i, (x, _, _) in enumerate(examples)]}
-      for split in ("train", "validation")
-    },
-  )
-  write_cifar(tmp_path)
-  names = ("cifar100", "image-folder", "cifar-10")
+  write_fashion_mnist(tmp_path)
+  names = ("cifar100", "fashion-mnist")
   train = [sources.load(name, tmp_path).train for name in names]
   dataset = grain.MapDataset.concatenate(
     [grain.MapDataset.source(source) for source in train]
