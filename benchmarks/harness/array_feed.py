@@ -13,12 +13,13 @@ import optax
 
 from benchmarks import models
 from benchmarks.data import arrays
-from benchmarks.harness import placement, program
+from benchmarks.harness import program
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.program import Observed, Program, TrainState
 from benchmarks.methods import Context, Method
 import optax_svrg
 
+_PIECE_SIZE = 128  # Examples evaluated at once, which fit into a cache.
 _cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
@@ -38,8 +39,7 @@ class Order(NamedTuple):
   """The examples of each step of an epoch.
 
   Attributes:
-    examples: their indices, or what :meth:`placement.Placement.refer` makes of
-      them, step by step.
+    examples: their indices, step by step.
     is_real: a mask of the shape of the indices that tells which count, ``None``
       for all.
     batch_index: the number of each batch.
@@ -82,22 +82,17 @@ class ArrayFeed:
       dataset.num_classes,
       experiment.model_settings,
     )
-    self._placement = placement.Placement()
-    self._arrays = dataset.train_images, dataset.train_labels
+    train = dataset.train_images, dataset.train_labels
     validation = dataset.validation_images, dataset.validation_labels
-    self._train = self._placement.store(*self._arrays)
+    self._train = jax.device_put(train)
     self._graphdef, params = self._init(jax.random.key(0))
-    self._evaluated = (
-      (self._train, self._whole_and_rest(*self._arrays, self._piece_size)),
-      (
-        self._placement.store(*validation),
-        self._whole_and_rest(*validation, self._piece_size),
-      ),
+    self._passed = _whole_and_rest(self.num_examples, experiment.batch_size)
+    self._evaluated = tuple(
+      (x, _whole_and_rest(len(x[1]), _PIECE_SIZE))
+      for x in (self._train, jax.device_put(validation))
     )
     self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
-    self.nothing_observed = jax.jit(
-      program.nothing_observed, out_shardings=self._placement.replicated
-    )
+    self.nothing_observed = jax.jit(program.nothing_observed)
 
   def init(self, key: jax.Array) -> optax.Params:
     """Draws initial parameters."""
@@ -118,10 +113,9 @@ class ArrayFeed:
     """Compiles the functions of a method."""
     context = self.context(experiment)
     num_steps = method.num_steps(context)
-    replicated = self._placement.replicated
     steps = functools.partial(self._steps, experiment, method, num_steps)
 
-    @functools.partial(jax.jit, out_shardings=replicated)
+    @jax.jit
     def init(params):
       tx = program.optimizer(experiment, num_steps, experiment.lr)
       states = method.transform.init(params), tx.init(params)
@@ -130,17 +124,17 @@ class ArrayFeed:
     draw_order = jax.jit(functools.partial(self._order, context, method))
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
-    order = self._place(draw_order(keys))
+    order = draw_order(keys)
     args = state, self._train, order, keys, np.float32(0), np.zeros(2, np.int32)
-    compiled_steps = _compile(steps, args, (0,), replicated)
+    compiled_steps = _compile(steps, args, (0,))
     take = None
     if method.coefficient is not None:
       args = state.opt_state, state.params, self._train, self._passed, keys
-      take = _compile(self._snapshot, args, (0,), replicated)
+      take = _compile(self._snapshot, args, (0,))
 
     def begin(state, seed, epoch, with_snapshot):
       keys = self._keys(experiment, seed, epoch)
-      order = self._place(draw_order(keys))
+      order = draw_order(keys)
       if with_snapshot:
         opt_state = take(
           state.opt_state, state.params, self._train, self._passed, keys
@@ -241,7 +235,7 @@ class ArrayFeed:
           p, self._batch(train, examples, None, keys)
         ),
         params,
-        self._placement.in_batches(piece, self._common.batch_size),
+        _in_batches(piece, self._common.batch_size),
       )
 
     return optax_svrg.take_snapshot(
@@ -259,31 +253,18 @@ class ArrayFeed:
     )
 
   def _batch(
-    self, train: Any, reference: Any, is_real: Any, keys: Keys
+    self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
   ) -> Batch:
     """Examples, augmented as this epoch has it."""
-    images, labels, indices = placement.look_up(train, reference)
+    images, labels = (x[indices] for x in train)
     key = jax.random.wrap_key_data(keys.epoch)
     augment = self._common.augment
     images = arrays.augment(augment, key, indices, images, self._image_shape)
     return Batch(images, labels, is_real)
 
-  @property
-  def _piece_size(self) -> int:
-    """Number of examples evaluated at once, which fit into a cache."""
-    return self._placement.padded_size(128)
-
-  @functools.cached_property
-  def _passed(self) -> list:
-    """All examples, for the snapshot pass."""
-    return self._whole_and_rest(*self._arrays, self._common.batch_size)
-
   def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
     graphdef, params = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param)
-    params = nnx.as_pure(params)
-    if self._placement.replicated is not None:
-      params = jax.device_put(params, self._placement.replicated)
-    return graphdef, params
+    return graphdef, nnx.as_pure(params)
 
   def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
     """The data of the keys of an epoch, the same for all methods."""
@@ -305,7 +286,7 @@ class ArrayFeed:
       indices = order[: steps * size].reshape(steps, size)
       return Order(indices, None, jnp.arange(steps))
     batches = np.array_split(np.arange(self.num_examples), steps)
-    longest = self._placement.padded_size(max(map(len, batches)))
+    longest = max(map(len, batches))
     # Short batches are filled with what does not count.
     padded = np.stack([np.resize(b, longest) for b in batches])
     is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
@@ -318,14 +299,6 @@ class ArrayFeed:
       order,
     )
 
-  def _place(self, order: Order) -> Order:
-    """Gives each device its part of each batch."""
-    if self._placement.replicated is None:
-      return order
-    examples = self._placement.refer(*self._arrays, order.examples)
-    _, *rest = jax.tree.map(np.asarray, order)
-    return Order(examples, *rest)
-
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
   ) -> tuple[jax.Array, jax.Array]:
@@ -334,16 +307,14 @@ class ArrayFeed:
     def mean(fn: Callable, store: Any, pieces: list) -> jax.Array:
       """Of a function of one example."""
 
-      def values(reference):
-        images, labels, _ = placement.look_up(store, reference)
+      def values(indices):
+        images, labels = (x[indices] for x in store)
         logits = model(arrays.unflatten(images, self._image_shape))
         return jax.vmap(fn)(logits, labels)
 
       return jnp.concatenate(
         [
-          jax.lax.map(
-            values, self._placement.in_batches(piece, self._piece_size)
-          ).ravel()
+          jax.lax.map(values, _in_batches(piece, _PIECE_SIZE)).ravel()
           for piece in pieces
         ]
       ).mean()
@@ -351,27 +322,20 @@ class ArrayFeed:
     is_right = lambda logits, label: logits.argmax() == label
     return mean(_cross_entropy, *train), mean(is_right, *validation)
 
-  def _whole_and_rest(
-    self, images: np.ndarray, labels: np.ndarray, size: int
-  ) -> list:
-    """All examples that fill batches, in one piece, and the remainder."""
-    full = len(labels) - len(labels) % size
-    indices = np.arange(len(labels), dtype=np.int32)
-    return [
-      jax.tree.map(jnp.asarray, self._placement.refer(images, labels, part))
-      for part in np.split(indices, [full])
-      if len(part)
-    ]
+
+def _whole_and_rest(num_examples: int, size: int) -> list[jax.Array]:
+  """Indices of all examples that fill batches, and of the remainder."""
+  full = num_examples - num_examples % size
+  indices = np.arange(num_examples, dtype=np.int32)
+  return [jnp.asarray(part) for part in np.split(indices, [full]) if len(part)]
 
 
-def _compile(
-  fn: Callable,
-  args: tuple,
-  donate: tuple[int, ...] = (),
-  out_shardings: Any = None,
-) -> Any:
-  jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
-  return jitted.lower(*args).compile()
+def _in_batches(indices: jax.Array, size: int) -> jax.Array:
+  return indices.reshape(-1, min(size, len(indices)))
+
+
+def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
+  return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
 
 
 def _scanned(

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of commands that train on the devices of several processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import functools
-import hashlib
-import json
 from typing import Any, NamedTuple
 
 import click
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 
 
 class Distributed(NamedTuple):
@@ -89,19 +85,6 @@ def options(command: Callable) -> Callable:
     return command(*args, cluster=cluster, **kwargs)
 
   return with_distributed
-
-
-def check_same(identity: Mapping[str, Any]) -> None:
-  """Raises in all processes unless all are to train the same."""
-  if jax.process_count() == 1:
-    return
-  digest = hashlib.sha256(json.dumps(identity).encode()).digest()
-  digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-  for process, other in enumerate(digests):
-    if np.any(other != digests[0]):
-      raise click.UsageError(
-        f"Process {process} has other options, or other data, than process 0."
-      )
 
 
 def check_batch_size(batch_size: int, num_examples: int) -> None:

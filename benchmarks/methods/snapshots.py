@@ -1,19 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshot strategies: SVRG that takes its snapshots within the steps.
-
-A strategy says when a snapshot is taken, and what its mean gradient is made of.
-Both are data: ``STRATEGIES`` has the settings of those under study, which
-:func:`method` turns into a method.
-
-* ``WHEN``: ``decide(memory, svrg, params, at)`` returns a :class:`Decision`
-  about the step to come.
-* ``MEANS``: ``take(memory, svrg, params, at)`` takes a snapshot. It returns the
-  state after it, the memory, and the number of gradients of a batch computed.
-  ``correct(memory, svrg, params, at, step)`` returns the corrected gradient and
-  then the same.
-
-Both have ``init``, which makes their memory: what they know from step to step.
-"""
+"""Snapshot strategies: SVRG that takes its snapshots within the steps."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -23,231 +9,69 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.methods.gate import Decision, Gate, Moment
 from benchmarks.methods.method import Context, Method
 import optax_svrg
 
 STRATEGIES: dict[str, Mapping[str, Any]] = {
   "full pass": {},
-  "gradient table": {"mean": "table"},
+  "gradient table": {"keeps_table": True},
   "a pass each 2 epochs": {"every": 2},
   "a pass each 4 epochs": {"every": 4},
-  "coin flips": {"when": "coin"},
+  "coin flips": {"by_chance": True},
   "1/2 sampled": {"share": 1 / 2},
   "1/2 sampled, max_alpha=1/2": {"share": 1 / 2, "max_alpha": 1 / 2},
   "1/8 sampled": {"share": 1 / 8},
   "1/8 sampled, alpha=1": {"share": 1 / 8, "alpha": 1.0},
   "1/8 sampled, max_alpha=1/8": {"share": 1 / 8, "max_alpha": 1 / 8},
   "growing samples": {"share": 1 / 16, "growth": 2.0},
-  "mean of the previous epoch": {"mean": "previous"},
-  "mean so far": {"mean": "running"},
-  "mean so far, max_alpha=1/2": {"mean": "running", "max_alpha": 1 / 2},
   "first half": {"stop": 1 / 2},
   "second half": {"start": 1 / 2},
-  "gated": {"when": "gate"},
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Epochs:
-  """At the start of epochs.
+class Strategy:
+  """When a snapshot is taken, and from which batches.
 
   Attributes:
     every: epochs between snapshots.
+    by_chance: whether a snapshot is taken before any step, once per epoch on
+      average (loopless SVRG), instead of at the start of epochs.
     start: share of the training before the first one.
     stop: share of the training after which no variance is reduced.
+    share: share of the batches of the epoch, drawn at random, whose mean
+      gradient is taken in the first epoch.
+    growth: factor of the share from epoch to epoch, up to all batches.
+    keeps_table: whether the gradients of all batches are kept for the steps.
   """
 
   every: int = 1
+  by_chance: bool = False
   start: float = 0.0
   stop: float = 1.0
-
-  def init(self, params: optax.Params) -> Any:
-    """Nothing is remembered."""
-    return ()
-
-  def decide(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> Decision:
-    """Decides from the number of the epoch alone."""
-    first, last = (int(x * at.num_epochs) for x in (self.start, self.stop))
-    enabled = (at.epoch >= first) & (at.epoch < last)
-    due = enabled & at.is_start & (at.epoch % self.every == 0)
-    return Decision(enabled, due, memory)
-
-
-@dataclasses.dataclass(frozen=True)
-class CoinFlips:
-  """Before any step, by chance: once per epoch on average (loopless SVRG)."""
-
-  def init(self, params: optax.Params) -> Any:
-    """Nothing is remembered."""
-    return ()
-
-  def decide(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> Decision:
-    """Flips the coin."""
-    due = jax.random.bernoulli(at.key, 1 / at.num_steps) | (at.step == 0)
-    return Decision(jnp.ones([], bool), due, memory)
-
-
-class Step(NamedTuple):
-  """Inputs of the correction of a step.
-
-  Attributes:
-    update: ``update`` of the transformation.
-    grads: the gradient of the batch.
-    grad_fn: that gradient as a function of the parameters.
-    batch_index: number of the batch.
-  """
-
-  update: Callable
-  grads: optax.Updates
-  grad_fn: Callable
-  batch_index: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-  """The mean over a random sample of the batches of the epoch.
-
-  Attributes:
-    share: share of the batches in the sample of the first epoch.
-    growth: factor of the share from epoch to epoch, up to all batches.
-  """
-
   share: float = 1.0
   growth: float = 1.0
+  keeps_table: bool = False
 
-  def init(self, params: optax.Params, num_steps: int) -> Any:
-    """Nothing is remembered."""
-    return ()
+  def decide(
+    self, step: jax.Array, key: jax.Array, context: Context
+  ) -> tuple[jax.Array, jax.Array]:
+    """Says whether variance is reduced, and whether a snapshot is due."""
+    num_steps = context.steps_per_epoch
+    if self.by_chance:
+      due = jax.random.bernoulli(key, 1 / num_steps) | (step == 0)
+      return jnp.ones([], bool), due
+    epoch = step // num_steps
+    first, last = (int(x * context.epochs) for x in (self.start, self.stop))
+    enabled = (epoch >= first) & (epoch < last)
+    is_start = step % num_steps == 0
+    return enabled, enabled & is_start & (epoch % self.every == 0)
 
-  def take(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> tuple[Any, Any, Any]:
-    """Takes a snapshot by a pass over the sample."""
-    share = jnp.minimum(self.share * self.growth**at.epoch, 1)
-    size = jnp.ceil(share * at.num_steps).astype(jnp.int32)
-    order = jax.random.permutation(at.key, at.num_steps)
-
-    def mean_grad_fn(params: optax.Params) -> optax.Updates:
-      add = lambda i, total: optax.tree.add(
-        total, at.batch_grad_fn(params, order[i])
-      )
-      zeros = optax.tree.zeros_like(params)
-      return optax.tree.scale(1 / size, jax.lax.fori_loop(0, size, add, zeros))
-
-    return optax_svrg.take_snapshot(svrg, params, mean_grad_fn), memory, size
-
-  def correct(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
-  ) -> tuple[optax.Updates, Any, Any, Any]:
-    """Computes the gradient at the snapshot, if there is one."""
-    computed = (svrg.num_snapshots > 0).astype(jnp.int32)
-    grads, svrg = step.update(step.grads, svrg, params, grad_fn=step.grad_fn)
-    return grads, svrg, memory, computed
-
-
-@dataclasses.dataclass(frozen=True)
-class Table(Pass):
-  """The mean over all batches, whose gradients are kept for the steps."""
-
-  def init(self, params: optax.Params, num_steps: int) -> Any:
-    """An empty table."""
-    return jax.tree.map(
-      lambda p: jnp.zeros((num_steps, *p.shape), p.dtype), params
-    )
-
-  def take(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> tuple[Any, Any, Any]:
-    """Takes a snapshot by a pass that fills the table."""
-    table = jax.lax.map(
-      lambda i: at.batch_grad_fn(params, i), jnp.arange(at.num_steps)
-    )
-    mean = jax.tree.map(lambda t: t.mean(axis=0), table)
-    svrg = optax_svrg.take_snapshot(svrg, params, lambda _: mean)
-    return svrg, table, jnp.int32(at.num_steps)
-
-  def correct(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
-  ) -> tuple[optax.Updates, Any, Any, Any]:
-    """Looks the gradient at the snapshot up."""
-    entry = jax.tree.map(lambda t: t[step.batch_index], memory)
-    grads, svrg = step.update(step.grads, svrg, params, snapshot_grads=entry)
-    return grads, svrg, memory, 0
-
-
-@dataclasses.dataclass(frozen=True)
-class PreviousEpoch(Pass):
-  """The means of parameters and gradients over the steps of an epoch before."""
-
-  def init(self, params: optax.Params, num_steps: int) -> Any:
-    """Sums of parameters and of gradients."""
-    return optax.tree.zeros_like(params), optax.tree.zeros_like(params)
-
-  def take(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> tuple[Any, Any, Any]:
-    """Takes a snapshot without a pass; none in the first epoch."""
-    mean_params, mean_grads = optax.tree.scale(1 / at.num_steps, memory)
-    taken = optax_svrg.take_snapshot(svrg, mean_params, lambda _: mean_grads)
-    svrg = optax.tree.where(at.epoch > 0, taken, svrg)
-    return svrg, optax.tree.zeros_like(memory), jnp.int32(0)
-
-  def correct(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
-  ) -> tuple[optax.Updates, Any, Any, Any]:
-    """Adds to the sums, too."""
-    memory = optax.tree.add(memory, (params, step.grads))
-    return super().correct(memory, svrg, params, at, step)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunningMean(Pass):
-  """The mean of the gradients at the snapshot that steps have computed."""
-
-  def take(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment
-  ) -> tuple[Any, Any, Any]:
-    """Takes a snapshot without a pass, whose mean becomes known later."""
-    zeros = optax.tree.zeros_like(params)
-    svrg = optax_svrg.take_snapshot(svrg, params, lambda _: zeros)
-    return svrg, memory, jnp.int32(0)
-
-  def correct(
-    self, memory: Any, svrg: Any, params: optax.Params, at: Moment, step: Step
-  ) -> tuple[optax.Updates, Any, Any, Any]:
-    """Corrects with the mean of the steps before, and then updates it."""
-    entry = step.grad_fn(svrg.snapshot_params)
-    # Nothing is known in the first step, whose gradient passes unchanged.
-    known = svrg._replace(
-      num_snapshots=jnp.where(at.is_start, 0, svrg.num_snapshots)
-    )
-    grads, after = step.update(step.grads, known, params, snapshot_grads=entry)
-    seen = at.step % at.num_steps
-    return (
-      grads,
-      after._replace(
-        num_snapshots=svrg.num_snapshots,
-        mean_grads=jax.tree.map(
-          lambda m, s: m + (s - m) / (seen + 1), svrg.mean_grads, entry
-        ),
-      ),
-      memory,
-      1,
-    )
-
-
-WHEN = {"epochs": Epochs, "coin": CoinFlips, "gate": Gate}
-MEANS = {
-  "pass": Pass,
-  "table": Table,
-  "previous": PreviousEpoch,
-  "running": RunningMean,
-}
+  def sample_size(self, step: jax.Array, context: Context) -> jax.Array:
+    """Number of batches of a pass before a step."""
+    epoch = step // context.steps_per_epoch
+    share = jnp.minimum(self.share * self.growth**epoch, 1)
+    return jnp.ceil(share * context.steps_per_epoch).astype(jnp.int32)
 
 
 class SnapshotsState(NamedTuple):
@@ -258,34 +82,51 @@ class SnapshotsState(NamedTuple):
     extra_gradients: number of gradients of a batch computed in addition to
       those of the steps.
     svrg: state of the transformation.
-    when: what the strategy remembers in order to decide.
-    mean: what it remembers in order to know the mean gradient.
+    table: gradients of the batches at the snapshot; empty if not kept.
   """
 
   step: jax.Array
   extra_gradients: jax.Array
   svrg: Any
-  when: Any
-  mean: Any
+  table: Any
 
 
 def transform(
   svrg: optax.GradientTransformationExtraArgs,
-  when: Any,
-  mean: Any,
-  num_steps: int,
-  num_epochs: int,
+  strategy: Strategy,
+  context: Context,
 ) -> optax.GradientTransformationExtraArgs:
   """SVRG that takes its snapshots by itself."""
+  num_steps = context.steps_per_epoch
 
   def init_fn(params: optax.Params) -> SnapshotsState:
+    zeros = lambda p: jnp.zeros((num_steps, *p.shape), p.dtype)
     return SnapshotsState(
       step=jnp.zeros([], jnp.int32),
       extra_gradients=jnp.zeros([], jnp.int32),
       svrg=svrg.init(params),
-      when=when.init(params),
-      mean=mean.init(params, num_steps),
+      table=jax.tree.map(zeros, params) if strategy.keeps_table else (),
     )
+
+  def take(state, params, key, batch_grad_fn):
+    """Takes a snapshot; also returns the table and the number of gradients."""
+    if strategy.keeps_table:
+      grads = lambda i: batch_grad_fn(params, i)
+      table = jax.lax.map(grads, jnp.arange(num_steps))
+      mean = jax.tree.map(lambda t: t.mean(axis=0), table)
+      taken = optax_svrg.take_snapshot(state.svrg, params, lambda _: mean)
+      return taken, table, jnp.int32(num_steps)
+    size = strategy.sample_size(state.step, context)
+    order = jax.random.permutation(key, num_steps)
+
+    def mean_grad_fn(params):
+      add = lambda i, total: optax.tree.add(
+        total, batch_grad_fn(params, order[i])
+      )
+      zeros = optax.tree.zeros_like(params)
+      return optax.tree.scale(1 / size, jax.lax.fori_loop(0, size, add, zeros))
+
+    return optax_svrg.take_snapshot(state.svrg, params, mean_grad_fn), (), size
 
   def update_fn(
     updates: optax.Updates,
@@ -298,25 +139,27 @@ def transform(
     **extra_args: Any,
   ) -> tuple[optax.Updates, SnapshotsState]:
     del extra_args
-    at = Moment(state.step, num_steps, num_epochs, batch_grad_fn)
-    decision = when.decide(state.when, state.svrg, params, at)
+    # The same in all trainings.
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    enabled, due = strategy.decide(state.step, key, context)
     # As before the first snapshot: no gradient there is computed.
-    number = state.svrg.num_snapshots
-    enabled = state.svrg._replace(
-      num_snapshots=jnp.where(decision.enabled, number, 0)
+    number = jnp.where(enabled, state.svrg.num_snapshots, 0)
+    state = state._replace(svrg=state.svrg._replace(num_snapshots=number))
+    before, table, extra_gradients = jax.lax.cond(
+      due,
+      lambda: take(state, params, key, batch_grad_fn),
+      lambda: (state.svrg, state.table, jnp.int32(0)),
     )
-    before, memory, passed = jax.lax.cond(
-      decision.due,
-      lambda: mean.take(state.mean, enabled, params, at),
-      lambda: (enabled, state.mean, jnp.int32(0)),
-    )
-    step = Step(svrg.update, updates, grad_fn, batch_index)
-    corrected, after, memory, computed = mean.correct(
-      memory, before, params, at, step
-    )
-    extra = state.extra_gradients + decision.extra_gradients + passed + computed
+    if strategy.keeps_table:
+      entry = jax.tree.map(lambda t: t[batch_index], table)
+      corrected, after = svrg.update(
+        updates, before, params, snapshot_grads=entry
+      )
+    else:
+      extra_gradients += (before.num_snapshots > 0).astype(jnp.int32)
+      corrected, after = svrg.update(updates, before, params, grad_fn=grad_fn)
     return corrected, SnapshotsState(
-      state.step + 1, extra, after, decision.memory, memory
+      state.step + 1, state.extra_gradients + extra_gradients, after, table
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -324,21 +167,13 @@ def transform(
 
 def method(
   context: Context,
-  when: str = "epochs",
-  mean: str = "pass",
   alpha: float | None = None,
   max_alpha: float = 1.0,
   **settings: Any,
 ) -> Method:
-  """SVRG with a snapshot strategy."""
-  made = []
-  for kind in (WHEN[when], MEANS[mean]):
-    names = {f.name for f in dataclasses.fields(kind)} & settings.keys()
-    made.append(kind(**{name: settings.pop(name) for name in names}))
-  if settings:
-    raise TypeError(f"{when} and {mean} do not have {', '.join(settings)}.")
+  """SVRG with a snapshot strategy, see :class:`Strategy`."""
   if alpha is None:
     svrg = optax_svrg.adaptive_svrg(max_alpha=max_alpha)
   else:
     svrg = optax_svrg.alpha_svrg(alpha)
-  return Method(transform(svrg, *made, context.steps_per_epoch, context.epochs))
+  return Method(transform(svrg, Strategy(**settings), context))

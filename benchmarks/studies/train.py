@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jax
 
 from benchmarks import cli, methods, models
 from benchmarks.data import arrays
-from benchmarks.harness import distributed, figures, report, store
+from benchmarks.harness import figures, report, store
 from benchmarks.harness.checkpoints import Checkpoints, difference, START
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.program import OPTIMIZERS
@@ -47,7 +46,7 @@ _POSITIVE = cli.positive
   ("--optimizer", OPTIMIZERS, "adamw", ""),
   ("--methods", cli.Names(methods.MAIN), _METHODS, "Separated by commas."),
   ("--epochs", _POSITIVE, 30, ""),
-  ("--batch-size", _POSITIVE, 128, "Of all devices."),
+  ("--batch-size", _POSITIVE, 128, ""),
   ("--lr", _RATE, None, f"Peak learning rate; by default {_LRS}."),
   ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
   ("--snapshot-every", _POSITIVE, 1, "Epochs between snapshots."),
@@ -79,7 +78,6 @@ _POSITIVE = cli.positive
     " training that was never stopped.",
   ),
 )
-@distributed.options
 @click.pass_context
 def main(
   ctx: click.Context,
@@ -89,14 +87,12 @@ def main(
   checkpoint_dir: Path | None,
   checkpoint_every: int | None,
   resume: bool,
-  cluster: distributed.Distributed,
   **options: Any,
 ) -> int:
   """Trains a model with each method, on the same data in the same order.
 
   Prints a table, and writes a JSON file and a plot. Ctrl-C ends the training
-  and keeps the results so far. All devices are used: each batch is divided
-  among them.
+  and keeps the results so far. One device is used.
   """
   if options["lr"] is None:
     options["lr"] = OPTIMIZERS[options["optimizer"]].lr
@@ -107,13 +103,15 @@ def main(
   ):
     if value and checkpoint_dir is None:
       raise click.UsageError(f"{name} needs --checkpoint-dir.")
-  cluster.initialize()
   dataset = arrays.load(options["dataset"], data_dir)
-  distributed.check_batch_size(options["batch_size"], len(dataset.train_labels))
+  if options["batch_size"] > len(dataset.train_labels):
+    raise click.UsageError(
+      "--batch-size must be at most the number of training examples,"
+      f" {len(dataset.train_labels)}, got {options['batch_size']}."
+    )
   identity = {f"--{k.replace('_', '-')}": v for k, v in options.items()}
   identity["the SHA-256 of the data"] = dataset.sha256
   identity = json.loads(json.dumps(identity))
-  distributed.check_same(identity)
   results = Results(out, options["methods"], cli.argv(ctx), identity)
   results.check(overwrite)
   checkpoints = None
@@ -128,15 +126,6 @@ def main(
     _train_all(wanted, dataset, results, checkpoints)
   except KeyboardInterrupt:
     is_interrupted = True
-  except TimeoutError as error:
-    raise click.ClickException(str(error)) from error
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    reason = str(error).partition("\n")[0]
-    raise click.ClickException(
-      f"Another process may be lost: {reason}"
-    ) from error
   results.finish(_title(options))
   if is_interrupted:
     results.say_interruption()
@@ -189,7 +178,6 @@ class Results:
     self.runs: list[Run] = []
     self._folder, self._names = folder, names
     self._record = {"argv": list(argv), "identity": dict(identity)}
-    self._is_first = jax.process_index() == 0
 
   def check(self, overwrite: bool) -> None:
     """Raises if there are results of other options."""
@@ -212,8 +200,6 @@ class Results:
 
   def write(self) -> None:
     """Writes the results so far."""
-    if not self._is_first:
-      return
     contents = {
       **self._record,
       **store.environment(),
@@ -225,8 +211,6 @@ class Results:
   def finish(self, title: str) -> None:
     """Writes the results and the figure, and prints the table."""
     self.write()
-    if not self._is_first:
-      return
     figures.write(self._figure(title), self._folder / "results.png")
     report.print_table(self._table())
     click.echo(f"Written to {self._folder}.")
@@ -245,8 +229,7 @@ class Results:
         f"in {last.method}, seed {last.seed}, after {epochs} of"
         f" {last.experiment.epochs} epochs"
       )
-    if self._is_first:
-      click.echo(f"Interrupted {where}. Finished runs: {finished}.")
+    click.echo(f"Interrupted {where}. Finished runs: {finished}.")
 
   def _finished(self, name: str) -> list[Run]:
     return [run for run in self.runs if run.method == name and run.finished]

@@ -121,13 +121,13 @@ def test_number():
     ("train --batch-size=51 {small}", "training examples, 50, got 51."),
     ("train --resume", "--resume needs --checkpoint-dir."),
     ("train --checkpoint-every=3", "--checkpoint-every needs --checkpoint-dir"),
-    ("train --process-id=0", "--process-id needs --distributed."),
+    ("paper --process-id=0", "--process-id needs --distributed."),
     (
-      "train --distributed --num-processes=2",
+      "paper --distributed --num-processes=2",
       "go together, --coordinator, --process-id is missing.",
     ),
     (
-      "train --distributed --coordinator=x:1 --num-processes=2 --process-id=2",
+      "paper --distributed --coordinator=x:1 --num-processes=2 --process-id=2",
       "--process-id must be less than --num-processes, 2, got 2.",
     ),
     (

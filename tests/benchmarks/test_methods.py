@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from benchmarks import methods
-from benchmarks.methods import coefficients, gate, saga_variants, snapshots
+from benchmarks.methods import coefficients, saga_variants, snapshots
 import optax_svrg
 from tests import helpers
 
@@ -115,7 +115,6 @@ class TestSnapshots:
       ("1/8 sampled, max_alpha=1/8", EPOCHS + EPOCHS / 8),
       # 1/16, 1/8, 1/4, 1/2, and all.
       ("growing samples", EPOCHS + 15 / 16 + EPOCHS - 4),
-      ("mean of the previous epoch", EPOCHS - 1),
       ("second half", EPOCHS),
     ],
   )
@@ -130,9 +129,7 @@ class TestSnapshots:
     assert 25 < taken < 55
     assert state.extra_gradients == (40 + taken) * STEPS
 
-  @pytest.mark.parametrize(
-    "strategy", ["gradient table", "coin flips", "mean of the previous epoch"]
-  )
+  @pytest.mark.parametrize("strategy", ["gradient table", "coin flips"])
   @pytest.mark.slow
   def test_linear_convergence(self, strategy):
     assert final_norm(follow(strategy, 150, 0.1)[0]) < 1e-9
@@ -149,79 +146,10 @@ class TestSnapshots:
     )
     assert alone > 2 * accounted
 
-  def test_mean_so_far(self):
-    """That of the gradients at the snapshot of the steps before."""
-    context = methods.Context(3, 1, 1)
-    tx = methods.make("snapshots", context, mean="running").transform
-    params = jnp.zeros(2)
-    state = tx.init(params)
-    at_snapshot = jnp.array([[1.0, 2.0], [3.0, 5.0], [4.0, 0.0]])
-    for i in range(3):
-      before = state.svrg.mean_grads
-      g = at_snapshot[i] + 0.1
-      got, state = tx.update(
-        g,
-        state,
-        params,
-        grad_fn=lambda p, i=i: at_snapshot[i],
-        batch_index=i,
-        batch_grad_fn=None,
-      )
-      alpha = state.svrg.alpha
-      assert (alpha > 0) == (i > 0)
-      want = g - alpha * (at_snapshot[i] - before) if i else g
-      np.testing.assert_allclose(got, want, rtol=1e-12)
-      mean = at_snapshot[: i + 1].mean(axis=0)
-      np.testing.assert_allclose(state.svrg.mean_grads, mean, rtol=1e-12)
-
   def test_an_unknown_setting(self):
     context = methods.Context(3, 1, 1)
-    with pytest.raises(TypeError, match="coin and pass do not have every"):
-      methods.make("snapshots", context, when="coin", every=2)
-
-
-@pytest.mark.standard_promotion
-@pytest.mark.usefixtures("x64")
-class TestGate:
-  def test_opens_where_noise_is_all_that_is_left(self):
-    history, state = follow("gated", 150, 0.1)
-    assert state.when.is_open
-    assert final_norm(history) < 1e-9
-
-  @pytest.mark.slow
-  def test_small_steps_leave_it_closed(self):
-    """As plain, for a probe every few epochs."""
-    history, state = follow("gated", 40, 1e-4)
-    assert not state.when.is_open
-    assert state.extra_gradients == 9 * 2 * gate.Gate.probes
-    assert_same(history, train(optax.identity(), 40, 1e-4)[0])
-
-  def test_payoff_of_quadratics(self):
-    """Exact there: all variance is of the gradients at the snapshot."""
-    x = jnp.array([3.0, -3.0, 1.0, -1.0])
-    w, start = jnp.array(0.5), jnp.array(-0.7)
-    moments = optax_svrg.RunningMoments.create(w)
-    for i in range(4):
-      moments = moments.update(w - x[i], start - x[i])
-    payoff = gate.payoff(moments, w - start)
-    mean_loss = lambda w: jnp.mean((w - x) ** 2) / 2
-    np.testing.assert_allclose(
-      payoff.progress, mean_loss(start) - mean_loss(w), rtol=1e-12
-    )
-    np.testing.assert_allclose(payoff.gain, 1.2**2 / 2, rtol=1e-12)
-    assert payoff.variance_ratio == pytest.approx(0, abs=1e-12)
-
-  @pytest.mark.parametrize(
-    ("numbers", "want"),
-    [
-      ((1.0, 3.0, 0.2), True),
-      ((1.0, 1.9, 0.2), False),
-      ((1.0, 3.0, 0.4), False),
-      ((np.nan, 3.0, 0.2), False),
-    ],
-  )
-  def test_what_pays(self, numbers, want):
-    assert gate.Payoff(*map(jnp.asarray, numbers)).pays(3.0) == want
+    with pytest.raises(TypeError, match="unexpected keyword argument 'when'"):
+      methods.make("snapshots", context, when="coin")
 
 
 @pytest.mark.usefixtures("x64")

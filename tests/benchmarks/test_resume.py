@@ -62,10 +62,8 @@ def start():
   # Imports are made once.
   context.set_forkserver_preload(["tests.workers.resume_worker"])
 
-  def run(args, kill=None, num_devices=1):
-    process = context.Process(
-      target=resume_worker.main, args=(args, num_devices, kill)
-    )
+  def run(args, kill=None):
+    process = context.Process(target=resume_worker.main, args=(args, kill))
     process.start()
     process.join(timeout=300)
     return process.exitcode
@@ -167,70 +165,6 @@ def resuming(stopped, tmp_path):
   shutil.copytree(saved, tmp_path / "saved")
   saving = [f"--checkpoint-dir={tmp_path / 'saved'}", "--resume"]
   return [*training, f"--out={tmp_path}", *saving], want
-
-
-def assert_close(got, want):
-  assert got.keys() == want.keys()
-  for method, points in want.items():
-    assert len(got[method]) == len(points)
-    for point, wanted in zip(got[method], points, strict=True):
-      assert point.keys() == wanted.keys()
-      for name in ("train_loss", "validation_accuracy"):
-        assert point[name] == pytest.approx(wanted[name], rel=1e-5), name
-      assert point["gradients_per_example"] == wanted["gradients_per_example"]
-      # Quotients of differences, in which rounding shows.
-      for name in ("alpha", "variance_ratio"):
-        if wanted[name] is None:
-          assert point[name] is None
-        else:
-          assert point[name] == pytest.approx(wanted[name], abs=1e-3), name
-
-
-@pytest.mark.slow
-def test_on_more_devices(resuming, start, tmp_path):
-  """What is restored is compared with its checksum, too."""
-  args, want = resuming
-  assert start(args, num_devices=4) == 0
-  assert_close(histories(tmp_path), want)
-
-
-def in_two_processes(*args):
-  """How each ends that has these arguments: exit status and output."""
-  return helpers.in_processes(
-    lambda process, port: [
-      *("-m", "benchmarks", "train", *args[process], "--distributed"),
-      *("--coordinator", f"127.0.0.1:{port}"),
-      *("--num-processes", len(args), "--process-id", process),
-    ],
-    len(args),
-    JAX_NUM_CPU_DEVICES="2",
-    JAX_PLATFORMS="cpu",
-  )
-
-
-@pytest.mark.slow
-def test_by_two_processes(resuming, tmp_path):
-  args, want = resuming
-  results = in_two_processes(args, args)
-  assert [status for status, _ in results] == [0, 0], results
-  assert_close(histories(tmp_path), want)
-  record = json.loads((tmp_path / "results.json").read_text())
-  assert record["machine"]["processes"] == 2
-  assert record["machine"]["devices"] == 4
-  # The first one reports.
-  (_, first), (_, second) = results
-  assert "adaptive, seed 0, goes on after epoch" in first
-  assert "Written to" in first
-  assert "Written to" not in second
-
-
-@pytest.mark.slow
-def test_two_processes_must_train_the_same(resuming):
-  args, _ = resuming
-  for status, output in in_two_processes(args, [*args, "--lr=0.02"]):
-    assert status == 2
-    assert "Error: Process 1 has other options, or other data" in output
-    assert "Traceback" not in output
 
 
 def remove(path):

@@ -19,19 +19,17 @@ def _kill(after=0.0):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(args, num_devices, kill):
+def main(args, kill):
   """Trains.
 
   Args:
     args: of the command line.
-    num_devices: how many to have.
     kill: ``None``, or what is to be interrupted (``"steps"``, ``"pass"`` or
       ``"write"``), the how-manieth of these, and for how many seconds to let
       it run. After as many intervals of steps it is killed in any case.
   """
   sys.stdout = sys.stderr = open(os.devnull, "w")
   jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_num_cpu_devices", num_devices)
   if kill is not None:
     _arm(*kill)
   cli.main(["train", *map(str, args)])
