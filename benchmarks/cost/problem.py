@@ -19,9 +19,8 @@ import optax_svrg
 
 IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
 METHODS = (
-  *("plain", "alpha-svrg", "alpha-svrg, no branch", "adaptive"),
-  *("alpha-svrg, table", "alpha-svrg, alpha = 0", "adaptive, no snapshot"),
-  "adaptive-saga",
+  *("plain", "alpha-svrg", "adaptive", "alpha-svrg, table"),
+  *("alpha-svrg, alpha = 0", "adaptive-saga"),
 )
 
 
@@ -159,17 +158,13 @@ class Problem:
     """The epochs with :data:`METHODS`."""
     svrg = optax_svrg.alpha_svrg(alpha)
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
-    saga = optax_svrg.adaptive_saga(len(self.batches))
-    adaptive = optax_svrg.adaptive_svrg()
     programs = (
       self._program(no_transform()),
       self._program(svrg, self._take_snapshot),
-      self._program(svrg, self._take_snapshot, has_branch=False),
-      self._program(adaptive, self._take_snapshot),
+      self._program(optax_svrg.adaptive_svrg(), self._take_snapshot),
       self._program(svrg, self._make_table),
       self._program(off),
-      self._program(adaptive),
-      self._program(saga),
+      self._program(optax_svrg.adaptive_saga(len(self.batches))),
     )
     return dict(zip(METHODS, programs, strict=True))
 
@@ -192,12 +187,8 @@ class Problem:
     self,
     transform: optax.GradientTransformationExtraArgs,
     prepare: Callable = lambda params, state: (state, None),
-    has_branch: bool = True,
   ) -> Program:
     """An epoch: what comes before the steps, and the steps one by one.
-
-    With ``grad_fn`` the gradient at the snapshot is in a branch, as it is not
-    always needed. Without a branch it is always computed.
 
     A scan over them would be one program, but XLA for CPU is many times slower
     at convolutions in a loop.
@@ -208,9 +199,6 @@ class Problem:
       extra = {"batch_index": i}
       if table is not None:
         extra["snapshot_grads"] = table[i]
-      if not has_branch:
-        snapshot = optax.tree.get(state, "snapshot_params")
-        extra["snapshot_grads"] = self.grad(snapshot, batch)
       return self._step(transform, params, state, batch, extra)
 
     def run(carry: Any) -> Any:

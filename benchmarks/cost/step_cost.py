@@ -3,9 +3,8 @@
 
 from collections.abc import Mapping, Sequence
 import functools
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import jax
@@ -23,7 +22,7 @@ from benchmarks.cost.problem import (
   ratio,
   seconds,
 )
-from benchmarks.harness import report, store
+from benchmarks.harness import publishing, report, store
 import optax_svrg
 
 _SIZE, _WIDTH = 1_000_000, 1_000
@@ -36,29 +35,27 @@ MODELS = {
 }
 
 
-class Case(NamedTuple):
-  """A model and a batch size."""
-
-  model: str
-  batch_size: int
-
-
+# Models and batch sizes.
 CASES = {
-  f"{case.model}-batch-{case.batch_size}": case
-  for case in (
-    Case("mlp-256", 128),
-    Case("mlp-1024", 128),
-    Case("mlp-1024", 1024),
-    Case("vit-128", 128),
-    Case("convnet", 128),
+  f"{model}-batch-{batch_size}": (model, batch_size)
+  for model, batch_size in (
+    *(("mlp-256", 128), ("mlp-1024", 128), ("mlp-1024", 1024)),
+    *(("vit-128", 128), ("convnet", 128)),
   )
 }
 # Gradients of an epoch in addition to those of the steps, in epochs.
-EXTRA_GRADIENTS = dict(zip(METHODS, (0, 2, 2, 2, 1, 0, 0, 0), strict=True))
+EXTRA_GRADIENTS = dict(zip(METHODS, (0, 2, 2, 1, 0, 0), strict=True))
 # Arrays like the parameters that a step must read and write: AdamW reads the
 # gradient, and reads and writes the parameters and two moments; SVRG reads the
 # gradient at the snapshot and the mean gradient.
 MUST_MOVE = {"plain": 7, "alpha-svrg": 9, "adaptive": 9}
+NOTES = """\
+Times are medians over the rounds of the ratio to plain's epoch in the same
+round. The limit counts the operations of the gradients alone. Methods with
+snapshots take one in each epoch, `table` keeps its gradients. The first run
+includes compilation. The second table is of the transformation and AdamW
+without gradients, in arrays of the parameters' size; the third of a whole step,
+above plain's, in copies of the gradient."""
 
 
 def flops(lowered: jax.stages.Lowered) -> float:
@@ -66,11 +63,8 @@ def flops(lowered: jax.stages.Lowered) -> float:
   return lowered.cost_analysis()["flops"]
 
 
-def measure_epochs(
-  case: Case, dtype: Any, steps: int, rounds: int
-) -> list[dict[str, Any]]:
+def measure_epochs(problem: Problem, rounds: int) -> list[dict[str, Any]]:
   """Epoch times and their limit by the gradients that they need."""
-  problem = _problem(case, dtype, steps)
   of_step = flops(problem.lower_step(no_transform()))
   of_gradient = flops(problem.lower_gradient())
   times = seconds(problem.programs(), rounds)
@@ -86,15 +80,8 @@ def measure_epochs(
   ]
 
 
-def _problem(case: Case, dtype: Any, steps: int) -> Problem:
-  return Problem(
-    MODELS[case.model], case.batch_size, steps, dtype, optax.adamw(1e-3)
-  )
-
-
-def temporary_gradients(case: Case, dtype: Any) -> dict[str, float]:
+def temporary_gradients(problem: Problem) -> dict[str, float]:
   """Temporary bytes of a step above plain's, in copies of the gradient."""
-  problem = _problem(case, dtype, 1)
 
   def temporary(transform: optax.GradientTransformationExtraArgs) -> int:
     compiled = problem.lower_step(transform).compile()
@@ -155,8 +142,8 @@ def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
   ]
 
 
-def tables(results: Mapping[str, Any]) -> str:
-  """Returns the published table in Markdown."""
+def render(document: Mapping[str, Any]) -> dict[str, str]:
+  """Makes the published table from the stored measurements."""
   epochs = report.markdown_table(
     (
       *("case", "method", "time / plain", "limit", "time / limit"),
@@ -171,7 +158,7 @@ def tables(results: Mapping[str, Any]) -> str:
         f"{row['time'] / row['limit']:.3f}",
         f"{row['first']:.1f}",
       )
-      for name, case in results["cases"].items()
+      for name, case in document["cases"].items()
       for row in case["epochs"]
     ],
   )
@@ -184,79 +171,69 @@ def tables(results: Mapping[str, Any]) -> str:
         f"{row['moves']:.1f}",
         f"{row['temporary']:.2f}",
       )
-      for row in results["updates"]
+      for row in document["updates"]
     ],
   )
   temporary = report.markdown_table(
     ("temporary gradients", "alpha-svrg", "adaptive", "adaptive-saga"),
     [
       (name, *(f"{x:.2f}" for x in case["temporary_gradients"].values()))
-      for name, case in results["cases"].items()
+      for name, case in document["cases"].items()
     ],
   )
-  return "\n\n".join((epochs, updates, temporary))
-
-
-def render(document: Mapping[str, Any]) -> dict[str, str]:
-  """The files that are made of stored results, by name."""
-  return {"table.md": tables(document) + "\n"}
-
-
-steps_option = click.option(
-  "--steps",
-  type=cli.positive,
-  default=10,
-  show_default=True,
-  help="Number of batches of an epoch.",
-)
-rounds_option = click.option(
-  "--rounds",
-  type=cli.positive,
-  default=7,
-  show_default=True,
-  help="How many times everything is run, after a first time.",
-)
+  machine = document["machine"]
+  text = "\n\n".join(
+    (
+      *("# Cost of a step", f"    {document['command']}"),
+      f"On {machine['cpus']} cores of {machine['device']}, {document['dtype']}."
+      f" {NOTES}",
+      *(epochs, updates, temporary),
+    )
+  )
+  return {"table.md": text + "\n"}
 
 
 @click.command()
-@click.option(
-  "--dtype",
-  type=click.Choice(["float32", "bfloat16"]),
-  default="float32",
-  show_default=True,
-  help="Of parameters and images.",
+@cli.options(
+  (
+    *("--dtype", ("float32", "bfloat16"), "float32"),
+    "Of parameters and images.",
+  ),
+  ("--steps", cli.positive, 10, "Number of batches of an epoch."),
+  ("--rounds", cli.positive, 7, "Runs of each epoch, after a first one."),
 )
 @cli.cell_option(CASES)
-@steps_option
-@rounds_option
 @cli.out_option("step-cost")
+@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
 def main(
   dtype: str,
   cells: Sequence[str],
   steps: int,
   rounds: int,
   out: Path,
+  publish: bool,
 ) -> None:
-  """Measures epochs and steps as ratios to the least that they could take.
-
-  Prints tables of epochs, of the transformation alone, and of the temporary
-  bytes of a step above plain's in copies of the gradient; and writes a JSON
-  file. Compilation counts in the first run only.
-  """
-  path = out / "results.json"
-  results: dict[str, Any] = {
+  """Measures epochs and steps as ratios to the least that they could take."""
+  document: dict[str, Any] = {
+    "module": __name__,
+    "command": "python -m benchmarks step-cost",
     **store.environment(),
     **{"dtype": dtype, "steps": steps, "rounds": rounds},
     "updates": measure_updates(_SIZE, jnp.dtype(dtype)),
     "cases": {},
   }
+  optimizer = optax.adamw(1e-3)
   for name in cells or CASES:
-    results["cases"][name] = {
-      "epochs": measure_epochs(CASES[name], jnp.dtype(dtype), steps, rounds),
-      "temporary_gradients": temporary_gradients(CASES[name], jnp.dtype(dtype)),
+    model, batch_size = CASES[name]
+    problem = Problem(
+      MODELS[model], batch_size, steps, jnp.dtype(dtype), optimizer
+    )
+    document["cases"][name] = {
+      "epochs": measure_epochs(problem, rounds),
+      "temporary_gradients": temporary_gradients(problem),
     }
-    store.write_json(path, results)
+    store.write_json(out / "runs.json", document)
     click.echo(name, err=True)
-  for name, text in render(json.loads(path.read_text("utf-8"))).items():
-    (out / name).write_text(text, encoding="utf-8")
-    click.echo(text)
+  click.echo(render(document)["table.md"])
+  if publish:
+    publishing.publish("step_cost", document)

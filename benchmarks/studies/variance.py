@@ -95,18 +95,16 @@ def results(runs: Iterable[Run]) -> Results:
 
 
 class EpochMeans(NamedTuple):
-  """An epoch in three numbers, the first two as the paper's values are given.
+  """An epoch in two numbers, as the paper's values are given.
 
   Attributes:
     mean: mean over the epoch without the moment of the snapshot.
     end: mean over the last 15 % of the epoch; its last measurement if there is
       none in that part.
-    start: at the snapshot.
   """
 
   mean: float
   end: float
-  start: float
 
 
 def by_epoch(measured: Measured, field: str) -> list[EpochMeans]:
@@ -114,93 +112,11 @@ def by_epoch(measured: Measured, field: str) -> list[EpochMeans]:
   means = []
   pairs = zip(measured["epoch"], measured[field], strict=True)
   for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
-    (_, start), *values = [(x - epoch, y) for x, y in group]
+    _, *values = [(x - epoch, y) for x, y in group]
     late = [y for x, y in values if x >= 0.85] or [values[-1][1]]
-    means.append(
-      EpochMeans(
-        statistics.fmean(y for _, y in values), statistics.fmean(late), start
-      )
-    )
+    whole = statistics.fmean(y for _, y in values)
+    means.append(EpochMeans(whole, statistics.fmean(late)))
   return means
-
-
-class Observation(NamedTuple):
-  """One of the paper's observations, on our data.
-
-  Attributes:
-    claim: what the paper observes.
-    case: model and optimizer.
-    measured: the numbers.
-    holds: whether they agree; ``None`` if a number is not finite.
-  """
-
-  claim: str
-  case: str
-  measured: str
-  holds: bool | None
-
-
-def _observation(
-  claim: str, case: str, values: Sequence[float], holds: bool
-) -> Observation:
-  is_known = all(map(math.isfinite, values))
-  text = ", ".join(f"{value:.2f}" for value in values)
-  return Observation(claim, case, text, holds if is_known else None)
-
-
-def observations(
-  coefficients: Mapping[Key, Sequence[EpochMeans]],
-) -> list[Observation]:
-  """Looks for the paper's observations."""
-  # The first epoch is a subject of its own.
-  overall = {
-    key: statistics.fmean(epoch.mean for epoch in epochs[1:])
-    for key, epochs in coefficients.items()
-  }
-  optimizers = dict.fromkeys(optimizer for _, optimizer in coefficients)
-  # From shallow to deep.
-  names = [n for n in models.NUM_LAYERS if any(n == m for m, _ in overall)]
-  found = []
-  for optimizer in optimizers:
-    values = [overall[name, optimizer] for name in names]
-    if len(values) > 1:
-      falling = all(a > b for a, b in itertools.pairwise(values))
-      found.append(
-        _observation("deeper is smaller", optimizer, values, falling)
-      )
-  for name in names:
-    if {"sgd", "adamw"} <= set(optimizers):
-      values = [overall[name, "sgd"], overall[name, "adamw"]]
-      smaller = values[1] < values[0]
-      found.append(
-        _observation("AdamW is smaller than SGD", name, values, smaller)
-      )
-  for key, epochs in coefficients.items():
-    found += _within_training(key, epochs)
-  return found
-
-
-def _within_training(
-  key: Key, epochs: Sequence[EpochMeans]
-) -> list[Observation]:
-  """The observations on a single training."""
-  case = " ".join(key)
-  # It falls in each epoch, and by more than its end moves over training.
-  falls = [epoch.start - epoch.end for epoch in epochs[1:]]
-  drift, fall = abs(epochs[-1].end - epochs[1].end), statistics.fmean(falls)
-  claim = "saw-tooth: least and mean fall within an epoch, drift"
-  values = [min(falls), fall, drift]
-  holds = min(falls) > 0 and fall > drift
-  found = [_observation(claim, case, values, holds)]
-  if key[0] != "logreg":
-    values = [epochs[1].end, epochs[-1].end]
-    claim = "drop across training"
-    found.append(_observation(claim, case, values, values[1] < values[0]))
-  if key[0] != "logreg" and key[1] == "adamw":
-    values = [epochs[0].mean, epochs[1].mean]
-    claim, low = "very low first epoch under AdamW", values[0] < values[1] / 2
-    found.append(_observation(claim, case, values, low))
-  return found
 
 
 def coefficient_table(found: Results) -> str:
@@ -259,14 +175,6 @@ def variance_table(found: Results) -> str:
 
 def tables(found: Results) -> str:
   """All tables, in Markdown."""
-  verdicts = {True: "holds", False: "does not hold", None: "diverged"}
-  observed = observations(
-    {
-      key: by_epoch(methods["adaptive"], "optimal_component")
-      for key, methods in found.items()
-    }
-  )
-  lines = [[o.claim, o.case, o.measured, verdicts[o.holds]] for o in observed]
   return "\n\n".join(
     [
       "Best coefficient, mean over components: mean of the epoch / of its end",
@@ -275,8 +183,6 @@ def tables(found: Results) -> str:
       estimate_table(found),
       "Gradient variance, without the moments of snapshots",
       variance_table(found),
-      "The paper's observations",
-      report.markdown_table(["claim", "case", "measured", ""], lines),
     ]
   )
 
