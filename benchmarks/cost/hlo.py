@@ -27,6 +27,8 @@ _CALLED = re.compile(
   r"|body)=(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.\-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"')
+_CONDITION = re.compile(r"condition=%?(?P<name>[\w.\-]+)")
+_INTEGER = re.compile(r"= [su]32\[\]\S* constant\((?P<n>\d+)\)")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 # Operations that name, group or pass on arrays, and move none. Asynchronous
@@ -93,13 +95,24 @@ class Program(NamedTuple):
     for operation in self.computations[name]:
       times: float = 1
       if operation.kind == "while":
-        trips = _TRIPS.search(operation.line)
-        times = int(trips["n"]) if trips else math.nan
+        times = self._trips(operation)
       elif operation.kind not in _CALLS:
         continue
       for called in operation.called:
         for inner, count in self.executed(called):
           yield inner, times * count
+
+  def _trips(self, loop: Operation) -> float:
+    """Trips of a loop: as XLA says, or from the only number it counts to."""
+    if known := _TRIPS.search(loop.line):
+      return int(known["n"])
+    condition = _CONDITION.search(loop.line)
+    bounds = [
+      int(match["n"])
+      for operation in self.computations.get(condition["name"], [])
+      if (match := _INTEGER.search(operation.line))
+    ]
+    return bounds[0] if len(bounds) == 1 else math.nan
 
 
 def parse(text: str) -> Program:

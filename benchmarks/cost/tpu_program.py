@@ -35,7 +35,9 @@ ENVIRONMENT = {
   "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 _NUM_CLASSES = 1000
-_OUT_OF_MEMORY = re.compile(r"Used (?P<used>[\d.]+)(?P<unit>[MG]) of .*? hbm")
+_OUT_OF_MEMORY = re.compile(
+  r"(?:Used |HLO temporaries \()(?P<used>[\d.]+)(?P<unit>[MG])"
+)
 
 
 def make_model(name: str) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:

@@ -104,6 +104,13 @@ def test_moved_bytes_leave_branches_out():
   assert hlo.moved_bytes(TPU) == want
 
 
+def test_a_loop_that_counts_to_a_constant():
+  text = HLO.replace('"known_trip_count":{"n":"5"},', "").replace(
+    "  ROOT %lt", "  %n = s32[] constant(7)\n  ROOT %lt"
+  )
+  assert hlo.traffic(text, 8).operations["all-gather"] == 7
+
+
 def test_a_loop_of_unknown_length():
   text = HLO.replace('"known_trip_count":{"n":"5"},', "")
   with pytest.raises(ValueError, match="unknown number of trips"):
