@@ -66,6 +66,10 @@ COMMANDS: dict[str, Entry] = {
   "equal-compute": Entry(
     "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
   ),
+  "optimizers": Entry(
+    "benchmarks.studies.optimizers",
+    "Other optimizers, alone and behind adaptive SAGA.",
+  ),
   "step-cost": Entry(
     "benchmarks.cost.step_cost",
     "Time and bytes of steps, and their lower limits.",

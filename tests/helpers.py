@@ -309,7 +309,9 @@ def in_processes(
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
-  inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  # On a busy machine devices may be late for a reduction.
+  late = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+  inherited = {**os.environ, "XLA_FLAGS": late}
   workers = [
     subprocess.Popen(
       [sys.executable, *map(str, make_command(process, port))],

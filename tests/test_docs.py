@@ -156,6 +156,19 @@ def of_train_state(n):
   assert summary["num_filled"] == summary["num_batches"]
 
 
+def is_momentum(n):
+  """The published update of approximate MARS, from the page's momentum."""
+  gamma, beta, grads = 0.3, 0.9, np.random.default_rng(0).normal(size=(20, 3))
+  tx = n["quasi_hyperbolic"](gamma, beta)
+  state = tx.init(jnp.zeros(3))
+  m = last = np.zeros(3)
+  for g in grads:
+    c = g + gamma * beta / (1 - beta) * (g - last)
+    m, last = beta * m + (1 - beta) * c, g
+    got, state = tx.update(jnp.asarray(g, jnp.float32), state)
+    np.testing.assert_allclose(got, m, rtol=0, atol=1e-6)
+
+
 CHECKS = {
   "getting_started": fits,
   "guides/composition": composes,
@@ -166,6 +179,7 @@ CHECKS = {
   "guides/flax_linen": of_train_state,
   "guides/flax_nnx": of_optimizer,
   "guides/haiku": trains,
+  "guides/mars": is_momentum,
   "guides/measuring": agrees,
   "guides/parallel": trains,
   "guides/resume": restores,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from benchmarks.harness.experiment import Experiment
 from benchmarks.methods import Method
@@ -22,10 +23,15 @@ class Optimizer(NamedTuple):
   Attributes:
     make: makes it from a learning rate schedule.
     lr: its default peak learning rate.
+    evaluated: the parameters to evaluate, from its state and those that it
+      trains.
   """
 
   make: Callable[[optax.Schedule], optax.GradientTransformation]
   lr: float
+  evaluated: Callable[[Any, optax.Params], optax.Params] = (
+    lambda state, params: params
+  )
 
 
 def is_decayed(params: optax.Params) -> Any:
@@ -35,12 +41,59 @@ def is_decayed(params: optax.Params) -> Any:
   )
 
 
+class AveragedState(NamedTuple):
+  """State of an optimizer whose weights are averaged."""
+
+  inner: Any
+  average: optax.Params
+
+
+def averaged(
+  inner: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+  """Adds an exponential moving average of the weights."""
+
+  def init_fn(params):
+    return AveragedState(inner.init(params), jax.tree.map(jnp.copy, params))
+
+  def update_fn(updates, state, params):
+    updates, after = inner.update(updates, state.inner, params)
+    moved = optax.apply_updates(params, updates)
+    average = optax.incremental_update(moved, state.average, 1 - decay)
+    return updates, AveragedState(after, average)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+_DECAYED = {"weight_decay": 0.05, "mask": is_decayed}
+_adamw = functools.partial(optax.adamw, **_DECAYED)
 OPTIMIZERS = {
   "sgd": Optimizer(optax.sgd, lr=0.3),
   "momentum": Optimizer(functools.partial(optax.sgd, momentum=0.9), lr=0.1),
-  "adamw": Optimizer(
-    functools.partial(optax.adamw, weight_decay=0.05, mask=is_decayed),
+  "nesterov": Optimizer(
+    functools.partial(optax.sgd, momentum=0.9, nesterov=True), lr=0.1
+  ),
+  "adamw": Optimizer(_adamw, lr=0.003),
+  "nadamw": Optimizer(functools.partial(optax.nadamw, **_DECAYED), lr=0.003),
+  "lion": Optimizer(functools.partial(optax.lion, **_DECAYED), lr=0.0003),
+  "ademamix": Optimizer(
+    functools.partial(optax.contrib.ademamix, **_DECAYED), lr=0.003
+  ),
+  "muon": Optimizer(
+    functools.partial(
+      optax.contrib.muon, weight_decay=0.05, weight_decay_mask=is_decayed
+    ),
+    lr=0.01,
+  ),
+  "schedule-free": Optimizer(
+    lambda lr: optax.contrib.schedule_free(_adamw(lr, b1=0.0), lr, b1=0.9),
     lr=0.003,
+    evaluated=optax.contrib.schedule_free_eval_params,
+  ),
+  "adamw-ema": Optimizer(
+    lambda lr: averaged(_adamw(lr), 0.99),
+    lr=0.003,
+    evaluated=lambda state, params: state.average,
   ),
 }
 
@@ -152,9 +205,18 @@ def observe(
   grads: optax.Updates, corrected: optax.Updates, before: Any, state: Any
 ) -> Observed:
   """Reads off a step and its correction, from the method's states around it."""
+  # A method that computes further gradients by itself counts them by itself.
+  counted = optax.tree.get(state, "extra_gradients")
+  if counted is not None:
+    counted -= optax.tree.get(before, "extra_gradients")
   mean_grads = optax.tree.get(before, "mean_grads")
   if mean_grads is None:
-    return nothing_observed()
+    nothing = nothing_observed()
+    return (
+      nothing
+      if counted is None
+      else nothing._replace(extra_gradients=counted.astype(int))
+    )
   # The coefficient that this very step has used.
   alpha = optax.tree.get(state, "alpha")
   snapshots = optax.tree.get(before, "num_snapshots")
@@ -166,10 +228,8 @@ def observe(
     # An estimate needs the second gradient even where it is 0.
     estimated = optax.tree.get(state, "estimate") is not None
     extra_gradients = (known if estimated else alpha != 0).astype(int)
-  # A method that takes its snapshots by itself counts by itself.
-  counted = optax.tree.get(state, "extra_gradients")
   if counted is not None:
-    extra_gradients = counted - optax.tree.get(before, "extra_gradients")
+    extra_gradients = counted
   moments = [
     optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
     for g in (grads, corrected)

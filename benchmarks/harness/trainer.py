@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import optax
 
 from benchmarks import methods
 from benchmarks.data import arrays, sources
@@ -18,7 +19,12 @@ from benchmarks.harness import observers
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.observers import Observer, View
-from benchmarks.harness.program import Observed, Program, TrainState
+from benchmarks.harness.program import (
+  Observed,
+  OPTIMIZERS,
+  Program,
+  TrainState,
+)
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
 
@@ -171,7 +177,7 @@ class _Training:
   def record(self, observed: Observed | None) -> None:
     """Adds the present state to the history; ``None`` before the first step."""
     steps = self.program.num_steps
-    measured = self.feed.measure(self.state.params, observed, steps)
+    measured = self.feed.measure(self._evaluated, observed, steps)
     if measured is None:
       return
     alpha = ratio = None
@@ -189,6 +195,11 @@ class _Training:
         variance_ratio=ratio,
       )
     )
+
+  @property
+  def _evaluated(self) -> optax.Params:
+    optimizer = OPTIMIZERS[self.run.experiment.optimizer]
+    return optimizer.evaluated(self.state.opt_state[1], self.state.params)
 
   def _takes_snapshot(self, epoch: int) -> bool:
     """True if a step uses the snapshot that an epoch may begin with."""
@@ -225,7 +236,7 @@ class _Training:
 
   def _finish(self) -> None:
     self.run.finished = True
-    self.run.measured |= self.feed.finish(self.state.params)
+    self.run.measured |= self.feed.finish(self._evaluated)
     for observer in self.observers:
       self.run.measured |= observer.result()
 

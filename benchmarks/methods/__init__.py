@@ -5,7 +5,13 @@ from typing import Any
 
 import optax
 
-from benchmarks.methods import coefficients, optimal, saga_variants, snapshots
+from benchmarks.methods import (
+  coefficients,
+  optimal,
+  recursive,
+  saga_variants,
+  snapshots,
+)
 from benchmarks.methods.method import Context, Factory, Method
 import optax_svrg
 
@@ -77,6 +83,8 @@ METHODS: dict[str, Factory] = {
   "saga-variant": saga_variants.method,
   "snapshots": snapshots.method,
   "optimal": optimal.method,
+  "storm": recursive.storm,
+  "mars": recursive.mars,
 }
 
 

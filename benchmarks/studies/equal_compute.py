@@ -4,7 +4,7 @@
 from benchmarks.harness import comparison, figures, report, study
 from benchmarks.harness.experiment import Experiment
 
-TRIPLE = "plain, 3x the epochs"
+DOUBLE, TRIPLE = "plain, 2x the epochs", "plain, 3x the epochs"
 
 
 def _larger(template: Experiment) -> Experiment:
@@ -22,6 +22,9 @@ ARMS: dict[str, study.Arm] = {
   "alpha-SVRG, linear from 0.75": study.arm("alpha-svrg", alpha0=0.75),
   "adaptive SVRG": study.arm("adaptive"),
   "adaptive SAGA": study.arm("adaptive-saga"),
+  "STORM": study.arm("storm"),
+  "MARS": study.arm("mars"),
+  "MARS, approximate": study.arm("mars", is_exact=False),
 }
 CELLS = study.cells(
   study.cell("mnist-5k", "logreg", "adamw"),
@@ -33,6 +36,9 @@ RIVALS = {
   "alpha-SVRG, linear from 0.75": TRIPLE,
   "adaptive SVRG": TRIPLE,
   "adaptive SAGA": "plain",
+  "STORM": DOUBLE,
+  "MARS": DOUBLE,
+  "MARS, approximate": "plain",
 }
 
 

@@ -8,7 +8,12 @@ import optax
 import pytest
 
 from benchmarks import methods
-from benchmarks.methods import coefficients, saga_variants, snapshots
+from benchmarks.methods import (
+  coefficients,
+  recursive,
+  saga_variants,
+  snapshots,
+)
 import optax_svrg
 from tests import helpers
 
@@ -319,3 +324,46 @@ class TestRegistry:
     method = methods.make("adaptive-saga", self.CONTEXT, table_dtype="bfloat16")
     state = method.transform.init({"w": jnp.zeros(3)})
     assert state.table["w"].dtype == jnp.bfloat16
+
+
+class TestRecursive:
+  def test_approximate_mars_is_quasi_hyperbolic_momentum(self):
+    beta, gamma = 0.9, 0.3
+    grads = np.random.default_rng(0).normal(size=(30, 5))
+    tx = optax.chain(
+      recursive.mars_transform(gamma, beta, is_exact=False),
+      optax.ema(beta, debias=False),
+    )
+    state = tx.init(jnp.zeros(5))
+    published = average = last = np.zeros(5)
+    for g in grads:
+      got, state = tx.update(
+        jnp.asarray(g, jnp.float32), state, jnp.zeros(5), grad_fn=None
+      )
+      c = g + gamma * beta / (1 - beta) * (g - last)
+      published = beta * published + (1 - beta) * c
+      average = beta * average + (1 - beta) * g
+      last = g
+      momentum = (1 - gamma) * average + gamma * g
+      np.testing.assert_allclose(momentum, published, rtol=0, atol=1e-12)
+      np.testing.assert_allclose(got, published, rtol=0, atol=1e-6)
+
+  @pytest.mark.parametrize(
+    ("tx", "want"),
+    [
+      # g + 0.9 (d - s), and g + 0.5 * 9 (g - s), for gradients p and d = 1.
+      (recursive.storm_transform(0.1), 3 + 0.9 * (1 - 1)),
+      (recursive.mars_transform(0.5, 0.9, is_exact=True), 3 + 4.5 * (3 - 1)),
+    ],
+    ids=["storm", "mars"],
+  )
+  def test_the_second_gradient_is_at_the_last_parameters(self, tx, want):
+    params = jnp.array([1.0])
+    state = tx.init(params)
+    grad_fn = lambda p: p
+    first, state = tx.update(params, state, params, grad_fn=grad_fn)
+    np.testing.assert_array_equal(first, params)
+    moved = jnp.array([3.0])
+    second, state = tx.update(moved, state, moved, grad_fn=grad_fn)
+    np.testing.assert_allclose(second, [want], rtol=1e-6)
+    assert state.extra_gradients == 2

@@ -18,6 +18,7 @@ from benchmarks.models import MODELS
 STUDIES = (
   "coefficient",
   "equal_compute",
+  "optimizers",
   "saga",
   "saga_variants",
   "snapshots",

@@ -112,8 +112,13 @@ def train(method, how, num_processes, process):
       state = optax_svrg.take_snapshot(
         state, params, lambda p, b=batches: mean(p, b)
       )
+      jax.block_until_ready(state)
     for i in np.random.default_rng(epoch).permutation(_NUM_BATCHES):
-      params, state = step(params, state, load(i), np.int32(i))
+      # One program at a time: XLA for CPU runs the devices on few threads,
+      # which wait in vain where they are not all in the same collective.
+      params, state = jax.block_until_ready(
+        step(params, state, load(i), np.int32(i))
+      )
   return params, state[0]
 
 
@@ -155,6 +160,7 @@ def main(method, how, num_processes, process, port, precision, out):
   """Trains, and writes all numbers as this process has them."""
   num_processes, process = int(num_processes), int(process)
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   jax.config.update("jax_num_cpu_devices", _NUM_DEVICES // num_processes)
   jax.config.update("jax_enable_x64", precision == "float64")
   if num_processes > 1:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates from the step before: STORM and MARS, without clipping.
+
+References:
+  Cutkosky and Orabona, `Momentum-Based Variance Reduction in Non-Convex SGD
+  <https://arxiv.org/abs/1905.10018>`_, 2019; Yuan et al., `MARS
+  <https://arxiv.org/abs/2411.10438>`_, 2024
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks.methods.method import Context, Method
+
+
+class RecursiveState(NamedTuple):
+  """State of the estimators.
+
+  Attributes:
+    step: number of updates made.
+    extra_gradients: number of gradients of a batch computed in addition to
+      those of the steps.
+    params: parameters of the step before.
+    last: estimate of STORM, or plain gradient, of the step before.
+  """
+
+  step: jax.Array
+  extra_gradients: jax.Array
+  params: optax.Params
+  last: optax.Updates
+
+
+def _estimator(
+  estimate: Callable[..., optax.Updates], *, is_exact: bool, keeps: str
+) -> optax.GradientTransformationExtraArgs:
+  """Makes an estimator.
+
+  Args:
+    estimate: from the gradient of a batch, its gradient at the parameters of
+      the step before, and what was kept, to the estimate.
+    is_exact: whether the second gradient is computed; otherwise it is the
+      gradient of the step before.
+    keeps: ``"estimate"`` or ``"gradient"``.
+  """
+
+  def init_fn(params):
+    zero = jnp.zeros([], jnp.int32)
+    return RecursiveState(
+      zero, zero, jax.tree.map(jnp.copy, params), optax.tree.zeros_like(params)
+    )
+
+  def update_fn(updates, state, params, *, grad_fn, **extra_args):
+    del extra_args
+    before = grad_fn(state.params) if is_exact else state.last
+    made = jax.tree.map(estimate, updates, before, state.last)
+    first = state.step == 0
+    made = optax.tree.where(first, updates, made) if is_exact else made
+    return made, RecursiveState(
+      state.step + 1,
+      state.extra_gradients + int(is_exact),
+      jax.tree.map(jnp.copy, params),
+      made if keeps == "estimate" else updates,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def storm_transform(a: float) -> optax.GradientTransformationExtraArgs:
+  """STORM, the gradient plus ``1 - a`` times the change of the last error."""
+  return _estimator(
+    lambda g, s, d: g + (1 - a) * (d - s), is_exact=True, keeps="estimate"
+  )
+
+
+def mars_transform(
+  gamma: float, beta: float, is_exact: bool
+) -> optax.GradientTransformationExtraArgs:
+  """MARS before the average of an optimizer with ``b1=beta``."""
+  scale = gamma * beta / (1 - beta)
+  return _estimator(
+    lambda g, s, _: g + scale * (g - s), is_exact=is_exact, keeps="gradient"
+  )
+
+
+def storm(context: Context, a: float = 0.1) -> Method:
+  """STORM."""
+  return Method(storm_transform(a))
+
+
+def mars(
+  context: Context, gamma: float = 0.025, is_exact: bool = True
+) -> Method:
+  """MARS, exact or approximate, for optimizers with ``b1=0.9``."""
+  return Method(mars_transform(gamma, 0.9, is_exact))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers, each alone and behind adaptive SAGA, at the same gradients."""
+
+import itertools
+
+from benchmarks.harness import comparison, report, study
+
+PLAIN, SAGA = "plain", "adaptive SAGA"
+ARMS: dict[str, study.Arm] = {
+  PLAIN: study.arm("plain"),
+  SAGA: study.arm("adaptive-saga"),
+}
+# Multiplied by 1, 2, 4 and 8; the least one of each optimizer.
+_LEAST = {
+  "sgd": 0.1,
+  "momentum": 0.025,
+  "nesterov": 0.025,
+  "adamw": 0.00125,
+  "nadamw": 0.00125,
+  "lion": 0.0001,
+  "ademamix": 0.0005,
+  "muon": 0.005,
+  "schedule-free": 0.0025,
+  "adamw-ema": 0.00125,
+  "adamw-ema, constant": 0.000625,
+}
+# Logistic regression takes larger steps.
+_FACTOR = {"mlp4": 1, "logreg": 4}
+_CONSTANT = ("schedule-free", "adamw-ema, constant")
+PROBLEMS = {
+  "MLP-4": ("mlp4", {}),
+  "MLP-4, 30 % wrong labels": ("mlp4", {"label_noise": 0.3}),
+  "MLP-4, shift and flip": ("mlp4", {"augment": "shift-flip"}),
+  "logistic regression": ("logreg", {}),
+}
+
+
+def _cell(problem: str, optimizer: str) -> study.Cell:
+  model, changes = PROBLEMS[problem]
+  least = _LEAST[optimizer] * _FACTOR[model]
+  return study.Cell(
+    study.cell(
+      *("fashion-mnist", model, optimizer.partition(",")[0]),
+      lr=least,
+      train_examples=10_240,
+      schedule="constant" if optimizer in _CONSTANT else "cosine",
+      **changes,
+    ).template,
+    [least * 2**k for k in range(4)],
+  )
+
+
+CELLS = {
+  f"{problem}: {optimizer}": _cell(problem, optimizer)
+  for problem, optimizer in itertools.product(PROBLEMS, _LEAST)
+}
+
+
+def table(results: study.Results) -> str:
+  """Loss and accuracy of each optimizer alone and behind SAGA, by problem."""
+  parts = []
+  for problem in PROBLEMS:
+    cells = _of(results, problem)
+    if not cells:
+      continue
+    verdicts = results.verdicts([(SAGA, PLAIN)], cells)
+    rows = [
+      [
+        cell.partition(": ")[2],
+        *(results.loss_text(cell, name) for name in ARMS),
+        verdicts[cell, SAGA, PLAIN],
+        *(results.accuracy_text(cell, name) for name in ARMS),
+      ]
+      for cell in sorted(cells, key=lambda c: results.mean(c, PLAIN))
+    ]
+    columns = ["optimizer", *ARMS, "SAGA against plain"]
+    columns += [f"accuracy (%), {name}" for name in ARMS]
+    parts.append(f"{problem}\n\n{report.markdown_table(columns, rows)}")
+    parts.append(
+      f"SAGA against plain: {comparison.count([*verdicts.values()])}."
+    )
+  return "\n\n".join(parts)
+
+
+def _of(results: study.Results, problem: str) -> list[str]:
+  return [c for c in results.cells if c.startswith(f"{problem}: ")]
+
+
+STUDY = study.Study(
+  "optimizers",
+  "Optimizers alone and behind adaptive SAGA",
+  *(CELLS, ARMS, table),
+)
+render, main = STUDY.render, STUDY.command()
