@@ -72,7 +72,7 @@ def table(results: study.Results) -> str:
       if not name.startswith("plain")
     ]
   )
-  parts.append(f"Variance reduction against plain: {count}.")
+  parts.append(f"All of these against plain: {count}.")
   return "\n\n".join(parts)
 
 
