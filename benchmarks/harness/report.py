@@ -2,10 +2,7 @@
 """Tables: as published, in Markdown, and as printed on a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
-import json
 import math
-import os
-from pathlib import Path
 import statistics
 from typing import Any
 
@@ -45,16 +42,6 @@ def mean_std(values: Iterable[float], scale: float = 1.0) -> str:
   if len(values) > 1:
     text += f" ± {statistics.stdev(values):#.2g}"
   return text
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes a file that is whole at any moment, however the program ends."""
-  partial = path.with_name(f"{path.name}.partial")
-  text = json.dumps(
-    value, separators=(",", ":"), allow_nan=False, ensure_ascii=False
-  )
-  partial.write_text(text + "\n", encoding="utf-8")
-  os.replace(partial, path)
 
 
 def summarise(histories: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

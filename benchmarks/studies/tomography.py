@@ -335,8 +335,7 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
 def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
   """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
   document = run(epochs, iterations)
-  out.mkdir(parents=True, exist_ok=True)
-  report.write_json(out / "runs.json", document)
+  store.write_json(out / "runs.json", document)
   click.echo(render(document)["table.md"])
   if publish:
     publishing.publish("tomography", document)

@@ -316,7 +316,6 @@ def main(
   ):
     raise click.UsageError(f"{problems.PROBED} needs --data-dir.")
   made = {name: problems.make(name, data_dir) for name in chosen}
-  out.mkdir(parents=True, exist_ok=True)
   path = out / "runs.json"
   document = json.loads(path.read_text("utf-8")) if path.exists() else {}
   cells_found = document.setdefault("cells", {})
@@ -329,7 +328,7 @@ def main(
   for name, problem in made.items():
     with jax.enable_x64(True):
       for _ in _complete(name, problem, cells_found.setdefault(name, {})):
-        report.write_json(path, document)
+        store.write_json(path, document)
   document["cells"] = {
     c: cells_found[c] for c in problems.CELLS if c in cells_found
   }
