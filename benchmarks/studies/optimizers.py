@@ -17,15 +17,15 @@ _LEAST = {
   "nesterov": 0.025,
   "adamw": 0.00125,
   "nadamw": 0.00125,
-  "lion": 0.0001,
-  "ademamix": 0.0005,
+  "lion": 0.0002,
+  "ademamix": 0.001,
   "muon": 0.005,
   "schedule-free": 0.0025,
   "adamw-ema": 0.00125,
   "adamw-ema, constant": 0.000625,
 }
 # Logistic regression takes larger steps.
-_FACTOR = {"mlp4": 1, "logreg": 4}
+_FACTOR = {"mlp4": 1, "logreg": 16}
 _CONSTANT = ("schedule-free", "adamw-ema, constant")
 PROBLEMS = {
   "MLP-4": ("mlp4", {}),
