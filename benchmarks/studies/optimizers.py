@@ -24,8 +24,12 @@ _LEAST = {
   "adamw-ema": 0.00125,
   "adamw-ema, constant": 0.000625,
 }
-# Logistic regression takes larger steps.
-_FACTOR = {"mlp4": 1, "logreg": 16}
+# Logistic regression takes larger steps with adaptive optimizers.
+_LEAST_LOGREG = {
+  **{name: 16 * lr for name, lr in _LEAST.items()},
+  **{name: _LEAST[name] for name in ("sgd", "momentum", "nesterov")},
+  **{"muon": 0.04, "schedule-free": 0.01, "adamw-ema, constant": 0.0025},
+}
 _CONSTANT = ("schedule-free", "adamw-ema, constant")
 PROBLEMS = {
   "MLP-4": ("mlp4", {}),
@@ -37,7 +41,7 @@ PROBLEMS = {
 
 def _cell(problem: str, optimizer: str) -> study.Cell:
   model, changes = PROBLEMS[problem]
-  least = _LEAST[optimizer] * _FACTOR[model]
+  least = (_LEAST_LOGREG if model == "logreg" else _LEAST)[optimizer]
   return study.Cell(
     study.cell(
       *("fashion-mnist", model, optimizer.partition(",")[0]),
