@@ -92,12 +92,13 @@ class Cell:
     parts += [e.augment] if e.augment != "none" else []
     return "-".join(parts)
 
-  def text(self, name: str) -> str:
-    """An item of a list that tells the size of the problem."""
+  @property
+  def size(self) -> str:
+    """The size of the problem, in words."""
     e = self.template
     return (
-      f"- {name}: {e.train_examples} training examples, batches of"
-      f" {e.batch_size}, {e.epochs} epochs, {self.num_seeds} seeds"
+      f"{e.train_examples} training examples, batches of {e.batch_size},"
+      f" {e.epochs} epochs, {self.num_seeds} seeds"
     )
 
 
@@ -316,6 +317,16 @@ def _losses(runs: Iterable[Run]) -> dict[int, float]:
   }
 
 
+def _sizes(by_cell: Mapping[str, str]) -> str:
+  """A list of the sizes, with the problems of each."""
+  sizes: dict[str, list[str]] = {}
+  for name, size in by_cell.items():
+    sizes.setdefault(size, []).append(name)
+  if len(sizes) == 1:
+    return f"All problems: {next(iter(sizes))}."
+  return "\n".join(f"- {', '.join(v)}: {k}" for k, v in sizes.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
   """A study.
@@ -347,7 +358,7 @@ class Study:
       f"    {document['command']}",
       self.table(results),
       NOTES,
-      "\n".join(self.cells[name].text(name) for name in results.cells),
+      _sizes({name: self.cells[name].size for name in results.cells}),
     ]
     files = {"table.md": "\n\n".join(parts) + "\n"}
     if self.figure is not None:
