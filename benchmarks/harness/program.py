@@ -211,11 +211,9 @@ def observe(
     counted -= optax.tree.get(before, "extra_gradients")
   mean_grads = optax.tree.get(before, "mean_grads")
   if mean_grads is None:
-    nothing = nothing_observed()
-    return (
-      nothing
-      if counted is None
-      else nothing._replace(extra_gradients=counted.astype(int))
+    extra_gradients = jnp.zeros((), int) if counted is None else counted
+    return nothing_observed()._replace(
+      extra_gradients=extra_gradients.astype(int)
     )
   # The coefficient that this very step has used.
   alpha = optax.tree.get(state, "alpha")
