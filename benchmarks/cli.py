@@ -248,6 +248,11 @@ def out_option(study: str) -> Callable[[Callable], Callable]:
   )
 
 
+publish_option = click.option(
+  "--publish", is_flag=True, help="Write to benchmarks/results, too."
+)
+
+
 def several(
   name: str, known: Iterable[str], default: str
 ) -> Callable[[Callable], Callable]:

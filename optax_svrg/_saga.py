@@ -390,9 +390,9 @@ def _write(state: SAGAState, entry: _Entry, grads: optax.Updates) -> SAGAState:
     return jnp.where(entry.is_known & jnp.isfinite(new), new, old)
 
   new = jax.tree.map(stored, entry.grads, grads)
-  # XLA for CPU would write what the mean and its error have in common to memory
-  # (JAX 0.10: 22 copies of the parameters moved instead of 14), unless it takes
-  # them for different computations.
+  # XLA for CPU would keep what the mean and its error have in common in memory,
+  # unless it takes them for different computations (JAX 0.10 and 0.12:
+  # TestInPlace.test_temporary_arrays).
   other_count = jax.lax.platform_dependent(
     entry.position,
     cpu=lambda position: jnp.where(position >= 0, jnp.int32(num_batches), 0),

@@ -154,9 +154,9 @@ class Problem:
       *self._start(transform), self.batches[0], 0
     )
 
-  def programs(self, alpha: float = 0.75) -> dict[str, Program]:
+  def programs(self) -> dict[str, Program]:
     """The epochs with :data:`METHODS`."""
-    svrg = optax_svrg.alpha_svrg(alpha)
+    svrg = optax_svrg.alpha_svrg(0.75)
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
     programs = (
       self._program(no_transform()),

@@ -204,7 +204,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 )
 @cli.cell_option(CASES)
 @cli.out_option("step-cost")
-@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
+@cli.publish_option
 def main(
   dtype: str,
   cells: Sequence[str],

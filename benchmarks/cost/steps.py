@@ -20,8 +20,6 @@ METHODS = (
   "alpha-saga",
   "adaptive-saga",
 )
-# Beside them, alpha-SVRG that reduces both of its gradients.
-NAIVE = "alpha-svrg, naive"
 PLACEMENTS = ("jit", "shard_map", "zero", "fsdp", "host")
 AXIS = "data"
 
@@ -78,7 +76,6 @@ def make_transform(
   make = {
     "plain": lambda: optax.with_extra_args_support(optax.identity()),
     "alpha-svrg": lambda: optax_svrg.alpha_svrg(0.75, axis_name=axis_name),
-    NAIVE: lambda: optax_svrg.alpha_svrg(0.75),
     "adaptive-svrg": lambda: optax_svrg.adaptive_svrg(axis_name=axis_name),
     "alpha-saga": lambda: optax_svrg.alpha_saga(0.75, **saga),
     "adaptive-saga": lambda: optax_svrg.adaptive_saga(**saga),
@@ -117,7 +114,7 @@ def make_step(
   local_grad = grad = jax.grad(loss)
   if local:
     local_grad = grad = optax_svrg.device_local(grad, AXIS)
-  if local and case.method in ("plain", NAIVE):
+  if local and case.method == "plain":
     grad = lambda p, batch: jax.lax.pmean(local_grad(p, batch), AXIS)
 
   def step(params: Any, state: Any, batch: Any, batch_index: Any) -> Any:

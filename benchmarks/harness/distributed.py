@@ -87,15 +87,17 @@ def options(command: Callable) -> Callable:
   return with_distributed
 
 
-def check_batch_size(batch_size: int, num_examples: int) -> None:
-  """Raises unless batches can be filled and divided among all devices."""
+def check_batch_size(
+  batch_size: int, num_examples: int, num_devices: int
+) -> None:
+  """Raises unless batches can be filled and divided among devices."""
   if batch_size > num_examples:
     raise click.UsageError(
       "--batch-size must be at most the number of training examples,"
       f" {num_examples}, got {batch_size}."
     )
-  if batch_size % jax.device_count():
+  if batch_size % num_devices:
     raise click.UsageError(
       "--batch-size must be a multiple of the number of devices,"
-      f" {jax.device_count()}, got {batch_size}."
+      f" {num_devices}, got {batch_size}."
     )

@@ -378,9 +378,7 @@ class Study:
     @click.option("--epochs", type=cli.positive, help="For a quick look.")
     @click.option("--examples", type=cli.positive, help="For a quick look.")
     @cli.out_option(self.name)
-    @click.option(
-      "--publish", is_flag=True, help="Write to benchmarks/results, too."
-    )
+    @cli.publish_option
     def main(
       data_dir: Path | None,
       cells: Sequence[str],

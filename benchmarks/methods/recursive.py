@@ -25,7 +25,8 @@ class RecursiveState(NamedTuple):
     extra_gradients: number of gradients of a batch computed in addition to
       those of the steps.
     params: parameters of the step before.
-    last: estimate of STORM, or plain gradient, of the step before.
+    last: estimate of the step before or, where no second gradient is
+      computed, its plain gradient.
   """
 
   step: jax.Array
@@ -35,7 +36,7 @@ class RecursiveState(NamedTuple):
 
 
 def _estimator(
-  estimate: Callable[..., optax.Updates], *, is_exact: bool, keeps: str
+  estimate: Callable[..., optax.Updates], is_exact: bool
 ) -> optax.GradientTransformationExtraArgs:
   """Makes an estimator.
 
@@ -44,7 +45,6 @@ def _estimator(
       the step before, and what was kept, to the estimate.
     is_exact: whether the second gradient is computed; otherwise it is the
       gradient of the step before.
-    keeps: ``"estimate"`` or ``"gradient"``.
   """
 
   def init_fn(params):
@@ -63,7 +63,7 @@ def _estimator(
       state.step + 1,
       state.extra_gradients + int(is_exact),
       jax.tree.map(jnp.copy, params),
-      made if keeps == "estimate" else updates,
+      made if is_exact else updates,
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -71,9 +71,7 @@ def _estimator(
 
 def storm_transform(a: float) -> optax.GradientTransformationExtraArgs:
   """STORM, the gradient plus ``1 - a`` times the change of the last error."""
-  return _estimator(
-    lambda g, s, d: g + (1 - a) * (d - s), is_exact=True, keeps="estimate"
-  )
+  return _estimator(lambda g, s, d: g + (1 - a) * (d - s), is_exact=True)
 
 
 def mars_transform(
@@ -81,9 +79,7 @@ def mars_transform(
 ) -> optax.GradientTransformationExtraArgs:
   """MARS before the average of an optimizer with ``b1=beta``."""
   scale = gamma * beta / (1 - beta)
-  return _estimator(
-    lambda g, s, _: g + scale * (g - s), is_exact=is_exact, keeps="gradient"
-  )
+  return _estimator(lambda g, s, _: g + scale * (g - s), is_exact)
 
 
 def storm(context: Context, a: float = 0.1) -> Method:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers, each alone and behind adaptive SAGA, at the same gradients."""
 
+import dataclasses
 import itertools
 
 from benchmarks.harness import comparison, report, study
@@ -42,16 +43,15 @@ PROBLEMS = {
 def _cell(problem: str, optimizer: str) -> study.Cell:
   model, changes = PROBLEMS[problem]
   least = (_LEAST_LOGREG if model == "logreg" else _LEAST)[optimizer]
-  return study.Cell(
-    study.cell(
-      *("fashion-mnist", model, optimizer.partition(",")[0]),
-      lr=least,
-      train_examples=10_240,
-      schedule="constant" if optimizer in _CONSTANT else "cosine",
-      **changes,
-    ).template,
-    [least * 2**k for k in range(4)],
+  cell = study.cell(
+    *("fashion-mnist", model, optimizer.partition(",")[0]),
+    lr=least,
+    train_examples=10_240,
+    schedule="constant" if optimizer in _CONSTANT else "cosine",
+    **changes,
   )
+  rates = [least * 2**k for k in range(4)]
+  return dataclasses.replace(cell, learning_rates=rates)
 
 
 CELLS = {
@@ -64,7 +64,7 @@ def table(results: study.Results) -> str:
   """Loss and accuracy of each optimizer alone and behind SAGA, by problem."""
   parts = []
   for problem in PROBLEMS:
-    cells = _of(results, problem)
+    cells = [c for c in results.cells if c.startswith(f"{problem}: ")]
     if not cells:
       continue
     verdicts = results.verdicts([(SAGA, PLAIN)], cells)
@@ -84,10 +84,6 @@ def table(results: study.Results) -> str:
       f"SAGA against plain: {comparison.count([*verdicts.values()])}."
     )
   return "\n\n".join(parts)
-
-
-def _of(results: study.Results, problem: str) -> list[str]:
-  return [c for c in results.cells if c.startswith(f"{problem}: ")]
 
 
 STUDY = study.Study(

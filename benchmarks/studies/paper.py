@@ -239,7 +239,7 @@ def template(
       f" {warmup_epochs}."
     )
   batch_size = batch_size or scale.batch_size or default_batch_size(size)
-  distributed.check_batch_size(batch_size, size)
+  distributed.check_batch_size(batch_size, size, jax.device_count())
   settings: dict[str, Any] = {**scale.changes.get(model, {}), "dtype": dtype}
   if drop_path:
     if model not in TABLES["imagenet"].models:
@@ -455,11 +455,8 @@ _METHODS = ",".join(METHODS)
   ),
 )
 @cli.out_option("paper")
-@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
 @distributed.options
-@click.pass_context
 def main(
-  ctx: click.Context,
   table: str,
   scale: str,
   dataset: Sequence[str],
@@ -472,7 +469,6 @@ def main(
   num_workers: int,
   checkpoint_dir: Path | None,
   out: Path,
-  publish: bool,
   cluster: distributed.Distributed,
   **options: Any,
 ) -> None:
@@ -516,9 +512,3 @@ def main(
     click.echo(describe(cells, SCALES["full"]))
   click.echo(f"\nThe paper's figures are of {chosen.source}.\n")
   click.echo(tables(by_cell(runs), chosen))
-  if publish:
-    document = publishing.pack("paper", runs, lambda experiment: False)
-    arguments = cli.argv(ctx)[1:]
-    own = [a for a in arguments if not a.startswith(("--out", "--publish"))]
-    document["command"] += "".join(f" {argument}" for argument in own)
-    publishing.publish("paper", document)

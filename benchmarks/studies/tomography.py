@@ -331,7 +331,7 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
   "--iterations", type=cli.positive, default=_ITERATIONS, show_default=True
 )
 @cli.out_option("tomography")
-@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
+@cli.publish_option
 def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
   """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
   document = run(epochs, iterations)

@@ -12,6 +12,7 @@ from benchmarks import cli, methods, models
 from benchmarks.data import arrays
 from benchmarks.harness import figures, report, store
 from benchmarks.harness.checkpoints import Checkpoints, difference, START
+from benchmarks.harness.distributed import check_batch_size
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.harness.progress import Progress
@@ -104,11 +105,7 @@ def main(
     if value and checkpoint_dir is None:
       raise click.UsageError(f"{name} needs --checkpoint-dir.")
   dataset = arrays.load(options["dataset"], data_dir)
-  if options["batch_size"] > len(dataset.train_labels):
-    raise click.UsageError(
-      "--batch-size must be at most the number of training examples,"
-      f" {len(dataset.train_labels)}, got {options['batch_size']}."
-    )
+  check_batch_size(options["batch_size"], len(dataset.train_labels), 1)
   identity = {f"--{k.replace('_', '-')}": v for k, v in options.items()}
   identity["the SHA-256 of the data"] = dataset.sha256
   identity = json.loads(json.dumps(identity))

@@ -239,9 +239,7 @@ _THREE = click.IntRange(min=3)
 @cli.several("--model", models.NUM_LAYERS, "by default all")
 @cli.several("--optimizer", LEARNING_RATES, "by default all")
 @cli.out_option("variance")
-@click.option(
-  "--publish", is_flag=True, help="Write to benchmarks/results, too."
-)
+@cli.publish_option
 def main(
   dataset: str,
   data_dir: Path | None,

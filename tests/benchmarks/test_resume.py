@@ -136,37 +136,6 @@ def test_checkpoints_change_nothing(arguments, start, trained, tmp_path):
   assert histories(tmp_path) == histories(trained[0])
 
 
-@pytest.fixture(scope="module")
-def stopped(arguments, start, tmp_path_factory):
-  """A logistic regression that was killed between two checkpoints.
-
-  Without kinks and with small steps of SGD, so that rounding is not amplified.
-  """
-  out, saved, alone = (
-    tmp_path_factory.mktemp(name) for name in ("out", "saved", "alone")
-  )
-  training = [
-    *(a for a in arguments[:-1] if not a.startswith(("--methods", "--model"))),
-    "--model=logreg",
-    "--optimizer=sgd",
-    "--lr=0.01",
-    "--methods=adaptive,adaptive-saga",
-  ]
-  assert start([*training, f"--out={alone}"]) == 0
-  saving = [f"--out={out}", f"--checkpoint-dir={saved}", arguments[-1]]
-  assert start([*training, *saving], ("steps", 8, 0.002)) == -signal.SIGKILL
-  return training, saved, histories(alone)
-
-
-@pytest.fixture
-def resuming(stopped, tmp_path):
-  """The arguments to resume a copy of it, and what should come out."""
-  training, saved, want = stopped
-  shutil.copytree(saved, tmp_path / "saved")
-  saving = [f"--checkpoint-dir={tmp_path / 'saved'}", "--resume"]
-  return [*training, f"--out={tmp_path}", *saving], want
-
-
 def remove(path):
   path.unlink()
 

@@ -176,9 +176,7 @@ class TestSnapshot:
       helpers.assert_equal(updates, grads)
       assert (state.alpha, state.count, state.num_snapshots) == (0, 1, 0)
       estimate = state.estimate
-      if not jax.tree.leaves(
-        params
-      ):  # No gradient at all is taken for one that vanished.
+      if not jax.tree.leaves(params):  # As if all gradients had vanished.
         estimate = estimate._replace(unit=start.estimate.unit)
       helpers.assert_equal(estimate, start.estimate)
 

@@ -918,6 +918,17 @@ class TestInPlace:
     )
     self.check(step.lower(params, state, 0).compile(), state)
 
+  def test_temporary_arrays(self, kind):
+    """The stored gradient, and what the mean and its error have in common."""
+    tx = make(kind, 10)
+    params = jnp.ones((100, 1000))
+    step = jax.jit(
+      lambda g, s, i: tx.update(g, s, batch_index=i), donate_argnums=1
+    )
+    compiled = step.lower(params, tx.init(params), 0).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes / params.nbytes
+    assert temporary < (2.1 if kind == "alpha" else 3.1)
+
   @pytest.mark.standard_promotion
   def test_training_step(self, kind):
     """Where the gradient and what follows could be fused with the table."""

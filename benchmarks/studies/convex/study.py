@@ -298,7 +298,7 @@ def _complete(
 @cli.data_dir_option
 @cli.cell_option(problems.CELLS)
 @cli.out_option("convex")
-@click.option("--publish", is_flag=True, help="Write to benchmarks/results.")
+@cli.publish_option
 def main(
   data_dir: Path | None, cells: Sequence[str], out: Path, publish: bool
 ) -> None:
