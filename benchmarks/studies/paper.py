@@ -199,6 +199,13 @@ SCALES = {
     train_examples=3_000,
     validation_examples=1_000,
   ),
+  # As many steps per epoch as the paper has, and its share of warm-up.
+  "long": Scale(
+    *(32, 100, 17, _reduced((1, 1, 2), (1, 1, 3), 24, 32)),
+    batch_size=32,
+    train_examples=1_280,
+    validation_examples=1_000,
+  ),
   "smoke": Scale(
     *(16, 2, 1, _reduced((1,), (1,), 8, 12)),
     batch_size=20,
