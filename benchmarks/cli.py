@@ -70,6 +70,10 @@ COMMANDS: dict[str, Entry] = {
     "benchmarks.studies.optimizers",
     "Other optimizers, alone and behind adaptive SAGA.",
   ),
+  "balanced-order": Entry(
+    "benchmarks.studies.balanced_order",
+    "The order of the examples, by their gradients.",
+  ),
   "step-cost": Entry(
     "benchmarks.cost.step_cost",
     "Time and bytes of steps, and their lower limits.",

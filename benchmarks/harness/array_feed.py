@@ -16,7 +16,7 @@ from benchmarks.data import arrays
 from benchmarks.harness import program
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.program import Observed, Program, TrainState
-from benchmarks.methods import Context, Method
+from benchmarks.methods import balanced, Context, Method
 import optax_svrg
 
 _PIECE_SIZE = 128  # Examples evaluated at once, which fit into a cache.
@@ -122,6 +122,7 @@ class ArrayFeed:
       return TrainState(params, states, program.nothing_observed())
 
     draw_order = jax.jit(functools.partial(self._order, context, method))
+    next_order = jax.jit(functools.partial(self._next_order, context, method))
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
     order = draw_order(keys)
@@ -135,6 +136,10 @@ class ArrayFeed:
     def begin(state, seed, epoch, with_snapshot):
       keys = self._keys(experiment, seed, epoch)
       order = draw_order(keys)
+      if method.next_order is not None:
+        own, examples = next_order(state.opt_state[0], keys)
+        state = state._replace(opt_state=(own, state.opt_state[1]))
+        order = order._replace(examples=examples)
       if with_snapshot:
         opt_state = take(
           state.opt_state, state.params, self._train, self._passed, keys
@@ -167,6 +172,13 @@ class ArrayFeed:
     model = nnx.merge(self._graphdef, params)
     logits = model(arrays.unflatten(batch.images, self._image_shape))
     return _cross_entropy(logits, batch.labels).mean(where=batch.is_real)
+
+  def _factors(
+    self, params: optax.Params, batch: Batch, whole: bool
+  ) -> balanced.Factors:
+    model = nnx.merge(self._graphdef, params)
+    images = arrays.unflatten(batch.images, self._image_shape)
+    return balanced.factors(model, images, batch.labels, whole)
 
   def _grad(self, params: optax.Params, batch: Batch) -> optax.Updates:
     return jax.grad(self.loss)(params, batch)
@@ -207,6 +219,7 @@ class ArrayFeed:
         grad_fn=grad_fn,
         batch_index=order.batch_index[i],
         batch_grad_fn=batch_grad_fn,
+        factors_fn=lambda params, whole: self._factors(params, batch, whole),
       )
       seen = program.observe(
         grads, corrected, state.opt_state[0], after.opt_state[0]
@@ -298,6 +311,16 @@ class ArrayFeed:
       None if is_real.all() else jnp.asarray(is_real)[order],
       order,
     )
+
+  def _next_order(
+    self, context: Context, method: Method, own: Any, keys: Keys
+  ) -> tuple[Any, jax.Array]:
+    """The order that a method chooses, step by step."""
+    size, steps = context.batch_size, method.num_steps(context)
+    key = jax.random.wrap_key_data(keys.epoch)
+    drawn = jax.random.permutation(key, self.num_examples)
+    own, order = method.next_order(own, drawn, steps)
+    return own, order[: steps * size].reshape(steps, size)
 
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any

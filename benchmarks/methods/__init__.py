@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from benchmarks.methods import (
+  balanced,
   coefficients,
   optimal,
   recursive,
@@ -85,6 +86,7 @@ METHODS: dict[str, Factory] = {
   "optimal": optimal.method,
   "storm": recursive.storm,
   "mars": recursive.mars,
+  "balanced-order": balanced.method,
 }
 
 

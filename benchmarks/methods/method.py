@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -37,11 +37,12 @@ class Method(NamedTuple):
   """A method of variance reduction.
 
   ``transform.update`` gets ``grad_fn``, the gradient of the batch as a function
-  of the parameters; ``batch_index``, the number of the batch; and
+  of the parameters; ``batch_index``, the number of the batch;
   ``batch_grad_fn(params, batch_index)``, the gradient of any batch of the
-  epoch. A transformation may take its snapshots by itself, by the latter; it
-  then counts the gradients it computes in a field ``extra_gradients`` of its
-  state.
+  epoch; and ``factors_fn(params, whole)``, per-example gradients, see
+  :func:`benchmarks.methods.balanced.factors`. A transformation may take its
+  snapshots by itself; it then counts the gradients it computes in a field
+  ``extra_gradients`` of its state.
 
   Attributes:
     transform: the transformation that precedes the optimizer.
@@ -51,12 +52,16 @@ class Method(NamedTuple):
     has_fixed_batches: whether each example belongs to one batch for good,
       instead of being drawn in each epoch.
     has_fixed_order: whether fixed batches have the same order in each epoch.
+    next_order: from the transformation's state, a random order of the examples
+      and the number of steps to the state and the order of an epoch; ``None``
+      for the random one.
   """
 
   transform: optax.GradientTransformation
   coefficient: optax.Schedule | None = None
   has_fixed_batches: bool = False
   has_fixed_order: bool = False
+  next_order: Callable[..., Any] | None = None
 
   def uses_snapshot(self, start: int, stop: int) -> bool:
     """Returns whether a step from ``start`` to ``stop`` uses the snapshot."""

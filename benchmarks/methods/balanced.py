@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Balanced order: the order of the next epoch follows from the gradients.
+
+GraB keeps the signed sum of centred per-example gradients small: an example
+goes to the front of the next epoch if its sign is +, and to the end if it is -.
+The gradients are centred by the mean over the epoch before.
+
+A per-example gradient of a dense layer is the outer product of its input and
+of the loss's derivative by its output, so that all inner products follow from
+these, and the signs of a batch from one loop over a B x B matrix.
+
+References:
+  Lu et al., `GraB: Finding Provably Better Data Permutations than Random
+  Reshuffling <https://arxiv.org/abs/2205.10733>`_, 2022, algorithm 4
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import benchmarks
+from benchmarks.methods.method import Context, Method
+
+FORMS = ("last", "whole", "random")
+
+# Of each layer, inputs with a 1 for the bias, ``[B, in + 1]``, and derivatives
+# by the outputs, ``[B, out]``.
+Factors = Sequence[tuple[jax.Array, jax.Array]]
+
+
+class BalancedState(NamedTuple):
+  """State of a balanced order.
+
+  Attributes:
+    order: the examples of the epoch, int32 of the shape (n,).
+    signs: their signs, int8; 0 for those not seen so far.
+    step: number of batches of the epoch seen so far.
+    signed: signed sum of the centred gradients of the epoch, by layer.
+    mean: mean of the gradients of the epoch before, by layer.
+    total: sum of the gradients of the epoch, by layer.
+  """
+
+  order: jax.Array
+  signs: jax.Array
+  step: jax.Array
+  signed: list[jax.Array]
+  mean: list[jax.Array]
+  total: list[jax.Array]
+
+
+def factors(
+  model: Any, images: jax.Array, labels: jax.Array, whole: bool
+) -> Factors:
+  """Per-example gradients of the last layer of a perceptron, or of all."""
+  if not hasattr(model, "mlp"):
+    raise benchmarks.UserError(
+      "A balanced order needs a model of dense layers."
+    )
+  layers = list(model.mlp.layers)
+
+  def forward(shifts: Sequence[Any]) -> tuple[jax.Array, Any]:
+    inputs, x = [], images.reshape(len(images), -1)
+    for layer, shift in zip(layers, shifts, strict=True):
+      inputs.append(jax.nn.relu(x) if inputs else x)
+      x = layer(inputs[-1]) + shift
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(x, labels)
+    return losses.sum(), (inputs, x)
+
+  if whole:
+    shifts = [jnp.zeros((len(images), x.out_features)) for x in layers]
+    derivatives, (inputs, _) = jax.grad(forward, has_aux=True)(shifts)
+  else:
+    _, (inputs, logits) = forward([0.0] * len(layers))
+    one_hot = jax.nn.one_hot(labels, logits.shape[1])
+    inputs, derivatives = inputs[-1:], [jax.nn.softmax(logits) - one_hot]
+  ones = jnp.ones((len(images), 1))
+  return [
+    (jnp.concatenate([x, ones], axis=1), d)
+    for x, d in zip(inputs, derivatives, strict=True)
+  ]
+
+
+def signs_of(
+  factors: Factors, signed: Sequence[jax.Array], mean: Sequence[jax.Array]
+) -> jax.Array:
+  """The signs of a batch, -1 or 1, one example after the other."""
+
+  def products(of: Sequence[jax.Array]) -> jax.Array:
+    return sum(
+      ((x @ y) * d).sum(1) for (x, d), y in zip(factors, of, strict=True)
+    )
+
+  gram = sum((x @ x.T) * (d @ d.T) for x, d in factors)
+  by_mean = products(mean)
+  square = optax.tree.vdot(mean, mean)
+  gram += square - by_mean[:, None] - by_mean[None, :]
+  start = products(signed) - optax.tree.vdot(signed, mean)
+
+  def step(i, state):
+    signs, product = state
+    sign = jnp.where(product[i] > 0, -1.0, 1.0)
+    return signs.at[i].set(sign), product + sign * gram[i]
+
+  return jax.lax.fori_loop(0, len(start), step, (jnp.zeros_like(start), start))[
+    0
+  ]
+
+
+def transform(
+  num_examples: int, form: str
+) -> optax.GradientTransformationExtraArgs:
+  """Leaves the gradient as it is, and finds the signs of its examples."""
+
+  def init_fn(params: optax.Params) -> BalancedState:
+    layers = params.get("mlp", {}).get("layers", {})
+    kept = list(layers.values()) if form == "whole" else [*layers.values()][-1:]
+    zeros = [
+      jnp.zeros((len(x["kernel"]) + 1, x["kernel"].shape[1])) for x in kept
+    ]
+    copies = [jax.tree.map(jnp.copy, zeros) for _ in range(3)]
+    return BalancedState(
+      jnp.arange(num_examples, dtype=jnp.int32),
+      jnp.zeros(num_examples, jnp.int8),
+      jnp.zeros([], jnp.int32),
+      *copies,
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: BalancedState,
+    params: optax.Params,
+    *,
+    factors_fn: Callable[[optax.Params, bool], Factors],
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, BalancedState]:
+    del extra_args
+    found = factors_fn(params, form == "whole")
+    size = len(found[0][0])
+    if form == "random":
+      key = jax.random.fold_in(jax.random.key(0), state.order[0])
+      key = jax.random.fold_in(key, state.step)
+      signs = jax.random.rademacher(key, (size,), jnp.float32)
+    else:
+      signs = signs_of(found, state.signed, state.mean)
+    signed = [
+      s + (x * signs[:, None]).T @ d - signs.sum() * m
+      for s, m, (x, d) in zip(state.signed, state.mean, found, strict=True)
+    ]
+    total = [t + x.T @ d for t, (x, d) in zip(state.total, found, strict=True)]
+    at = (state.step * size,)
+    return updates, state._replace(
+      signs=jax.lax.dynamic_update_slice(
+        state.signs, signs.astype(jnp.int8), at
+      ),
+      step=state.step + 1,
+      signed=signed,
+      total=total,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def next_order(
+  state: BalancedState, drawn: jax.Array, num_steps: int
+) -> tuple[BalancedState, jax.Array]:
+  """The order of the epoch that begins, or of the one under way.
+
+  Args:
+    state: the state; it is updated at the beginning of an epoch.
+    drawn: a random order for the first epoch.
+    num_steps: number of steps of an epoch.
+
+  Returns:
+    The state and the order. Examples that the last epoch has left out come
+    first.
+  """
+  n = len(drawn)
+  position = jnp.arange(n)
+  place = jnp.where(state.signs > 0, n + position, 3 * n - position)
+  place = jnp.where(state.signs == 0, position, place)
+  balanced = state.order[jnp.argsort(place)]
+  is_first, is_over = state.step == 0, state.step == num_steps
+  order = jnp.where(is_over, balanced, state.order)
+  order = jnp.where(is_first, drawn, order).astype(jnp.int32)
+  seen = jnp.maximum((state.signs != 0).sum(), 1)
+  begun = BalancedState(
+    order,
+    jnp.zeros_like(state.signs),
+    jnp.zeros_like(state.step),
+    optax.tree.zeros_like(state.signed),
+    optax.tree.scale(1 / seen, state.total),
+    optax.tree.zeros_like(state.total),
+  )
+  return optax.tree.where(is_first | is_over, begun, state), order
+
+
+def method(context: Context, form: str = "last") -> Method:
+  """A balanced order by last layer or whole gradient, or by random signs."""
+  return Method(transform(context.num_examples, form), next_order=next_order)
