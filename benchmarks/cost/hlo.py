@@ -37,7 +37,7 @@ _FREE = frozenset(
   (
     *("bitcast", "constant", "get-tuple-element", "parameter", "tuple"),
     *("conditional", "while", "call", "call-start", "call-done"),
-    *("opt-barrier", "after-all"),
+    *("opt-barrier", "after-all", "custom-call-start", "custom-call-done"),
   )
 )
 

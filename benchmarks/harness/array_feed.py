@@ -100,10 +100,10 @@ class ArrayFeed:
 
   def measure(
     self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> tuple[float, float]:
-    """Returns the loss of all training examples and validation accuracy."""
-    loss, accuracy = self._evaluate(params, *self._evaluated)
-    return float(loss), float(accuracy)
+  ) -> dict[str, float]:
+    """Returns fields of :class:`Point`, over all examples."""
+    found = self._evaluate(params, *self._evaluated)
+    return {name: float(value) for name, value in found.items()}
 
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
     """Returns what is measured at the end of a run in addition: nothing."""
@@ -324,7 +324,7 @@ class ArrayFeed:
 
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> dict[str, jax.Array]:
     model = nnx.merge(self._graphdef, params)
 
     def mean(fn: Callable, store: Any, pieces: list) -> jax.Array:
@@ -343,7 +343,11 @@ class ArrayFeed:
       ).mean()
 
     is_right = lambda logits, label: logits.argmax() == label
-    return mean(_cross_entropy, *train), mean(is_right, *validation)
+    return {
+      "train_loss": mean(_cross_entropy, *train),
+      "validation_accuracy": mean(is_right, *validation),
+      "validation_loss": mean(_cross_entropy, *validation),
+    }
 
 
 def _whole_and_rest(num_examples: int, size: int) -> list[jax.Array]:

@@ -139,6 +139,8 @@ class Point(NamedTuple):
     seconds: time spent in training so far.
     alpha: mean of the coefficient over the steps of the epoch; ``None`` before
       the first epoch.
+    validation_loss: mean loss over the validation examples; ``None`` with the
+      feed ``"streams"``.
     variance_ratio: mean square distance of the corrected gradient from the mean
       gradient of the snapshot, divided by that of the plain gradient, over the
       steps of the epoch; ``None`` without a snapshot. An upper bound, as far as
@@ -152,6 +154,7 @@ class Point(NamedTuple):
   seconds: float
   alpha: float | None = None
   variance_ratio: float | None = None
+  validation_loss: float | None = None
 
 
 @dataclasses.dataclass

@@ -30,6 +30,7 @@ _FIELDS = (
   "gradients_per_example",
   "seconds",
   "alpha",
+  "validation_loss",
 )
 
 

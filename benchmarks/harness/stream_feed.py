@@ -162,16 +162,16 @@ class StreamFeed:
 
   def measure(
     self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> tuple[float, float] | None:
-    """Returns the mean loss of the steps and the validation accuracy.
+  ) -> dict[str, float] | None:
+    """Returns fields of :class:`Point`; ``None`` before the first step.
 
-    The former is the paper's train loss: of augmented and mixed-up batches.
-    ``None`` before the first step.
+    The loss is the paper's train loss: of augmented and mixed-up batches.
     """
     if observed is None:
       return None
     _, accuracy = self._mean(params, self._validation)
-    return float(observed.loss) / num_steps, accuracy
+    loss = float(observed.loss) / num_steps
+    return {"train_loss": loss, "validation_accuracy": accuracy}
 
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
     """Returns the loss over the training images as they are."""

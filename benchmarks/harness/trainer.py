@@ -188,7 +188,7 @@ class _Training:
     self.run.history.append(
       Point(
         self.at.epoch,
-        *measured,
+        **measured,
         gradients_per_example=self.at.evaluations / self.feed.num_examples,
         seconds=self.at.seconds,
         alpha=alpha,

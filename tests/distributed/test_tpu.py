@@ -19,13 +19,9 @@ pytestmark = [
 
 SVRG = [("alpha-svrg", 312, "float32"), ("adaptive-svrg", 312, "float32")]
 SAGA = [
-  *(
-    ("adaptive-saga", num_batches, dtype)
-    for num_batches in (7, 312)
-    for dtype in ("float32", "bfloat16")
-  ),
-  ("alpha-saga", 7, "float32"),
-  ("alpha-saga", 312, "bfloat16"),
+  (method, *table)
+  for method in ("alpha-saga", "adaptive-saga")
+  for table in ((7, "float32"), (312, "bfloat16"))
 ]
 PLACEMENTS = ["jit", "shard_map", "fsdp", "host"]
 
