@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import importlib
 import math
 from pathlib import Path
+import shlex
 import sys
 from typing import Any, NamedTuple
 
@@ -172,6 +173,17 @@ def main() -> None:
 def argv(ctx: click.Context) -> list[str]:
   """Returns the arguments of the command line, for the record of a run."""
   return ctx.meta.get(_ARGV, [])
+
+
+def command(ctx: click.Context) -> str:
+  """Returns the command line to publish: without folders and --publish."""
+  kept, given = [], iter(argv(ctx))
+  for argument in given:
+    if argument in ("--data-dir", "--out"):
+      next(given)
+    elif argument != "--publish":
+      kept.append(argument)
+  return shlex.join(["python", "-m", "benchmarks", *kept])
 
 
 class Number(click.FloatRange):

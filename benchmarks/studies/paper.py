@@ -21,8 +21,10 @@ References:
 
 from collections.abc import Iterable, Mapping, Sequence
 import itertools
+import json
 import math
 from pathlib import Path
+import statistics
 from typing import Any, NamedTuple
 
 import click
@@ -30,7 +32,13 @@ import jax
 
 from benchmarks import cli, methods, models
 from benchmarks.data import sources
-from benchmarks.harness import comparison, distributed, publishing, report
+from benchmarks.harness import (
+  comparison,
+  distributed,
+  figures,
+  publishing,
+  report,
+)
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.runner import run_all
@@ -383,6 +391,60 @@ def _claim(
   ]
 
 
+def _course(runs: Sequence[Run], name: str) -> list[float]:
+  """Train losses of a method by epoch, means over the seeds."""
+  losses = [
+    [point.train_loss for point in run.history]
+    for run in runs
+    if run.method == name and run.finished
+  ]
+  return [statistics.fmean(values) for values in zip(*losses, strict=True)]
+
+
+def crossings(rows: Mapping[Cell, Sequence[Run]]) -> str:
+  """Where the loss of alpha-SVRG crosses its rivals', in Markdown."""
+  lines = []
+  for ((dataset, model), runs), rival in itertools.product(
+    rows.items(), _RIVALS
+  ):
+    pairs = zip(_course(runs, "alpha-svrg"), _course(runs, rival), strict=False)
+    ratios = [ours / theirs for ours, theirs in pairs]
+    if not ratios:
+      continue
+    above = [i for i, ratio in enumerate(ratios, 1) if not ratio < 1]
+    lines.append(
+      [
+        *(f"{model}, {dataset}", rival),
+        f"{len(ratios) - len(above)} of {len(ratios)}",
+        f"{above[-1]}" if above else "never above",
+        *(
+          f"{ratios[math.ceil(len(ratios) * k / 3) - 1]:.4f}" for k in (1, 2, 3)
+        ),
+      ]
+    )
+  columns = ["cell", "rival", "epochs below it", "last epoch above it"]
+  columns += [f"loss / rival's at {x}" for x in ("1/3", "2/3", "the end")]
+  return report.markdown_table(columns, lines)
+
+
+def figure(rows: Mapping[Cell, Sequence[Run]]) -> figures.Figure:
+  """Train loss by epoch, a panel for each cell."""
+  panels = []
+  for cell, runs in rows.items():
+    lines = []
+    for name in dict.fromkeys(run.method for run in runs):
+      histories = [run.history for run in runs if run.method == name]
+      epochs = [point.epoch for point in histories[0]]
+      losses = [[point.train_loss for point in h] for h in histories]
+      lines.append(figures.mean_line(name, epochs, losses))
+    panels.append(
+      figures.Panel(", ".join(reversed(cell)), "epochs", "train loss", lines)
+    )
+  return figures.Figure(
+    "Train loss of augmented images; mean and range over the seeds", panels
+  )
+
+
 def describe(cells: Sequence[Experiment], full: Scale) -> str:
   """Says in what the cells differ from the full scale."""
   lines = []
@@ -409,9 +471,12 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
       describe(first, SCALES["full"]),
       f"The paper's figures are of {table.source}.",
       tables(rows, table),
+      "Train loss of alpha-SVRG over the training, augmented and mixed up",
+      crossings(rows),
     ]
   )
-  return {"table.md": text + "\n"}
+  drawing = json.dumps(figure(rows).as_json(), ensure_ascii=False)
+  return {"table.md": text + "\n", "figure.json": drawing + "\n"}
 
 
 _OF_THE_SCALE = "by default that of the scale."
@@ -462,8 +527,11 @@ _METHODS = ",".join(METHODS)
   ),
 )
 @cli.out_option("paper")
+@cli.publish_option
 @distributed.options
+@click.pass_context
 def main(
+  ctx: click.Context,
   table: str,
   scale: str,
   dataset: Sequence[str],
@@ -476,6 +544,7 @@ def main(
   num_workers: int,
   checkpoint_dir: Path | None,
   out: Path,
+  publish: bool,
   cluster: distributed.Distributed,
   **options: Any,
 ) -> None:
@@ -519,3 +588,7 @@ def main(
     click.echo(describe(cells, SCALES["full"]))
   click.echo(f"\nThe paper's figures are of {chosen.source}.\n")
   click.echo(tables(by_cell(runs), chosen))
+  if publish:
+    document = publishing.pack("paper", runs, lambda experiment: True)
+    document["command"] = cli.command(ctx)
+    publishing.publish("paper", document)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods: the registry, snapshot strategies, and variants under study."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from benchmarks import methods
+from benchmarks import methods, models
 from benchmarks.methods import (
+  balanced,
   coefficients,
   recursive,
   saga_variants,
@@ -367,3 +369,79 @@ class TestRecursive:
     second, state = tx.update(moved, state, moved, grad_fn=grad_fn)
     np.testing.assert_allclose(second, [want], rtol=1e-6)
     assert state.extra_gradients == 2
+
+
+class TestBalancedOrder:
+  """The signs are those of GraB, computed from whole gradients one by one."""
+
+  @staticmethod
+  def reference(grads, signed, mean):
+    signs = []
+    for grad in grads - mean:
+      sign = -1.0 if grad @ signed > 0 else 1.0
+      signed = signed + sign * grad
+      signs.append(sign)
+    return np.array(signs), signed
+
+  @pytest.mark.parametrize("form", ["last", "whole"])
+  def test_signs(self, form):
+    model = models.maker("mlp2", (1, 4, 4), 3, {})(nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(6, 4, 4, 1)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 3, 6))
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.as_pure(params)
+
+    def factors_fn(params, whole):
+      return balanced.factors(
+        nnx.merge(graphdef, params), images, labels, whole
+      )
+
+    def grad(params, image, label):
+      loss = lambda p: optax.losses.softmax_cross_entropy_with_integer_labels(
+        nnx.merge(graphdef, p)(image[None]), label[None]
+      ).sum()
+      layers = [*jax.grad(loss)(params)["mlp"]["layers"].values()]
+      kept = layers if form == "whole" else layers[-1:]
+      return np.concatenate(
+        [np.ravel(np.vstack([x["kernel"], x["bias"]])) for x in kept]
+      )
+
+    grads = np.stack(
+      [grad(params, *pair) for pair in zip(images, labels, strict=True)]
+    )
+    transform = balanced.transform(12, form)
+    state = transform.init(params)
+    signed = mean = np.zeros(grads.shape[1])
+    for _ in range(2):
+      drawn = jnp.arange(12)[::-1]
+      state, order = balanced.next_order(state, drawn, num_steps=2)
+      seen = []
+      for _ in range(2):
+        _, state = transform.update({}, state, params, factors_fn=factors_fn)
+        signs, signed = self.reference(grads, signed, mean)
+        seen += [*signs]
+      np.testing.assert_array_equal(state.signs, seen)
+      flat = np.concatenate([np.ravel(x) for x in state.signed])
+      np.testing.assert_allclose(flat, signed, rtol=1e-4, atol=1e-5)
+      mean, signed = grads.mean(axis=0), np.zeros_like(mean)
+    after, order = balanced.next_order(state, drawn, num_steps=2)
+    front = [i for i, sign in zip(state.order, seen, strict=True) if sign > 0]
+    back = [i for i, sign in zip(state.order, seen, strict=True) if sign < 0]
+    np.testing.assert_array_equal(order, front + back[::-1])
+    assert sorted(order.tolist()) == list(range(12))
+    # An epoch that is resumed keeps its order.
+    _, state = transform.update({}, after, params, factors_fn=factors_fn)
+    _, kept = balanced.next_order(state, drawn, num_steps=2)
+    np.testing.assert_array_equal(kept, order)
+
+  def test_what_was_left_out_comes_first(self):
+    params = {"mlp": {"layers": {0: {"kernel": jnp.ones((2, 3))}}}}
+    state = balanced.transform(5, "last").init(params)
+    state = state._replace(
+      order=jnp.array([4, 3, 2, 1, 0]),
+      signs=jnp.array([1, -1, -1, 1, 0], jnp.int8),
+      step=jnp.int32(2),
+    )
+    _, order = balanced.next_order(state, jnp.arange(5), num_steps=2)
+    assert order.tolist() == [0, 4, 1, 2, 3]

@@ -138,6 +138,25 @@ def test_tables(runs):
   assert text.count(verdicts) == 2
 
 
+def test_crossings():
+  losses = {
+    "plain": [4.0, 3.0, 3.0],
+    "svrg": [5.0, 1.0, math.nan],
+    "alpha-svrg": [6.0, 2.0, 1.5],
+  }
+  runs = []
+  for method, values in losses.items():
+    run = run_of(method, 0, 1.0)
+    run.history = [Point(i, x, 0.5, 1.0, 1.0) for i, x in enumerate(values, 1)]
+    runs.append(run)
+  text = paper.crossings({("stl10", "vit-tiny"): runs})
+  assert (
+    "| vit-tiny, stl10 | plain | 2 of 3 | 1 | 1.5000 | 0.6667 | 0.5000 |"
+  ) in text
+  # A rival without a finite loss is not one that is beaten.
+  assert "| vit-tiny, stl10 | svrg | 0 of 3 | 3 | 1.2000 | 2.0000 |" in text
+
+
 def test_published_runs_make_the_same_tables(runs):
   document = json.loads(
     json.dumps(publishing.pack("paper", runs, lambda experiment: False))
@@ -145,6 +164,7 @@ def test_published_runs_make_the_same_tables(runs):
   text = paper.render(document)["table.md"]
   rows = {("stl10", "convnext-femto"): runs}
   assert paper.tables(rows, paper.TABLES["small"]) in text
+  assert json.loads(paper.render(document)["figure.json"])["panels"]
   assert "2 of 300 epochs, 60 images of 32 instead of 224 pixels" in text
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps for TPUs, compiled without any by the compiler of libtpu."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -27,21 +28,27 @@ PLACEMENTS = ["jit", "shard_map", "fsdp", "host"]
 
 
 @pytest.fixture(scope="module")
-def measured():
+def measured(tmp_path_factory, testrun_uid):
   """What a process of its own has compiled, by method, table and placement."""
   from benchmarks.cost import steps, tpu_program
 
-  result = subprocess.run(
-    [sys.executable, "-m", "tests.workers.tpu"],
-    env={**os.environ, **tpu_program.ENVIRONMENT},
-    capture_output=True,
-    text=True,
-    timeout=3600,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr[-2000:]
+  # Of whichever process of this run is first.
+  path = tmp_path_factory.getbasetemp().parent / f"tpu-{testrun_uid}.json"
+  with open(path.with_suffix(".lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not path.exists():
+      result = subprocess.run(
+        [sys.executable, "-m", "tests.workers.tpu"],
+        env={**os.environ, **tpu_program.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+      )
+      assert result.returncode == 0, result.stderr[-2000:]
+      path.write_text(result.stdout)
   cases = [
-    (steps.Case(*case), counts) for case, counts in json.loads(result.stdout)
+    (steps.Case(*case), counts) for case, counts in json.loads(path.read_text())
   ]
   return {
     (case.method, case.num_batches, case.table_dtype, case.placement): counts
@@ -93,7 +100,8 @@ def test_the_state_is_on_the_host(measured, method):
   # But for the counts and the like.
   assert ours["arguments"] <= base["arguments"] + 0.01 * ours["params"]
   if ours["table"]:
-    assert ours["host_temporary"] < 0.1 * ours["table"]
+    # One entry on its way, in whole tiles.
+    assert ours["host_temporary"] <= 1.05 * ours["params"]
   for placement in ("jit", "shard_map", "fsdp"):
     assert counts_of(measured, method, placement)["host_arguments"] == 0
 
@@ -101,8 +109,9 @@ def test_the_state_is_on_the_host(measured, method):
 @pytest.mark.parametrize("saga", SAGA)
 def test_shards_of_the_table(measured, saga):
   whole, sharded = (
-    counts_of(measured, saga, placement)["arguments"]
+    counts["arguments"] - counts["batch"]
     for placement in ("jit", "fsdp")
+    for counts in [counts_of(measured, saga, placement)]
   )
   # Of four devices; scalars are whole everywhere, and small shards are padded.
   assert sharded <= 0.4 * whole

@@ -83,6 +83,7 @@ def measure(case):
     "copies": [x.line for x in hlo.copies(text, set(shapes_of(table)))],
     "reduced": hlo.traffic(text, mesh.size).num_bytes,
     "params": steps.bytes_per_device(step.args[0]),
+    "batch": steps.bytes_per_device(step.args[2]),
     "table": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(table)),
     "state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)),
     "arguments": memory.argument_size_in_bytes,
