@@ -205,13 +205,15 @@ class Results:
     is_end = len(rates) > 1 and lr in (min(rates), max(rates))
     return f"{lr:g}" + "*" * is_end
 
-  def losses(self, cell: str, arm: str) -> dict[int, float]:
-    """Final train losses by seed; infinite where training diverged."""
-    return _losses(self.runs(cell, arm))
+  def losses(
+    self, cell: str, arm: str, field: str = "train_loss"
+  ) -> dict[int, float]:
+    """Final losses by seed; infinite where training diverged."""
+    return _losses(self.runs(cell, arm), field)
 
   def values(self, cell: str, arm: str, field: str) -> list[float]:
-    """A field of the last points."""
-    return [getattr(run.last, field) for run in self.runs(cell, arm)]
+    """A field of the last points, or what was measured at the end."""
+    return [_value(run, field) for run in self.runs(cell, arm)]
 
   def mean(self, cell: str, arm: str, field: str = "train_loss") -> float:
     """The mean of a field over the seeds; infinite if a run diverged."""
@@ -231,14 +233,17 @@ class Results:
     return f"{100 * math.fsum(values) / len(values):.1f}"
 
   def verdicts(
-    self, pairs: Sequence[tuple[str, str]], cells: Iterable[str] | None = None
+    self,
+    pairs: Sequence[tuple[str, str]],
+    cells: Iterable[str] | None = None,
+    field: str = "train_loss",
   ) -> dict[tuple[str, str, str], str]:
     """Verdicts of one table, by problem, method and rival."""
     chosen = self.cells if cells is None else cells
     return comparison.verdicts(
       {
         (c, arm, rival): comparison.compare(
-          self.losses(c, arm), self.losses(c, rival)
+          self.losses(c, arm, field), self.losses(c, rival, field)
         )
         for c, (arm, rival) in itertools.product(chosen, pairs)
       }
@@ -313,9 +318,14 @@ class Results:
     return template.replace(lr=lr, seed=seed)
 
 
-def _losses(runs: Iterable[Run]) -> dict[int, float]:
+def _value(run: Run, field: str) -> float:
+  value = run.measured.get(field, getattr(run.last, field, None))
+  return math.inf if value is None else value
+
+
+def _losses(runs: Iterable[Run], field: str = "train_loss") -> dict[int, float]:
   return {
-    run.seed: math.inf if run.diverged else run.last.train_loss for run in runs
+    run.seed: math.inf if run.diverged else _value(run, field) for run in runs
   }
 
 
@@ -381,7 +391,9 @@ class Study:
     @click.option("--examples", type=cli.positive, help="For a quick look.")
     @cli.out_option(self.name)
     @cli.publish_option
+    @click.pass_context
     def main(
+      ctx: click.Context,
       data_dir: Path | None,
       cells: Sequence[str],
       seeds: int | None,
@@ -404,16 +416,25 @@ class Study:
         )
       study = dataclasses.replace(self, cells=chosen)
       runs = study.train(out, data_dir)
-      document = publishing.pack(self.name, runs, self.has_curve)
-      document["command"] += "".join(f" --cell {name}" for name in cells)
-      click.echo(study.render(document)["table.md"])
-      if publish:
-        publishing.publish(self.name, document)
+      study.report(runs, cli.command(ctx), publish)
 
     return main
 
-  def train(self, out: Path, data_dir: Path | None) -> list[Run]:
-    """Trains what the store lacks: first to tune, then for the verdict."""
+  def report(self, runs: Sequence[Run], command: str, publish: bool) -> None:
+    """Prints the tables of runs; publishes them if asked to."""
+    document = publishing.pack(self.name, runs, self.has_curve)
+    document["command"] = command
+    click.echo(self.render(document)["table.md"])
+    if publish:
+      publishing.publish(self.name, document)
+
+  def train(
+    self, out: Path, data_dir: Path | None, **options: Any
+  ) -> list[Run]:
+    """Trains what the store lacks: first to tune, then for the verdict.
+
+    ``options`` are those of :func:`runner.run_all`.
+    """
     from benchmarks.harness import runner, store
     from benchmarks.harness.progress import Progress
 
@@ -425,10 +446,11 @@ class Study:
         experiment
         for arm in results.arms(cell)
         for experiment in results.experiments(cell, arm)
+        if experiment not in runs
       ]
       with Progress(sum(e.epochs for e in wanted)) as progress:
         made = runner.run_all(
-          wanted, stored, data_dir=data_dir, progress=progress
+          wanted, stored, data_dir=data_dir, progress=progress, **options
         )
       runs |= {run.experiment: run for run in made}
     return list(runs.values())

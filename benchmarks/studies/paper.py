@@ -20,11 +20,10 @@ References:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import functools
 import itertools
-import json
 import math
 from pathlib import Path
-import statistics
 from typing import Any, NamedTuple
 
 import click
@@ -33,16 +32,13 @@ import jax
 from benchmarks import cli, methods, models
 from benchmarks.data import sources
 from benchmarks.harness import (
-  comparison,
   distributed,
   figures,
   publishing,
   report,
+  study,
 )
-from benchmarks.harness.experiment import Experiment, Run
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.runner import run_all
-from benchmarks.harness.store import Store
+from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.trainer import load
 
 METHODS = ("plain", "svrg", "alpha-svrg", "adaptive", "adaptive-saga")
@@ -285,141 +281,111 @@ def template(
   )
 
 
-def experiments(
-  cell: Experiment, names: Sequence[str], seeds: int, alpha0: float
-) -> list[Experiment]:
-  """Returns the experiments of a cell, seed by seed."""
-  settings: dict[str, dict[str, Any]] = {"alpha-svrg": {"alpha0": alpha0}}
-  if not cell.keeps_table:
-    settings["adaptive-saga"] = {"table_dtype": "bfloat16"}
-  return [
-    cell.replace(method=name, method_settings=settings.get(name, {}), seed=seed)
-    for seed in range(seeds)
-    for name in names
-  ]
+def _arm(name: str, alpha0: float) -> study.Arm:
+  def make(e: Experiment) -> Experiment:
+    settings: dict[str, Any] = {}
+    if name == "alpha-svrg":
+      settings["alpha0"] = alpha0
+    elif name == "adaptive-saga" and not e.keeps_table:
+      settings["table_dtype"] = "bfloat16"
+    return e.replace(method=name, method_settings=settings)
+
+  return make
 
 
-def by_cell(runs: Iterable[Run]) -> dict[Cell, list[Run]]:
-  """Orders runs by data set and model."""
-  rows: dict[Cell, list[Run]] = {}
-  for run in runs:
-    cell = run.experiment.dataset, run.experiment.model
-    rows.setdefault(cell, []).append(run)
-  return rows
-
-
-def _values(runs: Sequence[Run], name: str, field: str) -> dict[int, float]:
-  """A field of the finished runs of a method, by seed."""
-  return {
-    run.seed: _value(run, field)
-    for run in runs
-    if run.method == name and run.finished
+def make_study(
+  templates: Iterable[Experiment],
+  names: Iterable[str],
+  seeds: int,
+  alpha0: float,
+) -> study.Study:
+  """The study of some methods on the problems of templates."""
+  cells = {
+    f"{e.model}, {e.dataset}": study.Cell(e, (e.lr,), num_seeds=seeds)
+    for e in templates
   }
-
-
-def _value(run: Run, field: str) -> float:
-  if field in run.measured:
-    value = run.measured[field]
-    return math.inf if value is None else value
-  return getattr(run.last, field)
-
-
-def tables(rows: Mapping[Cell, Sequence[Run]], table: Table) -> str:
-  """Makes the tables, in Markdown."""
-  names = list(
-    dict.fromkeys(run.method for runs in rows.values() for run in runs)
+  return study.Study(
+    *("paper", "The paper's experiments", cells),
+    {name: _arm(name, alpha0) for name in names},
+    functools.partial(tables, cells),
+    figure,
+    has_curve=lambda experiment: True,
   )
+
+
+def tables(cells: Mapping[str, study.Cell], results: study.Results) -> str:
+  """Losses and accuracies next to the paper's, and verdicts, in Markdown."""
+  templates = {name: cells[name].template for name in results.cells}
+  is_small = all(e.model == "convnext-femto" for e in templates.values())
+  table = TABLES["small" if is_small else "imagenet"]
+  names = results.arms(next(iter(templates)))
   parts = []
+  if any(e.image_size != SCALES["full"].image_size for e in templates.values()):
+    parts.append(describe(templates.values(), SCALES["full"]))
+  parts.append(f"The paper's figures are of {table.source}.")
   for title, field, scale, published in (
     ("Train loss (augmented, mixed-up, last epoch)", "train_loss", 1, "losses"),
     ("Train loss (images as they are, at the end)", "clean_train_loss", 1, ""),
     ("Validation accuracy (%)", "validation_accuracy", 100, "accuracies"),
   ):
     theirs = table.published(getattr(table, published)) if published else {}
-    lines = []
-    for (dataset, model), runs in rows.items():
-      found = [_values(runs, name, field).values() for name in names]
-      texts = [report.mean_std(v, scale) if v else "" for v in found]
-      paper = " / ".join(theirs.get((dataset, model), ()))
-      lines.append([f"{model}, {dataset}", *texts, paper])
+    lines = [
+      [
+        cell,
+        *(
+          report.mean_std(results.values(cell, n, field), scale) for n in names
+        ),
+        " / ".join(theirs.get((e.dataset, e.model), ())),
+      ]
+      for cell, e in templates.items()
+    ]
     columns = ["cell", *names, "paper: plain / svrg / alpha-svrg"]
     if not any(line[-1] for line in lines):
       columns, lines = columns[:-1], [line[:-1] for line in lines]
     parts += [title, report.markdown_table(columns, lines)]
+  rivals = [name for name in _RIVALS if name in names]
+  ours = [name for name in names if name not in _RIVALS]
   for title, field in (
     ("augmented and mixed up", "train_loss"),
     ("as they are", "clean_train_loss"),
   ):
-    parts += _claim(rows, names, title, field)
+    verdicts = results.verdicts([*itertools.product(ours, rivals)], field=field)
+    lines = [
+      [cell, name, *(verdicts[cell, name, rival] for rival in rivals)]
+      for cell, name in itertools.product(templates, ours)
+    ]
+    columns = ["cell", "method", *(f"against {rival}" for rival in rivals)]
+    parts += [
+      f"Train loss, images {title}",
+      report.markdown_table(columns, lines),
+    ]
+  if "alpha-svrg" in names:
+    parts += [
+      "Train loss of alpha-SVRG over the training, augmented and mixed up",
+      crossings(results, rivals),
+    ]
   return "\n\n".join(parts)
 
 
-def _claim(
-  rows: Mapping[Cell, Sequence[Run]],
-  names: Sequence[str],
-  title: str,
-  field: str,
-) -> list[str]:
-  """Verdicts of a train loss against plain and SVRG, cell by cell."""
-  ours = [name for name in names if name not in _RIVALS]
-  rivals = [name for name in _RIVALS if name in names]
-  compared = {
-    (cell, name, rival): comparison.compare(
-      _values(runs, name, field), _values(runs, rival, field)
-    )
-    for cell, runs in rows.items()
-    for name in ours
-    for rival in rivals
-    if _values(runs, name, field).keys() & _values(runs, rival, field).keys()
-  }
-  if not compared:
-    return []
-  verdicts = comparison.verdicts(compared)
-  lines = [
-    [
-      f"{model}, {dataset}",
-      name,
-      *(verdicts.get(((dataset, model), name, rival), "") for rival in rivals),
-    ]
-    for dataset, model in rows
-    for name in ours
-  ]
-  columns = ["cell", "method", *(f"against {rival}" for rival in rivals)]
-  return [
-    f"Train loss, images {title}",
-    report.markdown_table(columns, lines),
-  ]
-
-
-def _course(runs: Sequence[Run], name: str) -> list[float]:
-  """Train losses of a method by epoch, means over the seeds."""
-  losses = [
-    [point.train_loss for point in run.history]
-    for run in runs
-    if run.method == name and run.finished
-  ]
-  return [statistics.fmean(values) for values in zip(*losses, strict=True)]
-
-
-def crossings(rows: Mapping[Cell, Sequence[Run]]) -> str:
+def crossings(results: study.Results, rivals: Sequence[str]) -> str:
   """Where the loss of alpha-SVRG crosses its rivals', in Markdown."""
   lines = []
-  for ((dataset, model), runs), rival in itertools.product(
-    rows.items(), _RIVALS
-  ):
-    pairs = zip(_course(runs, "alpha-svrg"), _course(runs, rival), strict=False)
-    ratios = [ours / theirs for ours, theirs in pairs]
-    if not ratios:
-      continue
+  for cell, rival in itertools.product(results.cells, rivals):
+    ours, theirs = (
+      line.y
+      for line in results.curves(cell, ("alpha-svrg", rival), "train_loss")
+    )
+    ratios = [
+      math.nan if None in pair else pair[0] / pair[1]
+      for pair in zip(ours, theirs, strict=True)
+    ]
     above = [i for i, ratio in enumerate(ratios, 1) if not ratio < 1]
+    thirds = [math.ceil(len(ratios) * k / 3) - 1 for k in (1, 2, 3)]
     lines.append(
       [
-        *(f"{model}, {dataset}", rival),
-        f"{len(ratios) - len(above)} of {len(ratios)}",
+        *(cell, rival, f"{len(ratios) - len(above)} of {len(ratios)}"),
         f"{above[-1]}" if above else "never above",
-        *(
-          f"{ratios[math.ceil(len(ratios) * k / 3) - 1]:.4f}" for k in (1, 2, 3)
-        ),
+        *(f"{ratios[i]:.4f}" for i in thirds),
       ]
     )
   columns = ["cell", "rival", "epochs below it", "last epoch above it"]
@@ -427,28 +393,24 @@ def crossings(rows: Mapping[Cell, Sequence[Run]]) -> str:
   return report.markdown_table(columns, lines)
 
 
-def figure(rows: Mapping[Cell, Sequence[Run]]) -> figures.Figure:
-  """Train loss by epoch, a panel for each cell."""
-  panels = []
-  for cell, runs in rows.items():
-    lines = []
-    for name in dict.fromkeys(run.method for run in runs):
-      histories = [run.history for run in runs if run.method == name]
-      epochs = [point.epoch for point in histories[0]]
-      losses = [[point.train_loss for point in h] for h in histories]
-      lines.append(figures.mean_line(name, epochs, losses))
-    panels.append(
-      figures.Panel(", ".join(reversed(cell)), "epochs", "train loss", lines)
+def figure(results: study.Results) -> figures.Figure:
+  """Train loss by epoch, a panel for each problem."""
+  panels = [
+    figures.Panel(
+      *(cell, "epochs", "train loss"),
+      results.curves(cell, results.arms(cell), "train_loss"),
     )
+    for cell in results.cells
+  ]
   return figures.Figure(
     "Train loss of augmented images; mean and range over the seeds", panels
   )
 
 
-def describe(cells: Sequence[Experiment], full: Scale) -> str:
-  """Says in what the cells differ from the full scale."""
+def describe(templates: Iterable[Experiment], full: Scale) -> str:
+  """Says in what experiments differ from the full scale."""
   lines = []
-  for e in cells:
+  for e in templates:
     changes = ", ".join(f"{k} {v}" for k, v in e.model_settings.items())
     lines.append(
       f"- {e.model}, {e.dataset}: {e.epochs} of {full.epochs} epochs,"
@@ -460,23 +422,17 @@ def describe(cells: Sequence[Experiment], full: Scale) -> str:
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published files from the published runs."""
-  rows = by_cell(publishing.unpack(document))
-  first = [runs[0].experiment for runs in rows.values()]
-  is_small = all(e.model == "convnext-femto" for e in first)
-  table = TABLES["small" if is_small else "imagenet"]
-  text = "\n\n".join(
-    [
-      "# The paper's experiments",
-      f"    {document['command']}",
-      describe(first, SCALES["full"]),
-      f"The paper's figures are of {table.source}.",
-      tables(rows, table),
-      "Train loss of alpha-SVRG over the training, augmented and mixed up",
-      crossings(rows),
-    ]
-  )
-  drawing = json.dumps(figure(rows).as_json(), ensure_ascii=False)
-  return {"table.md": text + "\n", "figure.json": drawing + "\n"}
+  experiments = [run.experiment for run in publishing.unpack(document)]
+  templates = {
+    e.replace(method="plain", method_settings={}, seed=0) for e in experiments
+  }
+  settings = [e.method_settings for e in experiments]
+  return make_study(
+    sorted(templates, key=lambda e: (e.dataset, e.model)),
+    dict.fromkeys(e.method for e in experiments),
+    1 + max(e.seed for e in experiments),
+    max((s["alpha0"] for s in settings if "alpha0" in s), default=0.0),
+  ).render(document)
 
 
 _OF_THE_SCALE = "by default that of the scale."
@@ -556,7 +512,7 @@ def main(
   """
   cluster.initialize()
   chosen = TABLES[table]
-  cells = [
+  templates = [
     template(
       name,
       load(name, "streams", data_dir),
@@ -567,28 +523,12 @@ def main(
     for name in dataset or chosen.datasets
     for architecture in model or chosen.models
   ]
-  wanted = [
-    experiment
-    for cell in cells
-    for experiment in experiments(cell, methods, seeds, alpha0)
-  ]
-  with Progress(sum(e.epochs for e in wanted)) as progress:
-    runs = run_all(
-      wanted,
-      Store(out),
-      data_dir=data_dir,
-      progress=progress,
-      checkpoint_dir=checkpoint_dir,
-      remat=remat,
-      num_workers=num_workers,
-    )
-  if jax.process_index():
-    return
-  if scale != "full":
-    click.echo(describe(cells, SCALES["full"]))
-  click.echo(f"\nThe paper's figures are of {chosen.source}.\n")
-  click.echo(tables(by_cell(runs), chosen))
-  if publish:
-    document = publishing.pack("paper", runs, lambda experiment: True)
-    document["command"] = cli.command(ctx)
-    publishing.publish("paper", document)
+  made = make_study(templates, methods, seeds, alpha0)
+  runs = made.train(
+    *(out, data_dir),
+    checkpoint_dir=checkpoint_dir,
+    remat=remat,
+    num_workers=num_workers,
+  )
+  if not jax.process_index():
+    made.report(runs, cli.command(ctx), publish)
