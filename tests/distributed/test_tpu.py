@@ -33,20 +33,18 @@ PLACEMENTS = ["jit", "shard_map", "fsdp", "host"]
 @pytest.fixture(scope="module")
 def measured():
   """What a process of its own has compiled, by method, table and placement."""
-  from benchmarks.cost import steps, tpu_program
+  from benchmarks.cost.tpu_program import Case, ENVIRONMENT
 
   result = subprocess.run(
     [sys.executable, "-m", "tests.workers.tpu"],
-    env={**os.environ, **tpu_program.ENVIRONMENT},
+    env={**os.environ, **ENVIRONMENT},
     capture_output=True,
     text=True,
     timeout=3600,
     check=False,
   )
   assert result.returncode == 0, result.stderr[-2000:]
-  cases = [
-    (steps.Case(*case), counts) for case, counts in json.loads(result.stdout)
-  ]
+  cases = [(Case(*case), counts) for case, counts in json.loads(result.stdout)]
   return {
     (case.method, case.num_batches, case.table_dtype, case.placement): counts
     for case, counts in cases
