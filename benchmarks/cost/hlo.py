@@ -8,43 +8,38 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "other")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_COLLECTIVES = (
+  *KINDS[:-1],
+  *("all-to-all", "collective-permute", "collective-broadcast"),
+)
+_NAME = r"[\w.\-]+"
+_COMPUTATION = re.compile(rf"^(ENTRY )?%?({_NAME}) \(.*\{{$")
 # A pair of parentheses, with up to three more levels inside: tuples of tuples
 # of arrays, whose layouts have tiles as T(8,128).
 _NESTED = r"\([^()]*\)"
 for _ in range(3):
   _NESTED = rf"\((?:[^()]|{_NESTED})*\)"
+# Name, shape, kind, and arguments.
 _OPERATION = re.compile(
-  rf"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>{_NESTED}|\S+)"
-  rf" (?P<kind>[\w\-]+)(?P<arguments>{_NESTED})"
-)
-_COLLECTIVE = re.compile(
-  r"^(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
-  r"|collective-permute|collective-broadcast)(?P<start>-start)?$"
+  rf"^\s+(?:ROOT )?%?({_NAME}) = ({_NESTED}|\S+) ([\w\-]+)({_NESTED})"
 )
 _CALLED = re.compile(
   r"(?:to_apply|calls|branch_computations|true_computation|false_computation"
-  r"|body)=(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.\-]+))"
+  r"|body)=(\{[^}]*\}|[%\w.\-]+)"
 )
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(?P<n>\d+)"')
-_CONDITION = re.compile(r"condition=%?(?P<name>[\w.\-]+)")
-_INTEGER = re.compile(r"= [su]32\[\]\S* constant\((?P<n>\d+)\)")
-_ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
-_OPERAND = re.compile(r"%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(rf"condition=%?({_NAME})")
+_INTEGER = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+_ARRAY = re.compile(r"([a-z]+(\d*))\[([\d,]*)\]")
 # Operations that name, group or pass on arrays, and move none. Asynchronous
 # calls are of computations on the host, whose arrays they name.
-_FREE = frozenset(
-  (
-    *("bitcast", "constant", "get-tuple-element", "parameter", "tuple"),
-    *("conditional", "while", "call", "call-start", "call-done"),
-    *("opt-barrier", "after-all", "custom-call-start", "custom-call-done"),
-  )
+_FREE = (
+  *("bitcast", "constant", "get-tuple-element", "parameter", "tuple"),
+  *("conditional", "while", "call", "call-start", "call-done"),
+  *("opt-barrier", "after-all", "custom-call-start", "custom-call-done"),
 )
-
-
-_CALLS = frozenset(("conditional", "call", "call-start", "async-start"))
-
-_WORK = frozenset(("fusion", "convolution", "dot", "custom-call"))
+_CALLS = ("while", "conditional", "call", "call-start", "async-start")
+_WORK = ("fusion", "convolution", "dot", "custom-call")
 
 
 class Operation(NamedTuple):
@@ -67,11 +62,7 @@ class Operation(NamedTuple):
   @property
   def called(self) -> list[str]:
     """Names of the computations that it calls."""
-    return [
-      name
-      for match in _CALLED.finditer(self.line)
-      for name in re.findall(r"[\w.\-]+", match["one"] or match["several"])
-    ]
+    return re.findall(_NAME, " ".join(_CALLED.findall(self.line)))
 
 
 class Program(NamedTuple):
@@ -85,34 +76,30 @@ class Program(NamedTuple):
   computations: Mapping[str, list[Operation]]
   entry: str
 
-  def executed(self, name: str | None = None) -> Iterator[tuple[str, float]]:
-    """Computations that run as such, and how often: NaN where it is unknown.
+  def executed(
+    self, name: str | None = None
+  ) -> Iterator[tuple[Operation, float]]:
+    """Operations that run, and how often: NaN where it is unknown.
 
-    Branches count once. Bodies of fusions are left out: these are operations.
+    Branches count once. A fusion is one operation.
     """
-    name = name or self.entry
-    yield name, 1
-    for operation in self.computations[name]:
-      times: float = 1
-      if operation.kind == "while":
-        times = self._trips(operation)
-      elif operation.kind not in _CALLS:
-        continue
-      for called in operation.called:
-        for inner, count in self.executed(called):
-          yield inner, times * count
+    operations = self.computations[name or self.entry]
+    yield from ((operation, 1) for operation in operations)
+    for operation in operations:
+      if operation.kind in _CALLS:
+        times = self._trips(operation) if operation.kind == "while" else 1
+        for called in operation.called:
+          for inner, count in self.executed(called):
+            yield inner, times * count
 
   def _trips(self, loop: Operation) -> float:
     """Trips of a loop: as XLA says, or from the only number it counts to."""
-    if known := _TRIPS.search(loop.line):
-      return int(known["n"])
-    condition = _CONDITION.search(loop.line)
-    bounds = [
-      int(match["n"])
-      for operation in self.computations.get(condition["name"], [])
-      if (match := _INTEGER.search(operation.line))
-    ]
-    return bounds[0] if len(bounds) == 1 else math.nan
+    found = _TRIPS.findall(loop.line)
+    if not found:
+      (condition,) = _CONDITION.findall(loop.line)
+      lines = [x.line for x in self.computations.get(condition, [])]
+      found = _INTEGER.findall("\n".join(lines))
+    return int(found[0]) if len(found) == 1 else math.nan
 
 
 def parse(text: str) -> Program:
@@ -122,31 +109,21 @@ def parse(text: str) -> Program:
   entry = ""
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
-      operations = computations.setdefault(match["name"], [])
-      if line.startswith("ENTRY"):
-        entry = match["name"]
+      operations = computations.setdefault(match[2], [])
+      entry = match[2] if match[1] else entry
     elif match := _OPERATION.match(line):
-      operations.append(
-        Operation(
-          match["name"],
-          match["shape"],
-          match["kind"],
-          tuple(_OPERAND.findall(match["arguments"])),
-          line,
-        )
-      )
+      operands = tuple(re.findall(rf"%({_NAME})", match[4]))
+      operations.append(Operation(*match.group(1, 2, 3), operands, line))
   return Program(computations, entry)
 
 
 def sizes(shape: str) -> list[int]:
   """The bytes of each array of a shape."""
-  found = []
-  for match in _ARRAY.finditer(shape):
-    bits = re.search(r"\d+", match["dtype"])
-    width = int(bits.group()) // 8 if bits else 1  # pred
-    lengths = map(int, filter(None, match["shape"].split(",")))
-    found.append(width * math.prod(lengths))
-  return found
+  return [
+    (int(bits) // 8 if bits else 1)  # Without a number: pred.
+    * math.prod(map(int, filter(None, lengths.split(","))))
+    for _, bits, lengths in _ARRAY.findall(shape)
+  ]
 
 
 class Traffic(NamedTuple):
@@ -164,20 +141,20 @@ class Traffic(NamedTuple):
 
 def traffic(text: str, num_devices: int) -> Traffic:
   """Counts the collective operations of a compiled program."""
-  program = parse(text)
   total = Traffic(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
-  for name, times in program.executed():
-    for operation in program.computations[name]:
-      if match := _COLLECTIVE.match(operation.kind):
-        if math.isnan(times):
-          raise ValueError(f"unknown number of trips: {operation.line.strip()}")
-        kind = match["kind"] if match["kind"] in KINDS else "other"
-        lengths = sizes(operation.shape)
-        if match["start"] and kind != "all-reduce":
-          lengths = lengths[len(lengths) // 2 :]  # Operands and results.
-        scattered = num_devices if kind == "reduce-scatter" else 1
-        total.num_bytes[kind] += int(times) * scattered * sum(lengths)
-        total.operations[kind] += int(times)
+  for operation, times in parse(text).executed():
+    kind = operation.kind.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+      continue
+    if math.isnan(times):
+      raise ValueError(f"unknown number of trips: {operation.line.strip()}")
+    lengths = sizes(operation.shape)
+    if operation.kind != kind != "all-reduce":
+      lengths = lengths[len(lengths) // 2 :]  # Operands and results.
+    scattered = num_devices if kind == "reduce-scatter" else 1
+    kind = kind if kind in KINDS else "other"
+    total.num_bytes[kind] += int(times) * scattered * sum(lengths)
+    total.operations[kind] += int(times)
   return total
 
 
@@ -191,11 +168,9 @@ def overlapped(text: str) -> list[int]:
         kind in operation.line for kind in KINDS[:-1]
       ):
         starts[operation.name] = i
-      elif starts and operation.kind.endswith("-done"):
-        start = starts.pop(operation.operands[0], i)
-        if start < i:
-          between = [x.kind for x in operations[start + 1 : i]]
-          counts.append(sum(kind in _WORK for kind in between))
+      elif operation.kind.endswith("-done") and operation.operands[0] in starts:
+        between = operations[starts[operation.operands[0]] : i]
+        counts.append(sum(x.kind in _WORK for x in between))
   return counts
 
 
@@ -219,22 +194,19 @@ def copies(text: str, shapes: Container[str]) -> list[Operation]:
   program = parse(text)
   return [
     operation
-    for name, _ in program.executed()
-    for operation in program.computations[name]
+    for operation, _ in program.executed()
     if operation.kind not in _FREE
-    and any(
-      match.group() in shapes for match in _ARRAY.finditer(operation.shape)
-    )
+    and any(x.group() in shapes for x in _ARRAY.finditer(operation.shape))
     and not _updates_in_place(program, operation)
   ]
 
 
 def _updates_in_place(program: Program, operation: Operation) -> bool:
-  update = "dynamic-update-slice"
-  if operation.kind == update:
-    return True
-  return operation.kind == "fusion" and any(
-    inner.kind == update and inner.shape.split("{")[0] in operation.shape
-    for name in operation.called
-    for inner in program.computations[name]
+  """Whether it is, or is a fusion with, a ``dynamic-update-slice``."""
+  called = operation.called if operation.kind == "fusion" else []
+  inner = [x for name in called for x in program.computations[name]]
+  return any(
+    x.shape.split("{")[0] in operation.shape
+    for x in (operation, *inner)
+    if x.kind == "dynamic-update-slice"
   )

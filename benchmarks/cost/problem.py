@@ -18,38 +18,44 @@ from benchmarks import models
 import optax_svrg
 
 IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
+TRANSFORMS: dict[str, Any] = {
+  "plain": optax.with_extra_args_support(optax.identity()),
+  "alpha-svrg": optax_svrg.alpha_svrg(0.75),
+  "adaptive": optax_svrg.adaptive_svrg(),
+}
 METHODS = (
-  *("plain", "alpha-svrg", "adaptive", "alpha-svrg, table"),
+  *(*TRANSFORMS, "alpha-svrg, table"),
   *("alpha-svrg, alpha = 0", "adaptive-saga"),
 )
-
-
-class Model(NamedTuple):
-  """A model for images of 28 pixels in ten classes.
-
-  Attributes:
-    make: a function of ``rngs``.
-    shape: of an input.
-  """
-
-  make: Callable[..., nnx.Module]
-  shape: tuple[int, ...] = IMAGE_SHAPE
+# Makes a model from ``rngs``, and the shape of an input.
+Model = tuple[Callable[..., nnx.Module], tuple[int, ...]]
 
 
 def mlp(*hidden: int) -> Model:
   """A perceptron with some numbers of hidden units."""
   size = math.prod(IMAGE_SHAPE)
-  make = functools.partial(models.MLP, (size, *hidden, NUM_CLASSES))
-  return Model(make, (size,))
+  sizes = (size, *hidden, NUM_CLASSES)
+  return functools.partial(models.MLP, sizes), (size,)
 
 
 def image_model(name: str, **settings: Any) -> Model:
   """A model of :data:`benchmarks.models.MODELS`."""
-  return Model(
-    functools.partial(
-      models.MODELS[name], IMAGE_SHAPE[0], 1, NUM_CLASSES, **settings
-    )
-  )
+  args = (IMAGE_SHAPE[0], 1, NUM_CLASSES)
+  return functools.partial(models.MODELS[name], *args, **settings), IMAGE_SHAPE
+
+
+def split(model: nnx.Module) -> tuple[optax.Params, Callable[..., jax.Array]]:
+  """The parameters of a model, and its loss of parameters and a batch."""
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def loss(params: optax.Params, batch: Any) -> jax.Array:
+    images, labels = batch
+    logits = nnx.merge(graphdef, params, rest)(images).astype(jnp.float32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    ).mean()
+
+  return nnx.as_pure(params), loss
 
 
 class Program(NamedTuple):
@@ -85,107 +91,77 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
   )
 
 
-def no_transform() -> optax.GradientTransformationExtraArgs:
-  """The transformation of plain training."""
-  return optax.with_extra_args_support(optax.identity())
-
-
 class Problem:
-  """A model with made-up data, and its epochs with each method.
+  """A model with made-up data, and its epochs with each method and AdamW.
 
   Args:
     model: the model.
     batch_size: number of examples in a batch.
     steps: number of batches of an epoch.
     dtype: of the parameters and the images.
-    optimizer: what the methods are chained before.
 
   Attributes:
     params: the initial parameters.
     batches: images and labels, batch by batch.
   """
 
-  def __init__(
-    self,
-    model: Model,
-    batch_size: int,
-    steps: int,
-    dtype: Any,
-    optimizer: optax.GradientTransformation,
-  ):
+  def __init__(self, model: Model, batch_size: int, steps: int, dtype: Any):
+    make, shape = model
     rng = np.random.default_rng(0)
     self.batches = [
       (
-        jnp.asarray(rng.normal(size=(batch_size, *model.shape)), dtype),
+        jnp.asarray(rng.normal(size=(batch_size, *shape)), dtype),
         jnp.asarray(rng.integers(NUM_CLASSES, size=batch_size), jnp.int32),
       )
       for _ in range(steps)
     ]
-    made = model.make(rngs=nnx.Rngs(0))
-    self._graphdef, params = nnx.split(made, nnx.Param)
-    self.params = optax.tree.cast(nnx.as_pure(params), dtype)
-    self._optimizer = optimizer
-
-  def grad(self, params: optax.Params, batch: Any) -> optax.Updates:
-    """The gradient of a batch."""
-    return jax.grad(self.loss)(params, batch)
-
-  def loss(self, params: optax.Params, batch: Any) -> jax.Array:
-    """The loss of a batch."""
-    images, labels = batch
-    logits = nnx.merge(self._graphdef, params)(images).astype(jnp.float32)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
-      logits, labels
-    ).mean()
+    params, loss = split(make(rngs=nnx.Rngs(0)))
+    self.params = optax.tree.cast(params, dtype)
+    self.grad = jax.grad(loss)
 
   def lower_gradient(self) -> jax.stages.Lowered:
     """The gradient of one batch."""
     return jax.jit(self.grad).lower(self.params, self.batches[0])
 
-  def lower_step(
-    self, transform: optax.GradientTransformationExtraArgs
-  ) -> jax.stages.Lowered:
+  def lower_step(self, transform: Any) -> jax.stages.Lowered:
     """One step."""
-
-    def step(params: Any, state: Any, batch: Any, i: Any) -> Any:
-      return self._step(transform, params, state, batch, {"batch_index": i})
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(
-      *self._start(transform), self.batches[0], 0
-    )
+    step, start = self._compile(transform)
+    return step.lower(*start, self.batches[0], 0)
 
   def programs(self) -> dict[str, Program]:
     """The epochs with :data:`METHODS`."""
-    svrg = optax_svrg.alpha_svrg(0.75)
+    plain, svrg, adaptive = TRANSFORMS.values()
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
     programs = (
-      self._program(no_transform()),
+      self._program(plain),
       self._program(svrg, self._take_snapshot),
-      self._program(optax_svrg.adaptive_svrg(), self._take_snapshot),
+      self._program(adaptive, self._take_snapshot),
       self._program(svrg, self._make_table),
       self._program(off),
       self._program(optax_svrg.adaptive_saga(len(self.batches))),
     )
     return dict(zip(METHODS, programs, strict=True))
 
-  def _start(self, transform: Any) -> tuple[optax.Params, Any]:
-    params = jax.tree.map(jnp.array, self.params)
-    return params, optax.chain(transform, self._optimizer).init(params)
+  def _compile(self, transform: Any) -> tuple[Any, tuple[Any, Any]]:
+    """A step, and the first parameters and state."""
+    tx = optax.chain(transform, optax.adamw(1e-3))
 
-  def _step(
-    self, transform: Any, params: Any, state: Any, batch: Any, extra: dict
-  ) -> tuple[optax.Params, Any]:
-    grad_fn = lambda p: self.grad(p, batch)
-    if "snapshot_grads" not in extra:
-      extra = {"grad_fn": grad_fn, **extra}
-    updates, state = optax.chain(transform, self._optimizer).update(
-      grad_fn(params), state, params, **extra
-    )
-    return optax.apply_updates(params, updates), state
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, batch: Any, i: Any, table: Any = None):
+      grad_fn = lambda p: self.grad(p, batch)
+      extra: dict[str, Any] = {"grad_fn": grad_fn}
+      if table is not None:
+        extra = {"snapshot_grads": table[i]}
+      grads = grad_fn(params)
+      updates, state = tx.update(grads, state, params, batch_index=i, **extra)
+      return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.array, self.params)
+    return step, (params, tx.init(params))
 
   def _program(
     self,
-    transform: optax.GradientTransformationExtraArgs,
+    transform: Any,
     prepare: Callable = lambda params, state: (state, None),
   ) -> Program:
     """An epoch: what comes before the steps, and the steps one by one.
@@ -193,13 +169,7 @@ class Problem:
     A scan over them would be one program, but XLA for CPU is many times slower
     at convolutions in a loop.
     """
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, batch: Any, i: Any, table: Any) -> Any:
-      extra = {"batch_index": i}
-      if table is not None:
-        extra["snapshot_grads"] = table[i]
-      return self._step(transform, params, state, batch, extra)
+    step, start = self._compile(transform)
 
     def run(carry: Any) -> Any:
       params, state = carry
@@ -208,15 +178,12 @@ class Problem:
         params, state = step(params, state, batch, i, table)
       return params, state
 
-    return Program(run, self._start(transform))
+    return Program(run, start)
 
   def _take_snapshot(self, params: Any, state: Any) -> tuple[Any, None]:
     """Takes the snapshot, with a pass over the batches."""
-    return optax_svrg.take_snapshot(
-      state,
-      params,
-      lambda p: optax_svrg.mean_gradient(self.grad, p, self.batches),
-    ), None
+    mean = optax_svrg.mean_gradient(self.grad, params, self.batches)
+    return optax_svrg.take_snapshot(state, params, lambda _: mean), None
 
   def _make_table(self, params: Any, state: Any) -> tuple[Any, Any]:
     """Takes the snapshot with a table of the gradients of the batches."""

@@ -17,24 +17,21 @@ from benchmarks.cost.problem import (
   image_model,
   METHODS,
   mlp,
-  no_transform,
   Problem,
   ratio,
   seconds,
+  TRANSFORMS,
 )
 from benchmarks.harness import publishing, report, store
 import optax_svrg
 
 _SIZE, _WIDTH = 1_000_000, 1_000
-
 MODELS = {
   "mlp-256": mlp(256, 256),
   "mlp-1024": mlp(1024, 1024),
   "vit-128": image_model("vit", width=128, depth=4),
   "convnet": image_model("convnet"),
 }
-
-
 # Models and batch sizes.
 CASES = {
   f"{model}-batch-{batch_size}": (model, batch_size)
@@ -65,7 +62,7 @@ def flops(lowered: jax.stages.Lowered) -> float:
 
 def measure_epochs(problem: Problem, rounds: int) -> list[dict[str, Any]]:
   """Epoch times and their limit by the gradients that they need."""
-  of_step = flops(problem.lower_step(no_transform()))
+  of_step = flops(problem.lower_step(TRANSFORMS["plain"]))
   of_gradient = flops(problem.lower_gradient())
   times = seconds(problem.programs(), rounds)
   return [
@@ -82,37 +79,27 @@ def measure_epochs(problem: Problem, rounds: int) -> list[dict[str, Any]]:
 
 def temporary_gradients(problem: Problem) -> dict[str, float]:
   """Temporary bytes of a step above plain's, in copies of the gradient."""
-
-  def temporary(transform: optax.GradientTransformationExtraArgs) -> int:
-    compiled = problem.lower_step(transform).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  plain = temporary(no_transform())
-  size = sum(x.nbytes for x in jax.tree.leaves(problem.params))
-  return {
-    name: (temporary(transform) - plain) / size
-    for name, transform in (
-      ("alpha-svrg", optax_svrg.alpha_svrg(0.75)),
-      ("adaptive", optax_svrg.adaptive_svrg()),
-      ("adaptive-saga", optax_svrg.adaptive_saga(10)),
-    )
+  transforms = {**TRANSFORMS, "adaptive-saga": optax_svrg.adaptive_saga(10)}
+  temporary = {
+    name: problem.lower_step(transform)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for name, transform in transforms.items()
   }
+  plain = temporary.pop("plain")
+  size = sum(x.nbytes for x in jax.tree.leaves(problem.params))
+  return {name: (value - plain) / size for name, value in temporary.items()}
 
 
 def updates_alone(size: int, dtype: Any) -> dict[str, jax.stages.Compiled]:
   """Compiles the transformation and AdamW, without the gradients."""
   params = jnp.zeros((size // _WIDTH, _WIDTH), dtype)
-  transforms = {
-    "plain": no_transform(),
-    "alpha-svrg": optax_svrg.alpha_svrg(0.75),
-    "adaptive": optax_svrg.adaptive_svrg(),
-  }
   result = {}
-  for name, transform in transforms.items():
+  for name, transform in TRANSFORMS.items():
     tx = optax.chain(transform, optax.adamw(1e-3))
-    lowered = jax.jit(functools.partial(_update, tx), donate_argnums=0).lower(
-      (params, tx.init(params)), params, params
-    )
+    jitted = jax.jit(functools.partial(_update, tx), donate_argnums=0)
+    lowered = jitted.lower((params, tx.init(params)), params, params)
     result[name] = lowered.compile()
   return result
 
@@ -144,61 +131,43 @@ def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published table from the stored measurements."""
-  epochs = report.markdown_table(
+  epochs = [
     (
-      *("case", "method", "time / plain", "limit", "time / limit"),
-      "first run / plain's",
-    ),
-    [
-      (
-        name,
-        row["method"],
-        f"{row['time']:.2f}",
-        f"{row['limit']:.2f}",
-        f"{row['time'] / row['limit']:.3f}",
-        f"{row['first']:.1f}",
-      )
-      for name, case in document["cases"].items()
-      for row in case["epochs"]
-    ],
-  )
-  updates = report.markdown_table(
-    ("method", "arrays it must move", "as compiled", "temporary arrays"),
-    [
-      (
-        row["method"],
-        str(row["must_move"]),
-        f"{row['moves']:.1f}",
-        f"{row['temporary']:.2f}",
-      )
-      for row in document["updates"]
-    ],
-  )
-  temporary = report.markdown_table(
-    ("temporary gradients", "alpha-svrg", "adaptive", "adaptive-saga"),
-    [
-      (name, *(f"{x:.2f}" for x in case["temporary_gradients"].values()))
-      for name, case in document["cases"].items()
-    ],
-  )
-  machine = document["machine"]
-  text = "\n\n".join(
-    (
-      *("# Cost of a step", f"    {document['command']}"),
-      f"On {machine['cpus']} cores of {machine['device']}, {document['dtype']}."
-      f" {NOTES}",
-      *(epochs, updates, temporary),
+      *(name, row["method"], f"{row['time']:.2f}", f"{row['limit']:.2f}"),
+      *(f"{row['time'] / row['limit']:.3f}", f"{row['first']:.1f}"),
     )
+    for name, case in document["cases"].items()
+    for row in case["epochs"]
+  ]
+  updates = [
+    (
+      *(row["method"], str(row["must_move"])),
+      *(f"{row['moves']:.1f}", f"{row['temporary']:.2f}"),
+    )
+    for row in document["updates"]
+  ]
+  temporary = [
+    (name, *(f"{x:.2f}" for x in case["temporary_gradients"].values()))
+    for name, case in document["cases"].items()
+  ]
+  tables = {
+    "case|method|time / plain|limit|time / limit|first run / plain's": epochs,
+    "method|arrays it must move|as compiled|temporary arrays": updates,
+    "temporary gradients|alpha-svrg|adaptive|adaptive-saga": temporary,
+  }
+  machine = document["machine"]
+  parts = (
+    *("# Cost of a step", f"    {document['command']}"),
+    f"On {machine['cpus']} cores of {machine['device']}, {document['dtype']}."
+    f" {NOTES}",
+    *(report.markdown_table(k.split("|"), v) for k, v in tables.items()),
   )
-  return {"table.md": text + "\n"}
+  return {"table.md": "\n\n".join(parts) + "\n"}
 
 
 @click.command()
 @cli.options(
-  (
-    *("--dtype", ("float32", "bfloat16"), "float32"),
-    "Of parameters and images.",
-  ),
+  ("--dtype", ("float32", "bfloat16"), "float32", "Of weights and images."),
   ("--steps", cli.positive, 10, "Number of batches of an epoch."),
   ("--rounds", cli.positive, 7, "Runs of each epoch, after a first one."),
 )
@@ -222,12 +191,9 @@ def main(
     "updates": measure_updates(_SIZE, jnp.dtype(dtype)),
     "cases": {},
   }
-  optimizer = optax.adamw(1e-3)
   for name in cells or CASES:
     model, batch_size = CASES[name]
-    problem = Problem(
-      MODELS[model], batch_size, steps, jnp.dtype(dtype), optimizer
-    )
+    problem = Problem(MODELS[model], batch_size, steps, jnp.dtype(dtype))
     document["cases"][name] = {
       "epochs": measure_epochs(problem, rounds),
       "temporary_gradients": temporary_gradients(problem),

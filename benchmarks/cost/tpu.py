@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requirements of steps on TPUs, by the TPU compiler."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import itertools
 import json
 import os
@@ -15,8 +15,12 @@ import jax
 
 import benchmarks
 from benchmarks import cli
-from benchmarks.cost.steps import Case, METHODS, PLACEMENTS
-from benchmarks.cost.tpu_program import ENVIRONMENT
+from benchmarks.cost.tpu_program import (
+  Case,
+  ENVIRONMENT,
+  METHODS,
+  PLACEMENTS,
+)
 from benchmarks.harness import report, store
 
 MODELS = ("mlp-1024", "vit-tiny", "vit-base", "convnext-femto")
@@ -24,13 +28,12 @@ TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
 # Of a device, in GiB.
 MEMORY = {"v5e": 16, "v6e": 32, "v5p": 95}
 _GIB = 2.0**30
-_WORKER = "benchmarks.cost.tpu_program"
 
 
 def compile_case(case: Case) -> dict[str, Any]:
   """Compiles a case in a process of its own, as libtpu asks for."""
   result = subprocess.run(
-    [sys.executable, "-m", _WORKER],
+    [sys.executable, "-m", "benchmarks.cost.tpu_program"],
     input=json.dumps(case._asdict()),
     env={**os.environ, **ENVIRONMENT},
     capture_output=True,
@@ -46,14 +49,9 @@ def compile_case(case: Case) -> dict[str, Any]:
   return json.loads(result.stdout)
 
 
-def path_of(folder: Path, case: Case) -> Path:
-  """The file of a case."""
-  return folder / f"{case.name}.json"
-
-
 def measured(case: Case, folder: Path) -> dict[str, Any]:
   """The counts of a case, compiled unless they are stored already."""
-  path = path_of(folder, case)
+  path = folder / f"{case.name}.json"
   if not path.exists():
     record = {"case": case._asdict(), "counts": compile_case(case)}
     store.write_json(path, {**record, **store.environment()})
@@ -62,10 +60,8 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
 
 def stored(folder: Path) -> dict[Case, dict[str, Any]]:
   """All cases of a folder, in the order of models, methods and placements."""
-  found = {}
-  for path in folder.glob("*.json"):
-    record = json.loads(path.read_text("utf-8"))
-    found[Case(**record["case"])] = record["counts"]
+  records = [json.loads(p.read_text("utf-8")) for p in folder.glob("*.json")]
+  found = {Case(**record["case"]): record["counts"] for record in records}
   order = (*MODELS, *METHODS, *PLACEMENTS, *TOPOLOGIES)
 
   def key(case: Case) -> tuple[Any, ...]:
@@ -86,9 +82,8 @@ def table(found: Mapping[Case, Mapping[str, Any]]) -> str:
   rows = []
   for case, counts in found.items():
     base = found.get(baseline(case))
-    if base is None or not (base["fits"] and counts["fits"]):
-      continue
-    rows.append(_row(case, counts, base))
+    if base and base["fits"] and counts["fits"]:
+      rows.append(_row(case, counts, base))
   columns = (
     *("model", "topology", "placement", "method", "FLOPs", "bytes"),
     *("bytes above plain, P", "temporary above plain, P"),
@@ -100,55 +95,39 @@ def table(found: Mapping[Case, Mapping[str, Any]]) -> str:
 def _row(
   case: Case, counts: Mapping[str, Any], base: Mapping[str, Any]
 ) -> list[str]:
-  sent = sum(counts["collective_bytes"].values())
-  params = counts["params"]
-  above = lambda name: (counts[name] - base[name]) / params
-  method = case.method
+  above = lambda name: (counts[name] - base[name]) / counts["params"]
+  sent = lambda counts: sum(counts["collective_bytes"].values())
+  method, collectives = case.method, f"{sum(counts['collectives'].values())}"
   if "saga" in method:
     method += f", {case.num_batches} batches"
   if case.table_dtype != "float32":
     method += f", {case.table_dtype}"
+  if windows := counts["overlapped"]:
+    hidden = sum(work > 0 for work in windows)
+    collectives += f", {len(windows)} asynchronous, {hidden} overlapped"
   return [
     *(case.model, case.topology, case.placement, method),
-    f"{counts['flops'] / base['flops']:.3f}",
-    f"{counts['bytes_accessed'] / base['bytes_accessed']:.3f}",
-    f"{above('bytes_accessed'):.1f}",
-    f"{above('temporary'):.2f}",
-    f"{counts['table'] / 2**20:.0f}",
-    f"{counts['needed'] / 2**20:.0f}",
-    f"{counts['host'] / 2**20:.0f}",
-    f"{sent / sum(base['collective_bytes'].values()):.3f}",
-    _collectives(counts),
+    *(f"{counts[x] / base[x]:.3f}" for x in ("flops", "bytes_accessed")),
+    *(f"{above('bytes_accessed'):.1f}", f"{above('temporary'):.2f}"),
+    *(f"{counts[x] / 2**20:.0f}" for x in ("table", "needed", "host")),
+    *(f"{sent(counts) / sent(base):.3f}", collectives),
   ]
-
-
-def _collectives(counts: Mapping[str, Any]) -> str:
-  """Their number, and of the asynchronous ones those that hide behind work."""
-  total = sum(counts["collectives"].values())
-  windows = counts["overlapped"]
-  if not windows:
-    return f"{total}"
-  hidden = sum(work > 0 for work in windows)
-  return f"{total}, {len(windows)} asynchronous, {hidden} overlapped"
 
 
 def fit(case: Case, counts: Mapping[str, Any]) -> str:
   """Says whether a step fits on a device, or what makes it fit."""
-  device = case.topology.partition(":")[0]
-  has = MEMORY[device]
-  needs = counts["needed"] / _GIB
-  what = f"{case.model}, {case.method}, {case.placement} on {case.topology}"
+  has = MEMORY[case.topology.partition(":")[0]]
+  needs, state = counts["needed"] / _GIB, counts["state"] / _GIB
   lines = [
-    f"{what} needs {needs:.2f} of the {has} GiB of a device,"
-    f" {counts['state'] / _GIB:.2f} of them for the state of the method."
+    f"{case.model}, {case.method}, {case.placement} on {case.topology} needs"
+    f" {needs:.2f} of the {has} GiB of a device, {state:.2f} of them for the"
+    " state of the method."
   ]
-  if needs <= has and counts["fits"]:
-    return lines[0]
-  rest = needs - counts["state"] / _GIB
-  for name, num_bytes in _alternatives(case, counts).items():
-    size = rest + num_bytes / _GIB
-    verdict = "fits" if size <= has else "does not fit"
-    lines.append(f"  with {name}: about {size:.2f} GiB, {verdict}")
+  if needs > has or not counts["fits"]:
+    for name, num_bytes in _alternatives(case, counts).items():
+      size = needs - state + num_bytes / _GIB
+      verdict = "fits" if size <= has else "does not fit"
+      lines.append(f"  with {name}: about {size:.2f} GiB, {verdict}")
   return "\n".join(lines)
 
 
@@ -185,40 +164,18 @@ def cases(
   return list(found)
 
 
-def _choice(name: str, known: Iterable[str], default: str) -> Any:
-  return click.option(
-    f"--{name}",
-    type=cli.Names(known),
-    default=default,
-    show_default=True,
-    help="One, or several separated by commas.",
-  )
+_SEVERAL = "One, or several separated by commas."
 
 
 @click.command()
-@_choice("model", MODELS, "vit-tiny")
-@_choice("method", METHODS, ",".join(METHODS))
-@_choice("placement", PLACEMENTS, "jit,shard_map")
-@_choice("topology", TOPOLOGIES, "v5e:4x4")
-@click.option(
-  "--batch-size",
-  type=cli.positive,
-  default=1024,
-  show_default=True,
-  help="Number of examples in a batch, over all devices.",
-)
-@click.option(
-  "--num-batches",
-  type=cli.positive,
-  default=312,
-  show_default=True,
-  help="Number of batches of SAGA's table.",
-)
-@click.option(
-  "--table-dtype",
-  type=click.Choice(["float32", "bfloat16"]),
-  default="float32",
-  show_default=True,
+@cli.options(
+  ("--model", cli.Names(MODELS), "vit-tiny", _SEVERAL),
+  ("--method", cli.Names(METHODS), ",".join(METHODS), _SEVERAL),
+  ("--placement", cli.Names(PLACEMENTS), "jit,shard_map", _SEVERAL),
+  ("--topology", cli.Names(TOPOLOGIES), "v5e:4x4", _SEVERAL),
+  ("--batch-size", cli.positive, 1024, "Examples, over all devices."),
+  ("--num-batches", cli.positive, 312, "Number of batches of SAGA's table."),
+  ("--table-dtype", ("float32", "bfloat16"), "float32", ""),
 )
 @cli.out_option("tpu")
 def main(
@@ -240,7 +197,6 @@ def main(
     for case in cases(names, batch_size, (num_batches, table_dtype)):
       click.echo(fit(case, measured(case, out)))
   finally:
-    found = stored(out)
-    if found:
+    if found := stored(out):
       (out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
   click.echo(f"\n{table(found)}")

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -64,78 +64,45 @@ Measured = Mapping[str, Sequence[float]]
 Results = Mapping[Key, Mapping[str, Measured]]  # By method.
 
 
-def experiments(
-  template: Experiment, names: Iterable[str], optimizers: Iterable[str]
-) -> list[Experiment]:
-  """Returns the experiments of all models, optimizers and methods."""
-  return [
-    template.replace(
-      model=model,
-      optimizer=optimizer,
-      lr=LEARNING_RATES[optimizer],
-      method=method,
-    )
-    for optimizer, model, method in itertools.product(
-      optimizers, names, METHODS
-    )
-  ]
-
-
 def results(runs: Iterable[Run]) -> Results:
   """Orders measurements by model, optimizer and method."""
   found: dict[Key, dict[str, Measured]] = {}
   for run in runs:
     key = run.experiment.model, run.experiment.optimizer
-    measured = {
+    found.setdefault(key, {})[run.method] = {
       name: [math.nan if v is None else v for v in values]
       for name, values in run.measured["variance"].items()
     }
-    found.setdefault(key, {})[run.method] = measured
   return found
 
 
-class EpochMeans(NamedTuple):
-  """An epoch in two numbers, as the paper's values are given.
+def by_epoch(measured: Measured, field: str) -> list[tuple[float, float]]:
+  """Summarises each epoch in two numbers, as the paper's values are given.
 
-  Attributes:
-    mean: mean over the epoch without the moment of the snapshot.
-    end: mean over the last 15 % of the epoch; its last measurement if there is
-      none in that part.
+  These are the mean over the epoch without the moment of the snapshot, and the
+  mean over its last 15 %, or the last measurement if there is none in them.
   """
-
-  mean: float
-  end: float
-
-
-def by_epoch(measured: Measured, field: str) -> list[EpochMeans]:
-  """Summarises each epoch of a training."""
   means = []
   pairs = zip(measured["epoch"], measured[field], strict=True)
   for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
-    _, *values = [(x - epoch, y) for x, y in group]
-    late = [y for x, y in values if x >= 0.85] or [values[-1][1]]
+    _, *values = group
+    late = [y for x, y in values if x - epoch >= 0.85] or [values[-1][1]]
     whole = statistics.fmean(y for _, y in values)
-    means.append(EpochMeans(whole, statistics.fmean(late)))
+    means.append((whole, statistics.fmean(late)))
   return means
 
 
 def coefficient_table(found: Results) -> str:
   """Returns the best coefficient by epoch and the paper's, in Markdown."""
-  ours = {
-    key: by_epoch(methods["adaptive"], "optimal_component")
-    for key, methods in found.items()
-  }
-  columns = ["epoch"]
-  for key in ours:
+  columns, sources = ["epoch"], []
+  for key, methods in found.items():
     columns += [" ".join(key), "paper"]
-  lines = []
-  for epoch in range(len(next(iter(ours.values())))):
-    line = [f"{epoch + 1}"]
-    for key, values in ours.items():
-      line.append(f"{values[epoch].mean:.2f} / {values[epoch].end:.2f}")
-      paper = PAPER[key][epoch : epoch + 1]
-      line.append("{:.2f} / {:.2f}".format(*paper[0]) if paper else "")
-    lines.append(line)
+    sources += [by_epoch(methods["adaptive"], "optimal_component"), PAPER[key]]
+  rows = itertools.zip_longest(*sources, fillvalue=())
+  lines = [
+    [f"{epoch}", *(" / ".join(f"{v:.2f}" for v in pair) for pair in row)]
+    for epoch, row in enumerate(itertools.islice(rows, len(sources[0])), 1)
+  ]
   return report.markdown_table(columns, lines)
 
 
@@ -147,14 +114,11 @@ def _after(measured: Measured, field: str) -> list[float]:
 
 def estimate_table(found: Results) -> str:
   """Returns online estimates and the true values, in Markdown."""
+  fields = ("optimal_tree", "alpha", "variance_ratio", "estimated_ratio")
   lines = []
   for key, methods in found.items():
-    adaptive = methods["adaptive"]
-    best, estimate = (_after(adaptive, f) for f in ("optimal_tree", "alpha"))
+    best, estimate, *ratios = (_after(methods["adaptive"], f) for f in fields)
     errors = [abs(a - b) for a, b in zip(best, estimate, strict=True)]
-    ratios = (
-      _after(adaptive, field) for field in ("variance_ratio", "estimated_ratio")
-    )
     means = map(statistics.fmean, (best, estimate, errors, *ratios))
     lines.append([" ".join(key), *(f"{mean:.3f}" for mean in means)])
   columns = ("", "best coefficient", "estimate", "mean absolute error")
@@ -173,34 +137,17 @@ def variance_table(found: Results) -> str:
   return report.markdown_table(["", "mean over training", *METHODS], lines)
 
 
-def tables(found: Results) -> str:
-  """All tables, in Markdown."""
-  return "\n\n".join(
-    [
-      "Best coefficient, mean over components: mean of the epoch / of its end",
-      coefficient_table(found),
-      "Best single coefficient and variance ratio, and their online estimates",
-      estimate_table(found),
-      "Gradient variance, without the moments of snapshots",
-      variance_table(found),
-    ]
-  )
-
-
 def figure(found: Results) -> figures.Figure:
   """The best coefficients over training, and the online estimate."""
-  fields = {
-    "best, mean over components (paper)": ("optimal_component", "svrg"),
-    "best single coefficient": ("optimal_tree", "other"),
-    "estimated online (adaptive_svrg)": ("alpha", "saga"),
-  }
+  fields = (
+    ("best, mean over components (paper)", "svrg", "optimal_component"),
+    ("best single coefficient", "other", "optimal_tree"),
+    ("estimated online (adaptive_svrg)", "saga", "alpha"),
+  )
   panels = []
   for key, methods in found.items():
-    measured = methods["adaptive"]
-    lines = [
-      figures.Line(label, family, measured["epoch"], measured[field])
-      for label, (field, family) in fields.items()
-    ]
+    x = methods["adaptive"]
+    lines = [figures.Line(*f[:2], x["epoch"], x[f[2]]) for f in fields]
     panels.append(
       figures.Panel(", ".join(key), "epochs", "coefficient", lines, log_y=False)
     )
@@ -211,17 +158,20 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published files from the published runs."""
   runs = publishing.unpack(document)
   found, e = results(runs), runs[0].experiment
-  text = "\n\n".join(
-    [
-      "# Gradient variance and the best coefficient over training",
-      f"    {document['command']}",
-      f"{e.dataset}, {e.train_examples or 'all'} training images, batches of"
-      f" {e.batch_size}, {e.epochs} epochs, one seed.",
-      tables(found),
-    ]
-  )
+  parts = [
+    "# Gradient variance and the best coefficient over training",
+    f"    {document['command']}",
+    f"{e.dataset}, {e.train_examples or 'all'} training images, batches of"
+    f" {e.batch_size}, {e.epochs} epochs, one seed.",
+    "Best coefficient, mean over components: mean of the epoch / of its end",
+    coefficient_table(found),
+    "Best single coefficient and variance ratio, and their online estimates",
+    estimate_table(found),
+    "Gradient variance, without the moments of snapshots",
+    variance_table(found),
+  ]
   drawing = json.dumps(figure(found).as_json(), ensure_ascii=False)
-  return {"table.md": text + "\n", "figure.json": drawing + "\n"}
+  return {"table.md": "\n\n".join(parts) + "\n", "figure.json": drawing + "\n"}
 
 
 _THREE = click.IntRange(min=3)
@@ -241,16 +191,13 @@ _THREE = click.IntRange(min=3)
 @cli.out_option("variance")
 @cli.publish_option
 def main(
-  dataset: str,
   data_dir: Path | None,
   model: Sequence[str],
   optimizer: Sequence[str],
-  batch_size: int,
-  train_examples: int,
   points: int,
-  epochs: int,
   out: Path,
   publish: bool,
+  **settings: Any,
 ) -> None:
   """Measures gradient variance and the best coefficient over training.
 
@@ -259,31 +206,30 @@ def main(
   component, which is found at each measurement. A measurement takes the
   gradients of all batches of the epoch at frozen weights.
   """
-  if train_examples < 3 * batch_size:
+  if settings["train_examples"] < 3 * settings["batch_size"]:
     raise click.UsageError(
-      f"--batch-size must leave at least three batches of {train_examples}"
-      f" training examples, got {batch_size}."
+      "--batch-size must leave at least three batches of"
+      f" {settings['train_examples']} training examples, got"
+      f" {settings['batch_size']}."
     )
-  template = Experiment(
-    dataset=dataset,
-    model="",
-    method="",
-    optimizer="",
-    epochs=epochs,
-    batch_size=batch_size,
-    lr=0.0,
-    train_examples=train_examples,
-    validation_examples=1_000,
-    schedule="constant",
-    measure={"variance": {"points": points}},
-  )
   # Each once, from shallow to deep.
-  names = [name for name in models.NUM_LAYERS if name in model or not model]
-  optimizers = [
-    name for name in LEARNING_RATES if name in optimizer or not optimizer
+  wanted = [
+    Experiment(
+      model=name,
+      method=method,
+      optimizer=kind,
+      lr=lr,
+      validation_examples=1_000,
+      schedule="constant",
+      measure={"variance": {"points": points}},
+      **settings,
+    )
+    for kind, lr in LEARNING_RATES.items()
+    for name in models.NUM_LAYERS
+    for method in METHODS
+    if (kind in optimizer or not optimizer) and (name in model or not model)
   ]
-  wanted = experiments(template, names, optimizers)
-  with Progress(epochs * len(wanted)) as progress:
+  with Progress(sum(e.epochs for e in wanted)) as progress:
     runs = run_all(wanted, Store(out), data_dir=data_dir, progress=progress)
   document = publishing.pack("variance", runs, lambda experiment: False)
   click.echo(render(document)["table.md"])

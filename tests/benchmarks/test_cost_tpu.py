@@ -10,7 +10,7 @@ import pytest
 import benchmarks
 from benchmarks import cli
 from benchmarks.cost import tpu
-from benchmarks.cost.steps import Case
+from benchmarks.cost.tpu_program import Case
 from benchmarks.harness import publishing
 
 GIB = 2**30

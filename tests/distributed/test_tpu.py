@@ -30,7 +30,7 @@ PLACEMENTS = ["jit", "shard_map", "fsdp", "host"]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, testrun_uid):
   """What a process of its own has compiled, by method, table and placement."""
-  from benchmarks.cost import steps, tpu_program
+  from benchmarks.cost.tpu_program import Case, ENVIRONMENT
 
   # Of whichever process of this run is first.
   path = tmp_path_factory.getbasetemp().parent / f"tpu-{testrun_uid}.json"
@@ -39,7 +39,7 @@ def measured(tmp_path_factory, testrun_uid):
     if not path.exists():
       result = subprocess.run(
         [sys.executable, "-m", "tests.workers.tpu"],
-        env={**os.environ, **tpu_program.ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         timeout=3600,
@@ -48,7 +48,7 @@ def measured(tmp_path_factory, testrun_uid):
       assert result.returncode == 0, result.stderr[-2000:]
       path.write_text(result.stdout)
   cases = [
-    (steps.Case(*case), counts) for case, counts in json.loads(path.read_text())
+    (Case(*case), counts) for case, counts in json.loads(path.read_text())
   ]
   return {
     (case.method, case.num_batches, case.table_dtype, case.placement): counts

@@ -12,8 +12,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cost import hlo, steps, tpu_program
-from benchmarks.cost.steps import Case
+from benchmarks.cost import hlo, tpu_program
+from benchmarks.cost.tpu_program import Case
 
 SHAPE = (14, 14, 192)
 PARAMS = {
@@ -71,19 +71,19 @@ def shapes_of(table):
 
 def measure(case):
   mesh = tpu_program.make_mesh(case.topology)
-  step = steps.make_step(case, mesh, loss, PARAMS, SHAPE)
+  fn, args = tpu_program.make_step(case, mesh, loss, PARAMS, SHAPE)
   try:
-    compiled = tpu_program.compile_step(step)
+    compiled = tpu_program.compile_step(fn, args)
   except jax.errors.JaxRuntimeError as e:
     return {"error": str(e)}
   text, memory = compiled.as_text(), compiled.memory_analysis()
-  own = step.args[1][0]
+  params, (own, _), *_ = args
   table = getattr(own, "table", ())
   return {
     "copies": [x.line for x in hlo.copies(text, set(shapes_of(table)))],
     "reduced": hlo.traffic(text, mesh.size).num_bytes,
-    "params": steps.bytes_per_device(step.args[0]),
-    "batch": steps.bytes_per_device(step.args[2]),
+    "params": tpu_program.bytes_per_device(params),
+    "batch": tpu_program.bytes_per_device(args[2]),
     "table": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(table)),
     "state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)),
     "arguments": memory.argument_size_in_bytes,
