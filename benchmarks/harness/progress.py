@@ -3,7 +3,6 @@
 
 import sys
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 import click
@@ -13,17 +12,15 @@ import rich.progress
 
 from benchmarks.harness.experiment import Point, Run
 
-_INTERVAL = 10.0  # Seconds between lines where there is no terminal.
-
 
 class Progress:
-  """Shows a bar on a terminal; elsewhere a line every ten seconds.
+  """Shows a bar on a terminal; elsewhere a line every ``interval`` seconds.
 
   Called with a run and its state after each epoch; a context manager. Only
   process 0 shows anything.
   """
 
-  def __init__(self, total: int, interval: float = _INTERVAL):
+  def __init__(self, total: int, interval: float = 10.0):
     self._total, self._done = total, 0
     self._interval = interval
     self._status = "compiling"
@@ -47,12 +44,7 @@ class Progress:
       self._thread.start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     if self._bar is not None:
       self._bar.stop()
     self._ended.set()

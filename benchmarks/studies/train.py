@@ -208,7 +208,8 @@ class Results:
   def finish(self, title: str) -> None:
     """Writes the results and the figure, and prints the table."""
     self.write()
-    figures.write(self._figure(title), self._folder / "results.png")
+    drawing = figures.draw(self._figure(title), "png")
+    (self._folder / "results.png").write_bytes(drawing)
     report.print_table(self._table())
     click.echo(f"Written to {self._folder}.")
 
