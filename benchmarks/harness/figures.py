@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.experiment import finite
+
 MAX_LINES = 8
 _COLORS = {
   "plain": "#333333",
@@ -59,7 +61,7 @@ class Figure:
 
   def as_json(self) -> dict[str, Any]:
     """The figure as JSON, with four significant digits."""
-    return _rounded(dataclasses.asdict(self))
+    return finite(dataclasses.asdict(self), 4)
 
 
 def from_json(saved: Mapping[str, Any]) -> Figure:
@@ -170,13 +172,3 @@ def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
   )
   axis.grid(alpha=0.3)
   return handles
-
-
-def _rounded(value: Any) -> Any:
-  if isinstance(value, float):
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-  if isinstance(value, dict):
-    return {k: _rounded(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_rounded(v) for v in value]
-  return value

@@ -94,12 +94,11 @@ def _commit() -> str | None:
   """The commit, marked when files have been changed since; None if unknown."""
   command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
   try:
-    return subprocess.run(
+    return subprocess.check_output(
       (*command, "--exclude=*"),
       cwd=Path(__file__).parent,
-      capture_output=True,
-      check=True,
+      stderr=subprocess.DEVNULL,
       text=True,
-    ).stdout.strip()
+    ).strip()
   except (OSError, subprocess.CalledProcessError):
     return None
