@@ -131,16 +131,12 @@ class ArrayFeed:
       bounds = np.array([start, stop], np.int32)
       return steps(state, self._train, epoch, np.float32(lr), bounds)
 
+    batches = functools.partial(jax.jit(self._batches), self._train)
+    pass_examples = num_examples = self.num_examples
+    if not method.has_fixed_batches:
+      num_examples = num_steps * experiment.batch_size
     return Program(
-      init,
-      begin,
-      advance,
-      functools.partial(jax.jit(self._batches), self._train),
-      num_steps,
-      self.num_examples
-      if method.has_fixed_batches
-      else num_steps * experiment.batch_size,
-      self.num_examples,
+      init, begin, advance, batches, num_steps, num_examples, pass_examples
     )
 
   def context(self, experiment: Experiment) -> Context:
@@ -220,10 +216,8 @@ class ArrayFeed:
   def _batches(self, train: Any, epoch: tuple[Order, Keys]) -> Batch:
     """All batches of an epoch, with a leading axis."""
     order, keys = epoch
-    return jax.lax.map(
-      lambda x: self._batch(train, *x, keys),
-      (order.examples, order.is_real),
-    )
+    batch = lambda x: self._batch(train, *x, keys)
+    return jax.lax.map(batch, (order.examples, order.is_real))
 
   def _batch(
     self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
@@ -242,12 +236,8 @@ class ArrayFeed:
   def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
     """The data of the keys of an epoch, the same for all methods."""
     _, key = jax.random.split(jax.random.key(seed))
-    return Keys(
-      *(
-        np.asarray(jax.random.key_data(jax.random.fold_in(key, i)))
-        for i in (epoch, experiment.epochs)
-      )
-    )
+    keys = (jax.random.fold_in(key, i) for i in (epoch, experiment.epochs))
+    return Keys(*(np.asarray(jax.random.key_data(key)) for key in keys))
 
   def _order(self, context: Context, method: Method, keys: Keys) -> Order:
     """Draws which examples are in each step of an epoch."""

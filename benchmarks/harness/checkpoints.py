@@ -5,7 +5,6 @@ A folder holds one training: a file that says which, and a folder of Orbax
 checkpoints for each run.
 """
 
-from collections.abc import Mapping
 import contextlib
 import hashlib
 import json
@@ -38,32 +37,18 @@ START = Position()
 class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of a training, of one run at a time.
 
-  Args:
-    folder: where they are.
-    every: steps between them; ``None`` for the end of each epoch. There is one
-      at the end of a run in any case.
-    identity: what the results follow from, as JSON.
-    resume: whether the folder holds a training to go on with, instead of
-      nothing.
-
-  Attributes:
-    is_resumed: ``resume``.
-
-  Raises:
-    benchmarks.UserError: if it does not, or holds another training.
+  There is one each ``every`` steps, by default at the end of each epoch, and at
+  the end of a run. With ``resume``, the folder must hold the training of this
+  identity, the JSON that its results follow from; otherwise, it must be empty.
   """
 
   def __init__(
-    self,
-    folder: Path,
-    every: int | None,
-    identity: Mapping[str, Any],
-    resume: bool,
+    self, folder: Path, every: int | None, identity: Any, resume: bool
   ):
     self._folder = folder.absolute()
     self._every = every
     self.is_resumed = resume
-    self._identity = json.loads(json.dumps(identity))
+    self._identity = identity
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY
     if resume:

@@ -53,16 +53,7 @@ def load(
 
 
 class Trainer:
-  """Trains experiments that share data and model.
-
-  Args:
-    experiment: any of the experiments.
-    data: the whole data set, see :func:`load`.
-    **options: of :class:`StreamFeed`.
-
-  Attributes:
-    feed: makes the programs.
-  """
+  """Trains experiments that share their data, of :func:`load`, and model."""
 
   def __init__(
     self,
@@ -156,7 +147,7 @@ class _Training:
         )
         jax.block_until_ready(self.state)
       self.at = self.at._replace(step=stop)
-      if stop < program.num_steps and self._is_due(stop):
+      if stop < program.num_steps:
         self._save()
     count = program.num_examples + takes_snapshot * program.pass_examples
     observed = self.state.observed
@@ -170,8 +161,7 @@ class _Training:
       self.run.measured |= self.feed.finish(self._evaluated)
       for observer in self.observers:
         self.run.measured |= observer.result
-    if self.run.finished or self._is_due(0):
-      self._save()
+    self._save()
 
   def record(self, observed: Observed | None) -> None:
     """Adds the present state to the history; ``None`` before the first step."""
@@ -217,12 +207,12 @@ class _Training:
 
   def _is_due(self, step: int) -> bool:
     """True if a checkpoint is to be saved at a step of the epoch."""
-    return self.checkpoints is not None and self.checkpoints.is_due(
-      self.at._replace(step=step), self.program.num_steps
-    )
+    at, steps = self.at._replace(step=step), self.program.num_steps
+    return self.checkpoints is not None and self.checkpoints.is_due(at, steps)
 
   def _save(self) -> None:
-    if self.checkpoints is not None:
+    """Saves the run if it is due, and at its end."""
+    if self._is_due(self.at.step) or (self.checkpoints and self.run.finished):
       steps = self.program.num_steps
       self.checkpoints.save(self.run, self.state, self.at, steps)
 
