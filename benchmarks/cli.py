@@ -23,78 +23,46 @@ _ARGV = "benchmarks.argv"
 
 
 class Entry(NamedTuple):
-  """A command.
+  """A command."""
 
-  Attributes:
-    module: the module that has it, as ``main``.
-    help: one line of ``--help``.
-    extra: extra of the package that brings the optional packages it needs.
-  """
-
-  module: str
-  help: str
-  extra: str = "benchmarks"
+  module: str  # The module that has it, as ``main``.
+  help: str  # One line of ``--help``.
+  extra: str = "benchmarks"  # Extra with the optional packages it needs.
 
 
-COMMANDS: dict[str, Entry] = {
-  "train": Entry(
-    "benchmarks.studies.train", "Train a model with each method; compare them."
-  ),
-  "paper": Entry(
-    "benchmarks.studies.paper", "Tables of the alpha-SVRG paper.", "tfds"
-  ),
-  "variance": Entry(
-    "benchmarks.studies.variance", "Gradient variance and best coefficient."
-  ),
-  "coefficient": Entry(
-    "benchmarks.studies.coefficient",
-    "Coefficients of SVRG, given and estimated.",
-  ),
-  "staleness": Entry(
-    "benchmarks.studies.staleness",
-    "Snapshots that are renewed ever more rarely.",
-  ),
-  "stability": Entry(
-    "benchmarks.studies.stability", "Learning rates near SGD's stability limit."
-  ),
-  "saga": Entry("benchmarks.studies.saga", "SAGA against plain training."),
-  "saga-variants": Entry(
-    "benchmarks.studies.saga_variants", "Additions to adaptive SAGA."
-  ),
-  "snapshots": Entry(
-    "benchmarks.studies.snapshots", "Snapshot strategies: gradients and loss."
-  ),
-  "equal-compute": Entry(
-    "benchmarks.studies.equal_compute", "Methods at equal numbers of gradients."
-  ),
-  "optimizers": Entry(
-    "benchmarks.studies.optimizers",
-    "Other optimizers, alone and behind adaptive SAGA.",
-  ),
-  "balanced-order": Entry(
-    "benchmarks.studies.balanced_order",
-    "The order of the examples, by their gradients.",
-  ),
-  "step-cost": Entry(
-    "benchmarks.cost.step_cost",
-    "Time and bytes of steps, and their lower limits.",
-  ),
-  "tpu": Entry(
-    "benchmarks.cost.tpu", "Needs of steps on TPUs, by their compiler."
-  ),
-  "convex": Entry(
-    "benchmarks.studies.convex.study",
-    "Convex problems to high precision, and other packages.",
-    "convex",
-  ),
-  "tomography": Entry(
-    "benchmarks.studies.tomography",
-    "Poisson tomography by SVRG and by L-BFGS-B.",
-    "convex",
-  ),
-  "report": Entry(
-    "benchmarks.studies.report", "Make published tables and figures again."
-  ),
+_HELP = {
+  "train": "Train a model with each method; compare them.",
+  "paper": "Tables of the alpha-SVRG paper.",
+  "variance": "Gradient variance and best coefficient.",
+  "coefficient": "Coefficients of SVRG, given and estimated.",
+  "staleness": "Snapshots that are renewed ever more rarely.",
+  "stability": "Learning rates near SGD's stability limit.",
+  "saga": "SAGA against plain training.",
+  "saga-variants": "Additions to adaptive SAGA.",
+  "snapshots": "Snapshot strategies: gradients and loss.",
+  "equal-compute": "Methods at equal numbers of gradients.",
+  "optimizers": "Other optimizers, alone and behind adaptive SAGA.",
+  "balanced-order": "The order of the examples, by their gradients.",
+  "step-cost": "Time and bytes of steps, and their lower limits.",
+  "tpu": "Needs of steps on TPUs, by their compiler.",
+  "convex": "Convex problems to high precision, and other packages.",
+  "tomography": "Poisson tomography by SVRG and by L-BFGS-B.",
+  "report": "Make published tables and figures again.",
+}
+# All others are pages of the studies.
+_MODULES = {
+  "step-cost": "cost.step_cost",
+  "tpu": "cost.tpu",
+  "convex": "studies.convex.study",
+}
+_EXTRAS = {"paper": "tfds", "convex": "convex", "tomography": "convex"}
+COMMANDS = {
+  name: Entry(
+    f"benchmarks.{_MODULES.get(name, f'studies.{name}').replace('-', '_')}",
+    text,
+    _EXTRAS.get(name, "benchmarks"),
+  )
+  for name, text in _HELP.items()
 }
 
 
@@ -112,10 +80,7 @@ class Commands(click.Group):
     """Imports a command."""
     if name not in COMMANDS:
       return None
-    try:
-      return importlib.import_module(COMMANDS[name].module).main
-    except ModuleNotFoundError as error:
-      raise _missing(name, error) from error
+    return importlib.import_module(COMMANDS[name].module).main
 
   def format_commands(
     self, ctx: click.Context, formatter: click.HelpFormatter
@@ -130,11 +95,17 @@ class Commands(click.Group):
     return super().parse_args(ctx, args)
 
   def invoke(self, ctx: click.Context) -> Any:
-    """Runs the command; it may import optional packages, too."""
+    """Imports and runs a command; names the extra of a missing package."""
     try:
       return super().invoke(ctx)
     except ModuleNotFoundError as error:
-      raise _missing(ctx.invoked_subcommand, error) from error
+      name, package = argv(ctx)[0], (error.name or "").partition(".")[0]
+      if package in ("", "benchmarks", "optax_svrg"):
+        raise
+      raise click.UsageError(
+        f"{name} needs the package {package!r}:"
+        f' pip install "optax-svrg[{COMMANDS[name].extra}]".'
+      ) from error
 
   def main(self, *args: Any, **kwargs: Any) -> None:
     """Runs a command and exits with its status."""
@@ -150,19 +121,6 @@ class Commands(click.Group):
       click.echo("Interrupted.", err=True)
       status = INTERRUPTED
     sys.exit(status)
-
-
-def _missing(
-  name: str | None, error: ModuleNotFoundError
-) -> ModuleNotFoundError | click.UsageError:
-  """Names the extra that has a package; passes on faults of our own."""
-  package = (error.name or "").partition(".")[0]
-  if package in ("", "benchmarks", "optax_svrg") or name not in COMMANDS:
-    return error
-  return click.UsageError(
-    f"{name} needs the package {package!r}:"
-    f' pip install "optax-svrg[{COMMANDS[name].extra}]".'
-  )
 
 
 @click.group(cls=Commands)
@@ -233,40 +191,37 @@ def options(
 
   def decorate(command: Callable) -> Callable:
     for name, kind, default, text in reversed(table):
-      settings = {"type": kind, "default": default, "help": text}
-      if kind is bool:
-        settings = {"is_flag": True, "help": text}
-      elif not isinstance(kind, click.ParamType):
-        settings["type"] = click.Choice(list(kind))
-      if default is not None:
-        settings["show_default"] = kind is not bool
-      command = click.option(name, **settings)(command)
+      if kind is not bool and not isinstance(kind, click.ParamType):
+        kind = click.Choice(list(kind))
+      command = click.option(
+        name,
+        type=kind,
+        is_flag=kind is bool,
+        default=False if kind is bool else default,
+        show_default=True,
+        help=text,
+      )(command)
     return command
 
   return decorate
 
 
-data_dir_option = click.option(
-  "--data-dir",
-  type=click.Path(exists=True, file_okay=False, path_type=Path),
-  help="Folder of the data sets; mnist-5k needs none.",
+data_dir_option = options(
+  (
+    *("--data-dir", click.Path(True, file_okay=False, path_type=Path), None),
+    "Folder of the data sets; mnist-5k needs none.",
+  )
+)
+publish_option = options(
+  ("--publish", bool, None, "Write to benchmarks/results, too.")
 )
 
 
 def out_option(study: str) -> Callable[[Callable], Callable]:
   """The option for the folder of a study's results."""
-  return click.option(
-    "--out",
-    type=click.Path(file_okay=False, writable=True, path_type=Path),
-    default=Path("results", study),
-    show_default=True,
-    help="Folder of the results; runs that are stored there are not repeated.",
-  )
-
-
-publish_option = click.option(
-  "--publish", is_flag=True, help="Write to benchmarks/results, too."
-)
+  kind = click.Path(file_okay=False, writable=True, path_type=Path)
+  text = "Folder of the results; runs that are stored there are not repeated."
+  return options(("--out", kind, Path("results", study), text))
 
 
 def several(
@@ -279,11 +234,7 @@ def several(
 
 
 def cell_option(cells: Iterable[str]) -> Callable[[Callable], Callable]:
-  """The option to choose some of a study's problems, by their names."""
-  return click.option(
-    "--cell",
-    "cells",
-    multiple=True,
-    type=click.Choice(list(cells)),
-    help="Only this problem; may be repeated.",
-  )
+  """The option to choose some of a study's problems, the argument ``cells``."""
+  kind = click.Choice(list(cells))
+  text = "Only this problem; may be repeated."
+  return click.option("--cell", "cells", type=kind, multiple=True, help=text)

@@ -24,44 +24,26 @@ _cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 class Keys(NamedTuple):
-  """Random keys, or their data.
+  """Random keys, or their data."""
 
-  Attributes:
-    epoch: for the order of the examples and for augmentation.
-    batches: for fixed batches, the same in all epochs.
-  """
-
-  epoch: Any
-  batches: Any
+  epoch: Any  # For the order of the examples and for augmentation.
+  batches: Any  # For fixed batches, the same in all epochs.
 
 
 class Order(NamedTuple):
-  """The examples of each step of an epoch.
+  """The examples of each step of an epoch."""
 
-  Attributes:
-    examples: their indices, step by step.
-    is_real: a mask of the shape of the indices that tells which count, ``None``
-      for all.
-    batch_index: the number of each batch.
-  """
-
-  examples: Any
-  is_real: Any
-  batch_index: Any
+  examples: Any  # Their indices, step by step.
+  is_real: Any  # Which of them count, ``None`` for all.
+  batch_index: Any  # The number of each batch.
 
 
 class Batch(NamedTuple):
-  """Examples.
-
-  Attributes:
-    images: the images, flattened.
-    labels: their classes.
-    is_real: which of them count, ``None`` for all.
-  """
+  """Flattened images and their classes."""
 
   images: jax.Array
   labels: jax.Array
-  is_real: Any = None
+  is_real: Any = None  # Which of them count, ``None`` for all.
 
 
 class ArrayFeed:
@@ -82,17 +64,21 @@ class ArrayFeed:
       dataset.num_classes,
       experiment.model_settings,
     )
-    train = dataset.train_images, dataset.train_labels
-    validation = dataset.validation_images, dataset.validation_labels
-    self._train = jax.device_put(train)
+    self._train, validation = jax.device_put(
+      (
+        (dataset.train_images, dataset.train_labels),
+        (dataset.validation_images, dataset.validation_labels),
+      )
+    )
     self._graphdef, params = self._init(jax.random.key(0))
     self._passed = _whole_and_rest(self.num_examples, experiment.batch_size)
     self._evaluated = tuple(
       (x, _whole_and_rest(len(x[1]), _PIECE_SIZE))
-      for x in (self._train, jax.device_put(validation))
+      for x in (self._train, validation)
     )
     self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
     self.nothing_observed = jax.jit(program.nothing_observed)
+    self._grad = jax.grad(self.loss)
 
   def init(self, key: jax.Array) -> optax.Params:
     """Draws initial parameters."""
@@ -113,7 +99,6 @@ class ArrayFeed:
     """Compiles the functions of a method."""
     context = self.context(experiment)
     num_steps = method.num_steps(context)
-    steps = functools.partial(self._steps, experiment, method, num_steps)
 
     @jax.jit
     def init(params):
@@ -125,9 +110,9 @@ class ArrayFeed:
     next_order = jax.jit(functools.partial(self._next_order, context, method))
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
-    order = draw_order(keys)
-    args = state, self._train, order, keys, np.float32(0), np.zeros(2, np.int32)
-    compiled_steps = _compile(steps, args, (0,))
+    steps = self._steps(experiment, method, num_steps)
+    args = state, self._train, (draw_order(keys), keys)
+    steps = _compile(steps, (*args, np.float32(0), np.zeros(2, np.int32)), (0,))
     take = None
     if method.coefficient is not None:
       args = state.opt_state, state.params, self._train, self._passed, keys
@@ -149,18 +134,14 @@ class ArrayFeed:
 
     def advance(state, epoch, lr, start, stop):
       bounds = np.array([start, stop], np.int32)
-      return compiled_steps(state, self._train, *epoch, np.float32(lr), bounds)
+      return steps(state, self._train, epoch, np.float32(lr), bounds)
 
+    batches = functools.partial(jax.jit(self._batches), self._train)
+    pass_examples = num_examples = self.num_examples
+    if not method.has_fixed_batches:
+      num_examples = num_steps * experiment.batch_size
     return Program(
-      init,
-      begin,
-      advance,
-      functools.partial(jax.jit(self._batches), self._train),
-      num_steps,
-      self.num_examples
-      if method.has_fixed_batches
-      else num_steps * experiment.batch_size,
-      self.num_examples,
+      init, begin, advance, batches, num_steps, num_examples, pass_examples
     )
 
   def context(self, experiment: Experiment) -> Context:
@@ -180,76 +161,64 @@ class ArrayFeed:
     images = arrays.unflatten(batch.images, self._image_shape)
     return balanced.factors(model, images, batch.labels, whole)
 
-  def _grad(self, params: optax.Params, batch: Batch) -> optax.Updates:
-    return jax.grad(self.loss)(params, batch)
-
   def _steps(
-    self,
-    experiment: Experiment,
-    method: Method,
-    num_steps: int,
-    state: TrainState,
-    train: Any,
-    order: Order,
-    keys: Keys,
-    lr: jax.Array,
-    start_and_stop: jax.Array,
-  ) -> TrainState:
-    """Trains from a step of the epoch up to another one."""
-    optimizer = program.optimizer(experiment, num_steps, lr)
+    self, experiment: Experiment, method: Method, num_steps: int
+  ) -> Callable:
+    """Makes what trains from a step of the epoch up to another one."""
 
-    def batch_at(position):
-      examples, is_real, _ = jax.tree.map(lambda x: x[position], order)
-      return self._batch(train, examples, is_real, keys)
+    def steps(state, train, epoch, lr, start_and_stop):
+      order, keys = epoch
+      optimizer = program.optimizer(experiment, num_steps, lr)
 
-    def batch_grad_fn(params, batch_index):
-      """The gradient of any batch, for methods that look at others, too."""
-      position = jnp.argmax(order.batch_index == batch_index)
-      return self._grad(params, batch_at(position))
+      def batch_at(position):
+        examples, is_real, _ = jax.tree.map(lambda x: x[position], order)
+        return self._batch(train, examples, is_real, keys)
 
-    def step(i, state):
-      batch = batch_at(i)
-      grad_fn = lambda params: self._grad(params, batch)
-      grads = grad_fn(state.params)
-      after, corrected = program.update(
-        method,
-        optimizer,
-        state,
-        grads,
-        grad_fn=grad_fn,
-        batch_index=order.batch_index[i],
-        batch_grad_fn=batch_grad_fn,
-        factors_fn=lambda params, whole: self._factors(params, batch, whole),
-      )
-      seen = program.observe(
-        grads, corrected, state.opt_state[0], after.opt_state[0]
-      )
-      observed = jax.tree.map(jnp.add, state.observed, seen)
-      return after._replace(observed=observed)
+      def batch_grad_fn(params, batch_index):
+        """The gradient of any batch, for methods that look at others, too."""
+        position = jnp.argmax(order.batch_index == batch_index)
+        return self._grad(params, batch_at(position))
 
-    # Not a scan: whatever the steps, it is this very program.
-    start, stop = start_and_stop
-    return jax.lax.fori_loop(start, stop, step, state)
+      def step(i, state):
+        batch = batch_at(i)
+        grad_fn = lambda params: self._grad(params, batch)
+        grads = grad_fn(state.params)
+        after, corrected = program.update(
+          method,
+          optimizer,
+          state,
+          grads,
+          grad_fn=grad_fn,
+          batch_index=order.batch_index[i],
+          batch_grad_fn=batch_grad_fn,
+          factors_fn=lambda params, whole: self._factors(params, batch, whole),
+        )
+        seen = program.observe(
+          grads, corrected, state.opt_state[0], after.opt_state[0]
+        )
+        observed = jax.tree.map(jnp.add, state.observed, seen)
+        return after._replace(observed=observed)
+
+      # Not a scan: whatever the steps, it is this very program.
+      return jax.lax.fori_loop(*start_and_stop, step, state)
+
+    return steps
 
   def _snapshot(
-    self,
-    opt_state: Any,
-    params: optax.Params,
-    train: Any,
-    passed: list,
-    keys: Keys,
+    self, opt_state: Any, params: Any, train: Any, passed: list, keys: Keys
   ) -> Any:
     """Moves the snapshot to the present parameters."""
 
     def piece_grad(params, piece):
       """The mean over a piece, batch by batch."""
-      return _scanned(
-        lambda p, examples: self._grad(
-          p, self._batch(train, examples, None, keys)
-        ),
-        params,
-        _in_batches(piece, self._common.batch_size),
-      )
+      batches = _in_batches(piece, self._common.batch_size)
+
+      def add(total, examples):
+        batch = self._batch(train, examples, None, keys)
+        return optax.tree.add(total, self._grad(params, batch)), None
+
+      total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
+      return optax.tree.scale(1 / len(batches), total)
 
     return optax_svrg.take_snapshot(
       opt_state,
@@ -260,10 +229,8 @@ class ArrayFeed:
   def _batches(self, train: Any, epoch: tuple[Order, Keys]) -> Batch:
     """All batches of an epoch, with a leading axis."""
     order, keys = epoch
-    return jax.lax.map(
-      lambda x: self._batch(train, *x, keys),
-      (order.examples, order.is_real),
-    )
+    batch = lambda x: self._batch(train, *x, keys)
+    return jax.lax.map(batch, (order.examples, order.is_real))
 
   def _batch(
     self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
@@ -282,12 +249,8 @@ class ArrayFeed:
   def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
     """The data of the keys of an epoch, the same for all methods."""
     _, key = jax.random.split(jax.random.key(seed))
-    return Keys(
-      *(
-        np.asarray(jax.random.key_data(jax.random.fold_in(key, i)))
-        for i in (epoch, experiment.epochs)
-      )
-    )
+    keys = (jax.random.fold_in(key, i) for i in (epoch, experiment.epochs))
+    return Keys(*(np.asarray(jax.random.key_data(key)) for key in keys))
 
   def _order(self, context: Context, method: Method, keys: Keys) -> Order:
     """Draws which examples are in each step of an epoch."""
@@ -363,15 +326,3 @@ def _in_batches(indices: jax.Array, size: int) -> jax.Array:
 
 def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:
   return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
-
-
-def _scanned(
-  grad: Callable, params: optax.Params, batches: Any
-) -> optax.Updates:
-  """The mean gradient over batches of the same size."""
-
-  def add(total, batch):
-    return optax.tree.add(total, grad(params, batch)), None
-
-  total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
-  return optax.tree.scale(1 / len(jax.tree.leaves(batches)[0]), total)

@@ -5,7 +5,7 @@ A folder holds one training: a file that says which, and a folder of Orbax
 checkpoints for each run.
 """
 
-from collections.abc import Mapping
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -17,70 +17,45 @@ import orbax.checkpoint as ocp
 
 import benchmarks
 from benchmarks.harness.experiment import point_from_json, Run
-from benchmarks.harness.store import StoreError, write_json
+from benchmarks.harness.store import one_line, StoreError, write_json
 
 _IDENTITY = "training.json"
 
 
-class CheckpointError(benchmarks.UserError):
-  """A checkpoint cannot be used; the message is one line."""
-
-
 class Position(NamedTuple):
-  """Progress of a run.
+  """Progress of a run."""
 
-  Attributes:
-    epoch: number of epochs trained.
-    step: number of steps trained of the next one.
-    evaluations: gradients of examples evaluated in the epochs trained.
-    seconds: time spent in training.
-  """
-
-  epoch: int = 0
-  step: int = 0
-  evaluations: int = 0
-  seconds: float = 0.0
+  epoch: int = 0  # Number of epochs trained.
+  step: int = 0  # Number of steps trained of the next one.
+  evaluations: int = 0  # Gradients of examples evaluated in the epochs trained.
+  seconds: float = 0.0  # Time spent in training.
 
 
 START = Position()
 
 
-class Checkpoints:
-  """The checkpoints of a training.
+class Checkpoints(contextlib.AbstractContextManager):
+  """The checkpoints of a training, of one run at a time.
 
-  Args:
-    folder: where they are.
-    every: steps between them; ``None`` for the end of each epoch. There is one
-      at the end of a run in any case.
-    identity: what the results follow from, as JSON.
-    resume: whether the folder holds a training to go on with, instead of
-      nothing.
-
-  Attributes:
-    is_resumed: ``resume``.
-
-  Raises:
-    CheckpointError: if it does not, or holds another training.
+  There is one each ``every`` steps, by default at the end of each epoch, and at
+  the end of a run. With ``resume``, the folder must hold the training of this
+  identity, the JSON that its results follow from; otherwise, it must be empty.
   """
 
   def __init__(
-    self,
-    folder: Path,
-    every: int | None,
-    identity: Mapping[str, Any],
-    resume: bool,
+    self, folder: Path, every: int | None, identity: Any, resume: bool
   ):
     self._folder = folder.absolute()
     self._every = every
     self.is_resumed = resume
-    self._identity = json.loads(json.dumps(identity))
+    self._identity = identity
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY
     if resume:
       self._check_identity(path)
       return
     if folder.exists() and any(folder.iterdir()):
-      raise CheckpointError(
+      raise benchmarks.UserError(
         f"--checkpoint-dir {folder}: is not empty. Give --resume to go on with"
         " the training that it holds, or another folder."
       )
@@ -90,19 +65,28 @@ class Checkpoints:
       try:
         write_json(path, self._identity)
       except StoreError as e:
-        raise CheckpointError(f"--checkpoint-dir {e}") from e
+        raise benchmarks.UserError(f"--checkpoint-dir {e}") from e
     ocp.multihost.sync_global_processes("checkpoints")
 
   def position(self, run: Run) -> Position:
     """Returns the saved progress of a run, and fills in its history."""
-    manager = self._open(run)
-    if manager.latest_step() is None:
+    self.close()
+    self._manager = ocp.CheckpointManager(
+      self._folder / f"{run.method}-{run.seed}",
+      options=ocp.CheckpointManagerOptions(
+        # One to go on from by hand if the last is damaged.
+        max_to_keep=2,
+        cleanup_tmp_directories=True,
+      ),
+      item_names=("state", "progress"),
+    )
+    if self._manager.latest_step() is None:
       return START
-    saved = self._load(manager, "progress", ocp.args.JsonRestore())
+    saved = self._load("progress", ocp.args.JsonRestore())
     found, wanted = saved.get("experiment"), run.experiment.identity()
     if saved.get("identity") != self._identity or found != wanted:
-      raise CheckpointError(
-        f"{self._latest(manager)}: is of another training, or of another run:"
+      raise self._error(
+        "is of another training, or of another run:"
         f" {difference(found, wanted)}."
       )
     run.history[:] = [point_from_json(point) for point in saved["history"]]
@@ -110,37 +94,28 @@ class Checkpoints:
     self._checksum = saved["sha256"]
     return Position(**saved["position"])
 
-  def restore(self, run: Run, target: Any) -> Any:
-    """The state at the position of a run."""
-    manager = self._open(run)
+  def restore(self, target: Any) -> Any:
+    """Returns the state at the position of the run."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-    state = self._load(manager, "state", ocp.args.StandardRestore(abstract))
+    state = self._load("state", ocp.args.StandardRestore(abstract))
     if _sha256(state) != self._checksum:
-      raise CheckpointError(
-        f"{self._latest(manager)}: is damaged: its checksum does not fit."
-      )
+      raise self._error("is damaged: its checksum does not fit.")
     return state
 
-  def next_stop(self, epoch: int, step: int, num_steps: int) -> int:
-    """Up to which step of an epoch to train before the next checkpoint."""
-    if self._every is None:
-      return num_steps
-    done = epoch * num_steps + step
-    return min(num_steps, step + self._every - done % self._every)
-
-  def is_due(self, epoch: int, num_steps: int) -> bool:
-    """Returns whether to save at the end of an epoch."""
-    return self._every is None or (epoch + 1) * num_steps % self._every == 0
+  def is_due(self, at: Position, num_steps: int) -> bool:
+    """Returns whether to save at a position."""
+    done = at.epoch * num_steps + at.step
+    return done % (self._every or num_steps) == 0
 
   def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:
-    """Saves a run."""
+    """Saves the run."""
     progress = {
       "identity": self._identity,
       **run.as_json(),
       "position": at._asdict(),
       "sha256": _sha256(state),
     }
-    self._open(run).save(
+    self._manager.save(
       at.epoch * num_steps + at.step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
@@ -155,48 +130,35 @@ class Checkpoints:
       self._manager.close()
       self._manager = None
 
-  def _open(self, run: Run) -> ocp.CheckpointManager:
-    folder = self._folder / f"{run.method}-{run.seed}"
-    if self._manager is None or self._manager.directory != folder:
-      self.close()
-      self._manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(
-          # One to go on from by hand if the last is damaged.
-          max_to_keep=2,
-          cleanup_tmp_directories=True,
-        ),
-        item_names=("state", "progress"),
-      )
-    return self._manager
+  def __exit__(self, *error: object) -> None:
+    self.close()
 
-  def _load(self, manager: ocp.CheckpointManager, item: str, args: Any) -> Any:
+  def _load(self, item: str, args: Any) -> Any:
     try:
-      restored = manager.restore(
-        manager.latest_step(), args=ocp.args.Composite(**{item: args})
+      restored = self._manager.restore(
+        self._manager.latest_step(), args=ocp.args.Composite(**{item: args})
       )
     # Whatever is wrong with the files, in whichever layer it is noticed.
     except Exception as e:
-      reason = str(e).strip().partition("\\n")[0] or type(e).__name__
-      raise CheckpointError(
-        f"{self._latest(manager)}: cannot be restored: {reason}"
-      ) from e
+      reason = str(e).strip().partition("\n")[0] or type(e).__name__
+      raise self._error(f"cannot be restored: {reason}") from e
     return restored[item]
 
-  def _latest(self, manager: ocp.CheckpointManager) -> Path:
-    return Path(manager.directory, str(manager.latest_step()))
+  def _error(self, reason: str) -> benchmarks.UserError:
+    step = self._manager.latest_step()
+    return benchmarks.UserError(f"{self._manager.directory}/{step}: {reason}")
 
   def _check_identity(self, path: Path) -> None:
     """Raises unless the folder holds this very training."""
     try:
       found = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-      reason = getattr(e, "strerror", None) or e
-      raise CheckpointError(
-        f"--resume: {path.parent} holds no training: {_IDENTITY}: {reason}."
+      raise benchmarks.UserError(
+        f"--resume: {path.parent} holds no training: {_IDENTITY}:"
+        f" {one_line(e)}."
       ) from e
     if found != self._identity:
-      raise CheckpointError(
+      raise benchmarks.UserError(
         f"--resume: {path.parent} holds another training:"
         f" {difference(found, self._identity)}."
       )

@@ -27,19 +27,13 @@ Losses = Mapping[int, float]
 class Comparison:
   """A method against a rival, over the seeds that both were run with.
 
-  Attributes:
-    num_seeds: number of these seeds.
-    diverged: number of runs of the method without a finite loss.
-    rival_diverged: number of such runs of the rival.
-    difference: mean of the loss minus the rival's, divided by the rival's mean
-      loss; NaN if a run diverged.
-    low: lower end of the 95 % t interval of the difference, in the same units.
-    high: upper end of that interval.
-    p: p-value of the two-sided paired t-test, NaN without one.
+  The difference is the mean of the loss minus the rival's, divided by the
+  rival's mean loss, ``low`` and ``high`` the ends of its 95 % t interval, and
+  ``p`` is the p-value of the two-sided paired t-test; NaN if a run diverged.
   """
 
   num_seeds: int
-  diverged: int
+  diverged: int  # Number of runs of the method without a finite loss.
   rival_diverged: int
   difference: float = math.nan
   low: float = math.nan
@@ -96,32 +90,25 @@ def verdicts(
   tested = [k for k, c in comparisons.items() if c.num_seeds >= MIN_SEEDS]
   adjusted = holm([comparisons[k].p for k in tested])
   p_values = dict(zip(tested, adjusted, strict=True))
-  return {
-    key: _text(comparison, p_values.get(key))
-    for key, comparison in comparisons.items()
-  }
+  return {k: _text(c, p_values.get(k)) for k, c in comparisons.items()}
 
 
 def _text(comparison: Comparison, p: float | None) -> str:
   c = comparison
+  n, difference = c.num_seeds, _percent(c.difference)
   if c.diverged and c.rival_diverged:
-    return (
-      f"both diverged ({c.diverged} and {c.rival_diverged} of {c.num_seeds})"
-    )
+    return f"both diverged ({c.diverged} and {c.rival_diverged} of {n})"
   if c.diverged:
-    return f"diverged ({c.diverged} of {c.num_seeds})"
+    return f"diverged ({c.diverged} of {n})"
   if c.rival_diverged:
-    return f"rival diverged ({c.rival_diverged} of {c.num_seeds})"
+    return f"rival diverged ({c.rival_diverged} of {n})"
   if p is None:
-    seeds = "1 seed" if c.num_seeds == 1 else f"{c.num_seeds} seeds"
-    return f"{_percent(c.difference)} %, {seeds}, no verdict"
+    return f"{difference} %, {n} seed{'s' * (n > 1)}, no verdict"
   verdict = "no difference found"
   if p < LEVEL:
     verdict = "lower" if c.difference < 0 else "higher"
-  return (
-    f"{verdict}, {_percent(c.difference)} %"
-    f" [{_percent(c.low)}, {_percent(c.high)}]"
-  )
+  interval = f"[{_percent(c.low)}, {_percent(c.high)}]"
+  return f"{verdict}, {difference} % {interval}"
 
 
 def _percent(x: float) -> str:
@@ -130,20 +117,20 @@ def _percent(x: float) -> str:
 
 def count(texts: Sequence[str]) -> str:
   """Counts verdicts, e.g. ``"lower 3, no difference found 5, higher 0"``."""
-  kinds = ["lower", "no difference found", "higher"]
-  parts = [f"{kind} {sum(t.startswith(kind) for t in texts)}" for kind in kinds]
-  rest = sum(not t.startswith(tuple(kinds)) for t in texts)
-  return ", ".join(parts + [f"no verdict {rest}"] * (rest > 0))
+  kinds = ("lower", "no difference found", "higher")
+  counts = {kind: sum(t.startswith(kind) for t in texts) for kind in kinds}
+  rest = len(texts) - sum(counts.values())
+  counts |= {"no verdict": rest} if rest else {}
+  return ", ".join(f"{kind} {number}" for kind, number in counts.items())
 
 
 def best_learning_rate(losses: Mapping[float, Losses]) -> float:
   """The learning rate of least mean loss; the least one if all diverge."""
 
   def mean(lr: float) -> float:
-    values = list(losses[lr].values())
-    if not all(map(math.isfinite, values)):
-      return math.inf
-    return statistics.fmean(values)
+    values = losses[lr].values()
+    is_finite = all(map(math.isfinite, values))
+    return statistics.fmean(values) if is_finite else math.inf
 
   return min(sorted(losses), key=mean)
 

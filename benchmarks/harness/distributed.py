@@ -8,19 +8,14 @@ from typing import Any, NamedTuple
 import click
 import jax
 
+from benchmarks import cli
+
 
 class Distributed(NamedTuple):
-  """Options to join the processes of a cluster.
+  """Options to join the processes of a cluster; ``None`` to detect them."""
 
-  Attributes:
-    enabled: whether there is one.
-    coordinator: address of process 0, ``None`` to detect the cluster.
-    num_processes: number of processes, ``None`` to detect it.
-    process_id: number of this process, ``None`` to detect it.
-  """
-
-  enabled: bool
-  coordinator: str | None
+  distributed: bool  # Whether there is one.
+  coordinator: str | None  # Address of process 0.
   num_processes: int | None
   process_id: int | None
 
@@ -32,9 +27,8 @@ class Distributed(NamedTuple):
       "--process-id": self.process_id,
     }
     missing = [name for name, value in given.items() if value is None]
-    if not self.enabled:
-      if len(missing) < len(given):
-        name = next(name for name in given if name not in missing)
+    if not self.distributed:
+      for name in (name for name in given if name not in missing):
         raise click.UsageError(f"{name} needs --distributed.")
       return
     if 0 < len(missing) < len(given):
@@ -59,30 +53,23 @@ class Distributed(NamedTuple):
 def options(command: Callable) -> Callable:
   """The options of a :class:`Distributed`, the argument ``cluster``."""
 
-  @click.option(
-    "--distributed",
-    is_flag=True,
-    help="Train on the devices of several processes, each started with this"
-    " command. TPU pods, Slurm and GKE need no further options.",
+  @cli.options(
+    (
+      *("--distributed", bool, None),
+      "Train on the devices of several processes, each started with this"
+      " command. TPU pods, Slurm and GKE need no further options.",
+    ),
+    (
+      *("--coordinator", click.STRING, None),
+      "Address of process 0, host:port, where the cluster is not detected.",
+    ),
+    ("--num-processes", cli.positive, None, ""),
+    ("--process-id", click.IntRange(min=0), None, ""),
   )
-  @click.option(
-    "--coordinator",
-    metavar="HOST:PORT",
-    help="Address of process 0, where the cluster is not detected.",
-  )
-  @click.option("--num-processes", type=click.IntRange(min=1))
-  @click.option("--process-id", type=click.IntRange(min=0))
   @functools.wraps(command)
-  def with_distributed(
-    *args: Any,
-    distributed: bool,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    **kwargs: Any,
-  ) -> Any:
-    cluster = Distributed(distributed, coordinator, num_processes, process_id)
-    return command(*args, cluster=cluster, **kwargs)
+  def with_distributed(**kwargs: Any) -> Any:
+    cluster = Distributed(*map(kwargs.pop, Distributed._fields))
+    return command(cluster=cluster, **kwargs)
 
   return with_distributed
 

@@ -17,62 +17,37 @@ class Experiment:
 
   Fields are numbers, strings, ``None``, or mappings of these; equality and hash
   are those of :meth:`identity`.
-
-  Attributes:
-    dataset: name of the data set.
-    model: name of the model, a key of :data:`benchmarks.models.MODELS`.
-    method: name of the method, a key of :data:`benchmarks.methods.METHODS`.
-    optimizer: name of the optimizer, a key of
-      :data:`benchmarks.harness.program.OPTIMIZERS`.
-    epochs: number of epochs.
-    batch_size: examples of a batch, of all devices.
-    lr: peak learning rate.
-    seed: seed of the initial weights and of the batches.
-    feed: ``"arrays"``, all examples in the memory of the device; or
-      ``"streams"``, images read ahead and augmented by the paper's recipe.
-    train_examples: how many are used; ``None`` for all.
-    validation_examples: how many are used; ``None`` for all.
-    label_noise: share of the training labels that are drawn at random.
-    augment: augmentation of the feed ``"arrays"``.
-    image_size: height and width of the images of ``"streams"`` in pixels.
-    model_settings: arguments of the model.
-    method_settings: arguments of the method.
-    schedule: ``"cosine"`` or ``"constant"``.
-    warmup_epochs: epochs during which the learning rate rises; ``None`` for a
-      tenth of all steps.
-    final_lr_share: learning rate at the end of the cosine, relative to ``lr``.
-    snapshot_every: epochs between snapshots.
-    keeps_table: whether ``"streams"`` keeps the gradients at the snapshot from
-      the pass, instead of computing them again.
-    measure: observers by name, a key of
-      :data:`benchmarks.harness.observers.OBSERVERS`, with their settings.
-    data_sha256: SHA-256 of the data; empty where the name of the data set says
-      it all.
   """
 
   dataset: str
-  model: str
-  method: str
-  optimizer: str
+  model: str  # A key of `benchmarks.models.MODELS`.
+  method: str  # A key of `benchmarks.methods.METHODS`.
+  optimizer: str  # A key of `benchmarks.harness.program.OPTIMIZERS`.
   epochs: int
-  batch_size: int
-  lr: float
-  seed: int = 0
+  batch_size: int  # Examples of a batch, of all devices.
+  lr: float  # Peak learning rate.
+  seed: int = 0  # Of the initial weights and of the batches.
+  # "arrays", all examples in the memory of the device; or "streams", images
+  # read ahead and augmented by the paper's recipe.
   feed: str = "arrays"
-  train_examples: int | None = None
+  train_examples: int | None = None  # How many are used; `None` for all.
   validation_examples: int | None = None
-  label_noise: float = 0.0
-  augment: str = "none"
-  image_size: int | None = None
+  label_noise: float = 0.0  # Share of the training labels drawn at random.
+  augment: str = "none"  # Augmentation of the feed "arrays".
+  image_size: int | None = None  # Height and width of "streams", in pixels.
   model_settings: Settings = dataclasses.field(default_factory=dict)
   method_settings: Settings = dataclasses.field(default_factory=dict)
-  schedule: str = "cosine"
+  schedule: str = "cosine"  # Or "constant".
+  # Epochs in which the learning rate rises; `None` for a tenth of all steps.
   warmup_epochs: int | None = None
-  final_lr_share: float = 0.0
-  snapshot_every: int = 1
+  final_lr_share: float = 0.0  # At the end of the cosine, relative to `lr`.
+  snapshot_every: int = 1  # Epochs between snapshots.
+  # Whether "streams" keeps the gradients at the snapshot from the pass, instead
+  # of computing them again.
   keeps_table: bool = True
+  # Settings of observers, by keys of `benchmarks.harness.observers.OBSERVERS`.
   measure: Settings = dataclasses.field(default_factory=dict)
-  data_sha256: str = ""
+  data_sha256: str = ""  # Empty where the name of the data set says it all.
 
   def identity(self) -> dict[str, Any]:
     """Returns all fields as JSON has them."""
@@ -89,11 +64,11 @@ class Experiment:
   @property
   def key(self) -> str:
     """Hash of all fields but those with their defaults, in hexadecimal."""
-    defaults = Experiment(**dict.fromkeys(_REQUIRED)).identity()
+    values = self.identity().values()
     changed = {
-      name: value
-      for name, value in self.identity().items()
-      if name in _REQUIRED or value != defaults[name]
+      field.name: value
+      for field, value in zip(dataclasses.fields(self), values, strict=True)
+      if value not in (field.default, {})
     }
     text = json.dumps(changed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -118,62 +93,40 @@ class Experiment:
     return hash(self.key)
 
 
-_REQUIRED = tuple(
-  field.name
-  for field in dataclasses.fields(Experiment)
-  if field.default is dataclasses.MISSING
-  and field.default_factory is dataclasses.MISSING
-)
-
-
 class Point(NamedTuple):
   """State of a run after an epoch.
 
-  Attributes:
-    epoch: number of epochs trained.
-    train_loss: mean loss over all training examples; with the feed
-      ``"streams"`` over the steps of the epoch, of augmented images.
-    validation_accuracy: share of the validation examples classified correctly.
-    gradients_per_example: gradients of single examples evaluated so far,
-      divided by the number of training examples.
-    seconds: time spent in training so far.
-    alpha: mean of the coefficient over the steps of the epoch; ``None`` before
-      the first epoch.
-    validation_loss: mean loss over the validation examples; ``None`` with the
-      feed ``"streams"``.
-    variance_ratio: mean square distance of the corrected gradient from the mean
-      gradient of the snapshot, divided by that of the plain gradient, over the
-      steps of the epoch; ``None`` without a snapshot. An upper bound, as far as
-      it is below 1, of the ratio of their variances.
+  ``variance_ratio`` is the mean square distance of the corrected gradient from
+  the mean gradient of the snapshot, divided by that of the plain gradient. An
+  upper bound, as far as it is below 1, of the ratio of their variances.
   """
 
-  epoch: int
+  epoch: int  # Number of epochs trained.
+  # Over all training examples; with the feed "streams" over the steps of the
+  # epoch, of augmented images.
   train_loss: float
-  validation_accuracy: float
+  validation_accuracy: float  # Share classified correctly.
+  # Gradients of single examples evaluated so far, divided by the number of
+  # training examples.
   gradients_per_example: float
-  seconds: float
+  seconds: float  # Time spent in training so far.
+  # Mean coefficient over the steps of the epoch; `None` before the first one.
   alpha: float | None = None
-  variance_ratio: float | None = None
-  validation_loss: float | None = None
+  variance_ratio: float | None = None  # Over them; `None` without a snapshot.
+  validation_loss: float | None = None  # `None` with the feed "streams".
 
 
 @dataclasses.dataclass
 class Run:
-  """One training.
-
-  Attributes:
-    experiment: its configuration.
-    history: the state before the first epoch (of the feed ``"arrays"``) and
-      after each epoch.
-    finished: whether all epochs were trained.
-    measured: results of observers, as JSON.
-    origin: data, commit, versions and machine; empty unless it was stored.
-  """
+  """One training."""
 
   experiment: Experiment
+  # Before the first epoch (of the feed "arrays") and after each epoch.
   history: list[Point] = dataclasses.field(default_factory=list)
-  finished: bool = False
+  finished: bool = False  # Whether all epochs were trained.
+  # Results of observers, as JSON.
   measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # Data, commit, versions and machine; empty unless it was stored.
   origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
@@ -222,20 +175,23 @@ class Run:
 
 def point_from_json(saved: Mapping[str, Any]) -> Point:
   """Makes a point, with NaN where a number was not finite."""
-  point = Point(**saved)
-  return point._replace(
-    **{
-      name: math.nan
-      for name in ("train_loss", "validation_accuracy")
-      if getattr(point, name) is None
-    }
-  )
+  lost = {
+    name: math.nan
+    for name in ("train_loss", "validation_accuracy")
+    if saved[name] is None
+  }
+  return Point(**{**saved, **lost})
 
 
-def finite(x: Any) -> Any:
-  """Returns a tree of JSON with ``None`` for numbers that are not finite."""
+def finite(x: Any, digits: int = 17) -> Any:
+  """Returns JSON, with ``None`` for numbers that are not finite.
+
+  Others have this number of significant digits, by default all.
+  """
   if isinstance(x, Mapping):
-    return {name: finite(value) for name, value in x.items()}
+    return {name: finite(value, digits) for name, value in x.items()}
   if isinstance(x, list | tuple):
-    return [finite(value) for value in x]
-  return None if isinstance(x, float) and not math.isfinite(x) else x
+    return [finite(value, digits) for value in x]
+  if not isinstance(x, float):
+    return x
+  return float(f"{x:.{digits}g}") if math.isfinite(x) else None

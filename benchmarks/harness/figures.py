@@ -5,12 +5,16 @@ A study computes a :class:`Figure` from stored runs; it is published as JSON
 with the drawing, so that it can be checked without comparing pixels.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import math
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.experiment import finite
 
 MAX_LINES = 8
 _COLORS = {
@@ -25,47 +29,27 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A curve.
+  """A curve, ``None`` where it has no ordinate."""
 
-  Attributes:
-    label: its name in the legend.
-    family: the methods of a family share a hue: ``"plain"``, ``"svrg"``,
-      ``"saga"`` or ``"other"``.
-    x: abscissae.
-    y: ordinates, ``None`` where there is none.
-    low: lower ends of the range over the seeds; may be empty.
-    high: upper ends of that range.
-  """
-
-  label: str
-  family: str
+  label: str  # In the legend.
+  family: str  # Methods of a family share a hue: a key of ``_COLORS``.
   x: Sequence[float]
   y: Sequence[float | None]
-  low: Sequence[float | None] = ()
+  low: Sequence[float | None] = ()  # Ends of the range over the seeds.
   high: Sequence[float | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """A pair of axes.
-
-  Attributes:
-    title: its title.
-    x: label of the abscissae.
-    y: label of the ordinates.
-    lines: the curves, at most eight.
-    log_x: whether the abscissae are on a logarithmic scale.
-    log_y: whether the ordinates are.
-    references: ordinates of horizontal lines, and what each of them is.
-  """
+  """A pair of axes, with at most eight curves."""
 
   title: str
-  x: str
-  y: str
+  x: str  # Label of the abscissae.
+  y: str  # Label of the ordinates.
   lines: Sequence[Line]
   log_x: bool = False
   log_y: bool = True
-  references: Sequence[tuple[float, str]] = ()
+  references: Sequence[tuple[float, str]] = ()  # Horizontal lines, labelled.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +61,7 @@ class Figure:
 
   def as_json(self) -> dict[str, Any]:
     """The figure as JSON, with four significant digits."""
-    return _rounded(dataclasses.asdict(self))
+    return finite(dataclasses.asdict(self), 4)
 
 
 def from_json(saved: Mapping[str, Any]) -> Figure:
@@ -91,11 +75,7 @@ def from_json(saved: Mapping[str, Any]) -> Figure:
 
 def family(label: str) -> str:
   """The family of a method, from its name."""
-  name = label.lower()
-  for key in ("plain", "saga"):
-    if key in name:
-      return key
-  return "svrg"
+  return next((k for k in ("plain", "saga") if k in label.lower()), "svrg")
 
 
 def mean_line(
@@ -114,11 +94,6 @@ def mean_line(
   return Line(label, family(label), list(x), mean, each(min), each(max))
 
 
-def write(figure: Figure, path: Path) -> None:
-  """Draws a figure."""
-  path.write_bytes(draw(figure, path.suffix.removeprefix(".")))
-
-
 def draw(figure: Figure, image_format: str = "svg") -> bytes:
   """The drawing of a figure, the same bytes for the same figure."""
   for panel in figure.panels:
@@ -132,13 +107,9 @@ def draw(figure: Figure, image_format: str = "svg") -> bytes:
 
   columns = min(2, len(figure.panels))
   rows = -(-len(figure.panels) // columns)
-  settings = {
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "optax_svrg",
-  }
+  settings = {"font.size": 9, "svg.fonttype": "none"}
   stream = io.BytesIO()
-  with matplotlib.rc_context(settings):
+  with matplotlib.rc_context(settings | {"svg.hashsalt": "optax_svrg"}):
     drawing = matplotlib.figure.Figure(
       figsize=(4.6 * columns, 3.1 * rows + 0.6), layout="constrained"
     )
@@ -163,9 +134,9 @@ def draw(figure: Figure, image_format: str = "svg") -> bytes:
 
 def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
   handles = {}
-  seen: dict[str, int] = {}
+  seen = collections.Counter()
   for line in panel.lines:
-    index = seen.setdefault(line.family, 0)
+    index = seen[line.family]
     seen[line.family] += 1
     # Points have no style, and styles repeat.
     is_marked = len(line.x) < 12 or index >= len(_STYLES)
@@ -176,13 +147,9 @@ def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
       "markevery": max(1, len(line.x) // 8),
       "markersize": 4,
     }
-    y = [math.nan if v is None else v for v in line.y]
+    y, low, high = (np.array(v, float) for v in (line.y, line.low, line.high))
     (handles[line.label],) = axis.plot(line.x, y, **look)
     if line.low:
-      low, high = (
-        [math.nan if v is None else v for v in ends]
-        for ends in (line.low, line.high)
-      )
       axis.fill_between(
         line.x, low, high, color=look["color"], alpha=0.12, linewidth=0
       )
@@ -196,20 +163,12 @@ def _draw_panel(axis: Any, panel: Panel) -> dict[str, Any]:
       fontsize=8,
       color="#555555",
     )
-  if panel.log_x:
-    axis.set_xscale("log")
-  if panel.log_y:
-    axis.set_yscale("log")
-  axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+  axis.set(
+    title=panel.title,
+    xlabel=panel.x,
+    ylabel=panel.y,
+    xscale="log" if panel.log_x else "linear",
+    yscale="log" if panel.log_y else "linear",
+  )
   axis.grid(alpha=0.3)
   return handles
-
-
-def _rounded(value: Any) -> Any:
-  if isinstance(value, float):
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-  if isinstance(value, dict):
-    return {k: _rounded(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
-    return [_rounded(v) for v in value]
-  return value

@@ -1,55 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements during training, by name.
 
-An experiment names its observers and their settings in ``measure``.
+An experiment of the feed ``"arrays"`` names its observers and their settings in
+``measure``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.program import TrainState
 from benchmarks.methods import Method, optimal
 import optax_svrg
-
-
-class View(NamedTuple):
-  """Training at one moment, for an observer.
-
-  Attributes:
-    epoch: number of the epoch.
-    step: number of the next step in it.
-    num_steps: number of steps of an epoch.
-    method: the method.
-    loss: loss of a batch, a function of the parameters and of it.
-    batches: all batches of the epoch, with a leading axis.
-  """
-
-  epoch: int
-  step: int
-  num_steps: int
-  method: Method
-  loss: Callable[[optax.Params, Any], jax.Array]
-  batches: Any
-
-
-class Observer(Protocol):
-  """Measures during training, on the feed ``"arrays"``."""
-
-  def stops(self, num_steps: int) -> Iterable[int]:
-    """Returns the steps of each epoch before which :meth:`look` is called."""
-
-  def look(self, view: View, state: TrainState) -> TrainState:
-    """Measures; returns the state to go on from, usually the same."""
-
-  def result(self) -> Mapping[str, Any]:
-    """Returns what was measured, as JSON, for :attr:`Run.measured`."""
 
 
 class Variance:
@@ -70,36 +37,39 @@ class Variance:
   * ``estimated_ratio``: its online estimate by adaptive SVRG.
 
   The method ``"optimal"`` gets its coefficients from these measurements.
+
+  Args:
+    loss: loss of a batch, a function of the parameters and of it.
+    method: the method.
+    num_steps: number of steps of an epoch.
+    points: number of measurements per epoch.
+
+  Attributes:
+    stops: steps of each epoch before which to measure.
+    result: the measurements, as JSON, for :attr:`Run.measured`.
   """
 
-  def __init__(self, points: int):
-    self._points = points
-    self._found: dict[str, list[float]] = {}
-    self._measure: Callable | None = None
+  def __init__(
+    self, loss: Callable, method: Method, num_steps: int, points: int
+  ):
+    self._num_steps = num_steps
+    self._measure = jax.jit(functools.partial(_variance, loss, method))
+    self.stops = {*np.linspace(0, num_steps - 1, points, dtype=int).tolist()}
+    self.result: dict[str, dict[str, list[float]]] = {"variance": {}}
 
-  def stops(self, num_steps: int) -> set[int]:
-    """Returns the steps of each epoch at which variance is measured."""
-    last = num_steps - 1
-    return {0, *np.linspace(0, last, self._points, dtype=int).tolist()}
-
-  def look(self, view: View, state: TrainState) -> TrainState:
+  def look(
+    self, epoch: int, step: int, batches: Any, state: TrainState
+  ) -> TrainState:
     """Measures, and sets the coefficients of ``"optimal"``."""
-    if self._measure is None:
-      self._measure = jax.jit(
-        functools.partial(_variance, view.loss, view.method)
-      )
     before, opt_state = state.opt_state
-    measured, alphas = self._measure(state.params, before, view.batches)
-    measured = {"epoch": view.epoch + view.step / view.num_steps, **measured}
+    measured, alphas = self._measure(state.params, before, batches)
+    measured = {"epoch": epoch + step / self._num_steps, **measured}
     for name, value in measured.items():
-      self._found.setdefault(name, []).append(float(f"{value:.6g}"))
+      found = self.result["variance"].setdefault(name, [])
+      found.append(float(f"{value:.6g}"))
     if isinstance(before, optimal.OptimalState):
       before = before._replace(alphas=alphas)
     return state._replace(opt_state=(before, opt_state))
-
-  def result(self) -> Mapping[str, Any]:
-    """Returns the measurements as ``"variance"``."""
-    return {"variance": self._found}
 
 
 def _variance(
@@ -110,23 +80,19 @@ def _variance(
   def all_grads(params):
     return jax.lax.map(lambda batch: jax.grad(loss)(params, batch), batches)
 
-  def measured(variance, alpha, component, tree, ratio, estimated):
-    mean_loss = jax.lax.map(lambda batch: loss(params, batch), batches).mean()
-    return {
-      "train_loss": mean_loss,
-      **variance._asdict(),
-      "alpha": alpha,
-      "optimal_component": component,
-      "optimal_tree": tree,
-      "variance_ratio": ratio,
-      "estimated_ratio": estimated,
-    }
-
   grads = all_grads(params)
   plain = optax_svrg.gradient_variance(grads)
+  measured = {
+    "train_loss": jax.lax.map(lambda b: loss(params, b), batches).mean(),
+    "alpha": 0.0,
+    "optimal_component": jnp.nan,
+    "optimal_tree": jnp.nan,
+    "variance_ratio": 1.0,
+    "estimated_ratio": optax.tree.get(state, "variance_ratio", jnp.nan),
+  }
   snapshot = optax.tree.get(state, "snapshot_params")
   if snapshot is None:
-    return measured(plain, 0.0, jnp.nan, jnp.nan, 1.0, jnp.nan), None
+    return {**measured, **plain._asdict()}, None
   snapshot_grads = all_grads(snapshot)
   # Within the bounds of the authors' code.
   best = jax.tree.map(
@@ -142,30 +108,18 @@ def _variance(
     )
     alpha = optax.tree.get(after, "alpha")
     alphas = jax.tree.map(lambda _: alpha, params)
-  mean = optax.tree.get(state, "mean_grads")
   corrected = optax_svrg.gradient_variance(
     jax.vmap(optimal.corrected, (0, 0, None, None))(
-      grads, snapshot_grads, mean, alphas
+      grads, snapshot_grads, optax.tree.get(state, "mean_grads"), alphas
     )
   )
-  return (
-    measured(
-      corrected,
-      alpha,
-      optimal.mean_of_live(best),
-      optax_svrg.optimal_alpha(grads, snapshot_grads, per="tree"),
-      corrected.total_variance / plain.total_variance,
-      optax.tree.get(state, "variance_ratio", jnp.nan),
-    ),
-    best,
-  )
+  measured |= {
+    "alpha": alpha,
+    "optimal_component": optimal.mean_of_live(best),
+    "optimal_tree": optax_svrg.optimal_alpha(grads, snapshot_grads, per="tree"),
+    "variance_ratio": corrected.total_variance / plain.total_variance,
+  }
+  return {**measured, **corrected._asdict()}, best
 
 
-OBSERVERS: dict[str, Callable[..., Observer]] = {"variance": Variance}
-
-
-def make(experiment: Experiment) -> list[Observer]:
-  """Makes the observers that an experiment names."""
-  return [
-    OBSERVERS[name](**settings) for name, settings in experiment.measure.items()
-  ]
+OBSERVERS = {"variance": Variance}

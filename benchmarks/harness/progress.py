@@ -3,78 +3,64 @@
 
 import sys
 import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import click
 import jax
 import rich.console
 import rich.progress
 
 from benchmarks.harness.experiment import Point, Run
 
-_INTERVAL = 10.0  # Seconds between lines where there is no terminal.
-
 
 class Progress:
-  """Shows a bar on a terminal; elsewhere a line every ten seconds.
+  """Shows a bar on a terminal; elsewhere a line every ``interval`` seconds.
 
   Called with a run and its state after each epoch; a context manager. Only
   process 0 shows anything.
   """
 
-  def __init__(self, total: int, interval: float = _INTERVAL):
-    self._total, self._done = total, 0
+  def __init__(self, total: int, interval: float = 10.0):
     self._interval = interval
-    self._status = "compiling"
     self._ended = threading.Event()
-    self._thread = threading.Thread(target=self._tell, daemon=True)
     self._is_first = jax.process_index() == 0
-    self._bar: Any = None
-    if self._is_first and sys.stderr.isatty():
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=rich.console.Console(stderr=True),
-      )
-      self._task = self._bar.add_task(self._status, total=total)
+    self._has_bar = self._is_first and sys.stderr.isatty()
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.BarColumn(),
+      rich.progress.TimeRemainingColumn(),
+      console=rich.console.Console(stderr=True),
+      disable=not self._has_bar,
+    )
+    self._task = self._bar.add_task("compiling", total=total)
 
   def __enter__(self) -> Self:
-    if self._bar is not None:
+    if self._has_bar:
       self._bar.start()
-    elif self._is_first:
-      self._thread.start()
+    else:
+      threading.Thread(target=self._tell, daemon=True).start()
     return self
 
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-  ) -> None:
-    if self._bar is not None:
+  def __exit__(self, *error: object) -> None:
+    if self._has_bar:
       self._bar.stop()
     self._ended.set()
 
   def __call__(self, run: Run, point: Point) -> None:
     """Shows the state of a run after an epoch."""
     e = run.experiment
-    self._done += 1
-    self._status = (
+    status = (
       f"{e.model}, {e.dataset}, {e.method}, seed {e.seed}, epoch"
       f" {point.epoch}/{e.epochs}, loss {point.train_loss:#.3g}"
     )
-    if self._bar is not None:
-      self._bar.update(self._task, advance=1, description=self._status)
+    self._bar.update(self._task, advance=1, description=status)
 
   def say(self, line: str) -> None:
     """Prints a line above the bar."""
-    if self._bar is not None:
-      self._bar.console.print(line)
-    elif self._is_first:
-      click.echo(line, err=True)
+    if self._is_first:
+      self._bar.console.out(line, highlight=False)
 
   def _tell(self) -> None:
+    (task,) = self._bar.tasks
     while not self._ended.wait(self._interval):
-      self.say(f"{self._done}/{self._total} epochs: {self._status}")
+      done = f"{task.completed:.0f}/{task.total}"
+      self.say(f"{done} epochs: {task.description}")

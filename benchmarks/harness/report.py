@@ -18,10 +18,6 @@ _HEADINGS = (
   "variance\nratio",
   "seconds",
 )
-_SHORT_HEADINGS = (
-  *("train loss", "accuracy (%)", "gradients/example"),
-  *("variance ratio", "seconds"),
-)
 
 
 def markdown_table(
@@ -38,47 +34,33 @@ def mean_std(values: Iterable[float], scale: float = 1.0) -> str:
   lost = sum(not math.isfinite(v) for v in values)
   if lost:
     return f"diverged ({lost} of {len(values)})"
-  text = f"{statistics.fmean(values):#.3g}"
-  if len(values) > 1:
-    text += f" ± {statistics.stdev(values):#.2g}"
-  return text
+  return _with_std(_mean_std(values), 1, "#.3g", "#.2g")
 
 
 def summarise(histories: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
   """Means over the seeds, a row for each method with finished runs."""
-  rows = []
-  for method, runs in histories.items():
-    if not runs:
-      continue
-    diverged = sum(
-      not all(math.isfinite(point.train_loss) for point in run) for run in runs
-    )
-    mean = lambda name, runs=runs: _mean_std(
-      [getattr(r[-1], name) for r in runs]
-    )
-    ratios = [
-      point.variance_ratio
-      for run in runs
-      for point in run
-      if point.variance_ratio is not None
-    ]
-    rows.append(
-      {
-        "method": method,
-        "runs": len(runs),
-        "diverged": diverged,
-        "final_train_loss": None if diverged else mean("train_loss"),
-        "validation_accuracy": None
-        if diverged
-        else mean("validation_accuracy"),
-        "gradients_per_example": mean("gradients_per_example")["mean"],
-        "variance_ratio": statistics.fmean(ratios)
-        if ratios and not diverged
-        else None,
-        "seconds": mean("seconds")["mean"],
-      }
-    )
-  return rows
+  return [_row(method, runs) for method, runs in histories.items() if runs]
+
+
+def _row(method: str, runs: Sequence[Any]) -> dict[str, Any]:
+  points = [point for run in runs for point in run]
+  diverged = sum(
+    not all(math.isfinite(point.train_loss) for point in run) for run in runs
+  )
+  ratios = [p.variance_ratio for p in points if p.variance_ratio is not None]
+  mean = lambda name: _mean_std([getattr(run[-1], name) for run in runs])
+  return {
+    "method": method,
+    "runs": len(runs),
+    "diverged": diverged,
+    "final_train_loss": None if diverged else mean("train_loss"),
+    "validation_accuracy": None if diverged else mean("validation_accuracy"),
+    "gradients_per_example": mean("gradients_per_example")["mean"],
+    "variance_ratio": None
+    if diverged or not ratios
+    else statistics.fmean(ratios),
+    "seconds": mean("seconds")["mean"],
+  }
 
 
 def print_table(
@@ -96,13 +78,13 @@ def print_table(
   if console.measure(table, options=unlimited).maximum > console.width:
     # Several lines for each method.
     table = rich.table.Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_column(no_wrap=True)
     for row in rows:
       table.add_row(f"[bold]{row['method']}[/bold]", "")
-      for heading, text in zip(_SHORT_HEADINGS, _texts(row), strict=True):
+      for heading, text in zip(_HEADINGS, _texts(row), strict=True):
         if text:
-          table.add_row(f" {heading}", text)
+          table.add_row(" " + heading.replace("\n", " "), text)
   console.print(table)
 
 
@@ -128,6 +110,6 @@ def _with_std(
   value: Mapping[str, float | None], scale: float, mean_spec: str, std_spec: str
 ) -> str:
   text = f"{scale * value['mean']:{mean_spec}}"
-  if value["std"] is None:
-    return text
-  return f"{text} ± {scale * value['std']:{std_spec}}"
+  if value["std"] is not None:
+    text += f" ± {scale * value['std']:{std_spec}}"
+  return text

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains what a store lacks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -37,22 +37,12 @@ def run_all(
     trainer = Trainer(common, data, **options)
     for experiment in group:
       run = found[experiment] = Run(experiment)
-      with _checkpoints(checkpoint_dir, experiment) as checkpoints:
-        trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
+      saved: Checkpoints | None = None
+      if checkpoint_dir is not None:
+        folder = checkpoint_dir / experiment.name
+        identity = experiment.identity()
+        saved = Checkpoints(folder, None, identity, folder.exists())
+      with saved or contextlib.nullcontext():
+        trainer.fit(run, on_epoch=progress, checkpoints=saved)
       store.put(run)
   return [found[experiment] for experiment in experiments]
-
-
-@contextlib.contextmanager
-def _checkpoints(
-  folder: Path | None, experiment: Experiment
-) -> Iterator[Checkpoints | None]:
-  """The checkpoints of one run, closed at the end."""
-  if folder is None:
-    yield None
-    return
-  folder = folder / experiment.name
-  resume = folder.exists()
-  saved = Checkpoints(folder, None, experiment.identity(), resume)
-  with contextlib.closing(saved):
-    yield saved

@@ -25,9 +25,8 @@ class StoreError(benchmarks.UserError):
 class Store:
   """A folder of runs."""
 
-  def __init__(self, folder: Path, record: Mapping[str, Any] | None = None):
+  def __init__(self, folder: Path):
     self.folder = folder
-    self._record = dict(record or {})
 
   def path(self, experiment: Experiment) -> Path:
     """Returns the file of an experiment."""
@@ -38,25 +37,17 @@ class Store:
     path = self.path(experiment)
     if not path.exists():
       return None
-    run = _read(path)
+    try:
+      run = Run.from_json(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise StoreError(f"{path}: holds no run: {one_line(error)}.") from error
     return run if run.experiment == experiment else None
 
   def put(self, run: Run) -> None:
     """Writes a run, with commit, versions and machine, in process 0."""
-    run.origin = {**run.origin, **self._record, **environment()}
+    run.origin = environment()
     if jax.process_index() == 0:
       write_json(self.path(run.experiment), run.as_json())
-
-  def runs(self) -> list[Run]:
-    """Reads all runs, in the order of their names."""
-    return [_read(path) for path in sorted(self.folder.glob("*.json"))]
-
-
-def _read(path: Path) -> Run:
-  try:
-    return Run.from_json(json.loads(path.read_text("utf-8")))
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise StoreError(f"{path}: holds no run: {_one_line(error)}.") from error
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -68,10 +59,11 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
   except OSError as error:
-    raise StoreError(f"{path.parent}: {_one_line(error)}.") from error
+    raise StoreError(f"{path.parent}: {one_line(error)}.") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+  """Returns what went wrong, without a full stop."""
   text = getattr(error, "strerror", None) or str(error)
   return text.partition("\n")[0].rstrip(".")
 
@@ -102,12 +94,11 @@ def _commit() -> str | None:
   """The commit, marked when files have been changed since; None if unknown."""
   command = ("git", "describe", "--always", "--dirty", "--abbrev=40")
   try:
-    return subprocess.run(
+    return subprocess.check_output(
       (*command, "--exclude=*"),
       cwd=Path(__file__).parent,
-      capture_output=True,
-      check=True,
+      stderr=subprocess.DEVNULL,
       text=True,
-    ).stdout.strip()
+    ).strip()
   except (OSError, subprocess.CalledProcessError):
     return None

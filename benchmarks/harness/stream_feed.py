@@ -4,7 +4,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -28,58 +27,29 @@ _KEPT_BYTES = 2**29  # Of augmented images.
 
 
 class Mixed(NamedTuple):
-  """A batch as a model sees it; every draw is made.
+  """A batch as a model sees it; every draw is made."""
 
-  Attributes:
-    images: float32 of the shape (batch, image_size, image_size, channels).
-    targets: float32 of the shape (batch, classes), the probabilities.
-    weights: float32 of the shape (batch,), 1, or 0 for padding.
-    index: int32, see :class:`streams.Batch`.
-    drop_key: random key of stochastic depth.
-  """
-
-  images: jax.Array
-  targets: jax.Array
-  weights: jax.Array
-  index: jax.Array
-  drop_key: jax.Array
+  images: jax.Array  # Float32, (batch, image_size, image_size, channels).
+  targets: jax.Array  # Float32, (batch, classes), the probabilities.
+  weights: jax.Array  # Float32, (batch,), 1, or 0 for padding.
+  index: jax.Array  # Int32, see :class:`streams.Batch`.
+  drop_key: jax.Array  # Of stochastic depth.
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Batches of an epoch, the same ones each time they are iterated.
+  """Batches of an epoch, the same ones each time they are iterated."""
 
-  Attributes:
-    steps: the numbers of their steps, counted over all epochs.
-    stream: makes the batches from a step on and up to another one.
-    mix: makes the draws of a batch.
-  """
-
-  steps: range
+  steps: range  # The numbers of their steps, counted over all epochs.
+  # Makes those from one step on and up to another.
   stream: Callable[[int, int], Iterable[streams.Batch]]
-  mix: Callable[[streams.Batch], Mixed]
+  mix: Callable[[streams.Batch], Mixed]  # Makes the draws of a batch.
 
   def __len__(self) -> int:
     return len(self.steps)
 
   def __iter__(self) -> Iterator[Mixed]:
     return map(self.mix, self.stream(self.steps.start, self.steps.stop))
-
-  def part(self, start: int, stop: int) -> "Batches":
-    """Returns the batches from a step of the epoch up to another one."""
-    return dataclasses.replace(self, steps=self.steps[start:stop])
-
-
-class Snapshot(NamedTuple):
-  """Source of the gradients at the snapshot; both are ``None`` without one.
-
-  Attributes:
-    table: the gradients of all batches, kept from the pass.
-    params: the parameters there, for gradients that are computed again.
-  """
-
-  table: optax_svrg.GradientTable | None = None
-  params: optax.Params | None = None
 
 
 class _Subset:
@@ -116,6 +86,7 @@ class StreamFeed:
     self._validation = _Subset(
       images.validation, experiment.validation_examples
     )
+    self.num_examples = len(self._train)
     self._recipe = recipe.Recipe(
       experiment.image_size, images.num_channels, images.num_classes
     )
@@ -150,16 +121,6 @@ class StreamFeed:
       program.nothing_observed, out_shardings=self._replicated
     )
 
-  @property
-  def num_examples(self) -> int:
-    """Number of training examples."""
-    return len(self._train)
-
-  @property
-  def num_params(self) -> int:
-    """Number of parameters of the model."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(self._shapes))
-
   def measure(
     self, params: optax.Params, observed: Observed | None, num_steps: int
   ) -> dict[str, float] | None:
@@ -176,7 +137,8 @@ class StreamFeed:
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
     """Returns the loss over the training images as they are."""
     loss, _ = self._mean(params, self._train)
-    return {"clean_train_loss": loss, "num_params": self.num_params}
+    num_params = optax.tree.size(params)
+    return {"clean_train_loss": loss, "num_params": num_params}
 
   def context(self, experiment: Experiment) -> Context:
     """Returns what a method is made for."""
@@ -186,30 +148,74 @@ class StreamFeed:
     """Compiles the functions of a method, for all seeds."""
     num_steps = method.num_steps(self.context(experiment))
     make = functools.partial(program.optimizer, experiment, num_steps)
-    init, take, update = self._compile(method, make)
+    tx = optax.chain(method.transform, make(0.0))
+    # The parameters are on all devices, what the optimizer keeps is divided
+    # among them, notably tables of gradients.
+    shardings = optax_svrg.state_shardings(
+      tx,
+      jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(
+          p.shape, p.dtype, sharding=divided(self._mesh, p)
+        ),
+        self._shapes,
+      ),
+    )
+    init_state = jax.jit(tx.init, out_shardings=shardings)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    def take(opt_state, params, mean):
+      return optax_svrg.take_snapshot(opt_state, params, lambda _: mean)
+
+    @functools.partial(
+      jax.jit,
+      donate_argnums=0,
+      out_shardings=TrainState(self._replicated, shardings, self._replicated),
+    )
+    def update(state, loss_and_grads, index, snapshot, lr):
+      loss, grads = loss_and_grads
+      extra_gradients = 0
+      if snapshot is None:
+        snapshot = grads  # There is none yet, or no method that would use it.
+      elif isinstance(snapshot, optax_svrg.GradientTable):
+        snapshot = snapshot[index]
+      else:
+        extra_gradients = 1
+      after, _ = program.update(
+        method,
+        make(lr),
+        state,
+        grads,
+        snapshot_grads=snapshot,
+        batch_index=index,
+      )
+      alpha = optax.tree.get(after.opt_state, "alpha", jnp.zeros(()))
+      seen = Observed(loss, extra_gradients, alpha, 0, 0)
+      observed = jax.tree.map(jnp.add, state.observed, seen)
+      return after._replace(observed=observed)
+
+    def init(params):
+      return TrainState(params, init_state(params), self.nothing_observed())
 
     def begin(state, seed, epoch, with_snapshot):
       batches = self.batches(experiment, method, seed, epoch)
       if not with_snapshot:
-        return state, (batches, Snapshot())
-      params, found = state.params, Snapshot()
+        return state, (batches, None, None)
+      params, table, copied = state.params, None, None
       if experiment.keeps_table:
         mean, table = optax_svrg.gradient_table(self.grad, params, batches)
-        found = Snapshot(table=table)
       else:
         mean = optax_svrg.mean_gradient(self.grad, params, batches)
         # Whole on each device, unlike that of the state, for all steps.
-        found = Snapshot(params=jax.tree.map(jnp.copy, params))
+        copied = jax.tree.map(jnp.copy, params)
       opt_state = take(state.opt_state, params, mean)
-      return state._replace(opt_state=opt_state), (batches, found)
+      return state._replace(opt_state=opt_state), (batches, table, copied)
 
     def advance(state, epoch, lr, start, stop):
-      batches, found = epoch
+      batches, table, copied = epoch
+      part = dataclasses.replace(batches, steps=batches.steps[start:stop])
       # So that no process waits for another one for ever.
-      for batch in optax_svrg.lockstep(batches.part(start, stop)):
-        snapshot = found.table
-        if found.params is not None:
-          snapshot = self.grad(found.params, batch)
+      for batch in optax_svrg.lockstep(part):
+        snapshot = table if copied is None else self.grad(copied, batch)
         loss_and_grads = self._loss_and_grad(state.params, batch)
         state = update(
           state, loss_and_grads, batch.index, snapshot, np.float32(lr)
@@ -220,13 +226,7 @@ class StreamFeed:
     if not method.has_fixed_batches:
       num_examples = num_steps * experiment.batch_size
     return Program(
-      lambda params: TrainState(params, init(params), self.nothing_observed()),
-      begin,
-      advance,
-      None,
-      num_steps,
-      num_examples,
-      num_examples,
+      init, begin, advance, None, num_steps, num_examples, num_examples
     )
 
   def batches(
@@ -258,58 +258,6 @@ class StreamFeed:
   def grad(self, params: optax.Params, batch: Mixed) -> optax.Updates:
     """Returns the gradient of :meth:`loss`."""
     return self._loss_and_grad(params, batch)[1]
-
-  def _compile(
-    self, method: Method, make: Callable[[Any], optax.GradientTransformation]
-  ) -> tuple[Callable, Callable, Callable]:
-    """Initial states, a snapshot of states, and a step."""
-    tx = optax.chain(method.transform, make(0.0))
-    # The parameters are on all devices, what the optimizer keeps is divided
-    # among them, notably tables of gradients.
-    shardings = optax_svrg.state_shardings(
-      tx,
-      jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(
-          p.shape, p.dtype, sharding=divided(self._mesh, p)
-        ),
-        self._shapes,
-      ),
-    )
-
-    def take(opt_state, params, mean):
-      return optax_svrg.take_snapshot(opt_state, params, lambda _: mean)
-
-    def update(state, loss_and_grads, index, snapshot, lr):
-      loss, grads = loss_and_grads
-      extra_gradients = 0
-      if snapshot is None:
-        snapshot = grads  # There is none yet, or no method that would use it.
-      elif isinstance(snapshot, optax_svrg.GradientTable):
-        snapshot = snapshot[index]
-      else:
-        extra_gradients = 1
-      after, _ = program.update(
-        method,
-        make(lr),
-        state,
-        grads,
-        snapshot_grads=snapshot,
-        batch_index=index,
-      )
-      alpha = optax.tree.get(after.opt_state, "alpha", jnp.zeros(()))
-      seen = Observed(loss, extra_gradients, alpha, 0, 0)
-      observed = jax.tree.map(jnp.add, state.observed, seen)
-      return after._replace(observed=observed)
-
-    return (
-      jax.jit(tx.init, out_shardings=shardings),
-      jax.jit(take, donate_argnums=0, out_shardings=shardings),
-      jax.jit(
-        update,
-        donate_argnums=0,
-        out_shardings=TrainState(self._replicated, shardings, self._replicated),
-      ),
-    )
 
   @functools.cached_property
   def _stream(self) -> Callable:
@@ -359,12 +307,9 @@ class StreamFeed:
 
   def _mean(self, params: optax.Params, source: sources.Source) -> list[float]:
     """Loss and accuracy over the images of a source, as they are."""
+    size, workers = self._common.batch_size, self._num_workers
     batches = streams.validation_batches(
-      source,
-      self._recipe,
-      self._common.batch_size,
-      self._divided,
-      self._num_workers,
+      source, self._recipe, size, self._divided, workers
     )
     sums = [self._evaluate(params, batch) for batch in batches]
     return [sum(map(float, x)) / len(source) for x in zip(*sums, strict=True)]
@@ -372,9 +317,8 @@ class StreamFeed:
 
 def divided(mesh: Any, leaf: Any) -> NamedSharding:
   """Divides the last axis that can be divided among all devices."""
-  spec: list[str | None] = [None] * len(leaf.shape)
-  for axis in reversed(range(len(spec))):
-    if leaf.shape[axis] and leaf.shape[axis] % mesh.size == 0:
-      spec[axis] = _AXIS
-      break
-  return NamedSharding(mesh, P(*spec))
+  divisible = [size and size % mesh.size == 0 for size in leaf.shape]
+  last = max((i for i, fits in enumerate(divisible) if fits), default=None)
+  return NamedSharding(
+    mesh, P(*(_AXIS if i == last else None for i in range(leaf.ndim)))
+  )

@@ -15,16 +15,10 @@ import optax
 from benchmarks import methods
 from benchmarks.data import arrays, sources
 from benchmarks.harness import checkpoints as checkpointing
-from benchmarks.harness import observers
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.experiment import Experiment, Point, Run
-from benchmarks.harness.observers import Observer, View
-from benchmarks.harness.program import (
-  Observed,
-  OPTIMIZERS,
-  Program,
-  TrainState,
-)
+from benchmarks.harness.observers import OBSERVERS, Variance
+from benchmarks.harness.program import Observed, OPTIMIZERS, Program, TrainState
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
 
@@ -59,16 +53,7 @@ def load(
 
 
 class Trainer:
-  """Trains experiments that share data and model.
-
-  Args:
-    experiment: any of the experiments.
-    data: the whole data set, see :func:`load`.
-    **options: of :class:`StreamFeed`.
-
-  Attributes:
-    feed: makes the programs.
-  """
+  """Trains experiments that share their data, of :func:`load`, and model."""
 
   def __init__(
     self,
@@ -103,16 +88,13 @@ class Trainer:
     init_key, _ = jax.random.split(jax.random.key(experiment.seed))
     state = program.init(self.feed.init(init_key))
     if at != checkpointing.START:
-      state = checkpoints.restore(run, state)
+      state = checkpoints.restore(state)
+    watching = [
+      OBSERVERS[name](self.feed.loss, method, program.num_steps, **settings)
+      for name, settings in experiment.measure.items()
+    ]
     training = _Training(
-      self.feed,
-      run,
-      method,
-      program,
-      observers.make(experiment),
-      checkpoints,
-      state,
-      at,
+      self.feed, run, method, program, watching, checkpoints, state, at
     )
     if at == checkpointing.START:
       training.record(None)
@@ -122,11 +104,9 @@ class Trainer:
       on_epoch(run, run.last)
 
   def _compile(self, experiment: Experiment) -> tuple[methods.Method, Program]:
-    method = methods.make(
-      experiment.method,
-      self.feed.context(experiment),
-      **experiment.method_settings,
-    )
+    context = self.feed.context(experiment)
+    settings = experiment.method_settings
+    method = methods.make(experiment.method, context, **settings)
     return method, self.feed.program(experiment, method)
 
 
@@ -138,7 +118,7 @@ class _Training:
   run: Run
   method: methods.Method
   program: Program
-  observers: Sequence[Observer]
+  observers: Sequence[Variance]
   checkpoints: checkpointing.Checkpoints | None
   state: TrainState
   at: checkpointing.Position
@@ -147,19 +127,28 @@ class _Training:
     """Trains the rest of an epoch, records and saves it."""
     experiment, program = self.run.experiment, self.program
     takes_snapshot = self._takes_snapshot(epoch)
-    if not self.at.step:
+    is_new = not self.at.step
+    if is_new:
       self.state = self.state._replace(observed=self.feed.nothing_observed())
     with self._clock():
       self.state, batches = program.begin(
-        self.state,
-        experiment.seed,
-        epoch,
-        takes_snapshot and not self.at.step,
+        self.state, experiment.seed, epoch, takes_snapshot and is_new
       )
     seen = program.batches(batches) if self.observers else None
     while self.at.step < program.num_steps:
-      self._look(epoch, seen)
-      self._advance(epoch, batches)
+      step = self.at.step
+      for observer in self.observers:
+        if step in observer.stops:
+          self.state = observer.look(epoch, step, seen, self.state)
+      stop = self._next_stop()
+      with self._clock():
+        self.state = program.advance(
+          self.state, batches, experiment.lr, step, stop
+        )
+        jax.block_until_ready(self.state)
+      self.at = self.at._replace(step=stop)
+      if stop < program.num_steps:
+        self._save()
     count = program.num_examples + takes_snapshot * program.pass_examples
     observed = self.state.observed
     count += int(observed.extra_gradients) * experiment.batch_size
@@ -168,11 +157,11 @@ class _Training:
     )
     self.record(observed)
     if self.at.epoch == experiment.epochs:
-      self._finish()
-    if self.checkpoints is not None and (
-      self.run.finished or self.checkpoints.is_due(epoch, program.num_steps)
-    ):
-      self._save()
+      self.run.finished = True
+      self.run.measured |= self.feed.finish(self._evaluated)
+      for observer in self.observers:
+        self.run.measured |= observer.result
+    self._save()
 
   def record(self, observed: Observed | None) -> None:
     """Adds the present state to the history; ``None`` before the first step."""
@@ -209,39 +198,23 @@ class _Training:
     stop = min(epoch + experiment.snapshot_every, experiment.epochs)
     return self.method.uses_snapshot(epoch * steps, stop * steps)
 
-  def _look(self, epoch: int, batches: Any) -> None:
-    step, num_steps = self.at.step, self.program.num_steps
-    view = View(epoch, step, num_steps, self.method, self.feed.loss, batches)
-    for observer in self.observers:
-      if step in observer.stops(num_steps):
-        self.state = observer.look(view, self.state)
+  def _next_stop(self) -> int:
+    """The next step of the epoch at which something else is to be done."""
+    end = self.program.num_steps
+    stops = {end}.union(*(observer.stops for observer in self.observers))
+    later = range(self.at.step + 1, end + 1)
+    return next(step for step in later if step in stops or self._is_due(step))
 
-  def _advance(self, epoch: int, batches: Any) -> None:
-    """Trains up to the next step at which something else is to be done."""
-    step, num_steps = self.at.step, self.program.num_steps
-    stops = {num_steps}.union(*(o.stops(num_steps) for o in self.observers))
-    stop = due = min(stop for stop in stops if stop > step)
-    if self.checkpoints is not None:
-      due = self.checkpoints.next_stop(epoch, step, num_steps)
-      stop = min(stop, due)
-    with self._clock():
-      self.state = jax.block_until_ready(
-        self.program.advance(
-          self.state, batches, self.run.experiment.lr, step, stop
-        )
-      )
-    self.at = self.at._replace(step=stop)
-    if self.checkpoints is not None and stop == due < num_steps:
-      self._save()
-
-  def _finish(self) -> None:
-    self.run.finished = True
-    self.run.measured |= self.feed.finish(self._evaluated)
-    for observer in self.observers:
-      self.run.measured |= observer.result()
+  def _is_due(self, step: int) -> bool:
+    """True if a checkpoint is to be saved at a step of the epoch."""
+    at, steps = self.at._replace(step=step), self.program.num_steps
+    return self.checkpoints is not None and self.checkpoints.is_due(at, steps)
 
   def _save(self) -> None:
-    self.checkpoints.save(self.run, self.state, self.at, self.program.num_steps)
+    """Saves the run if it is due, and at its end."""
+    if self._is_due(self.at.step) or (self.checkpoints and self.run.finished):
+      steps = self.program.num_steps
+      self.checkpoints.save(self.run, self.state, self.at, steps)
 
   @contextlib.contextmanager
   def _clock(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 """Trains a model with each method, and compares them."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from benchmarks.data import arrays
 from benchmarks.harness import figures, report, store
 from benchmarks.harness.checkpoints import Checkpoints, difference, START
 from benchmarks.harness.distributed import check_batch_size
-from benchmarks.harness.experiment import Experiment, Run
+from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.trainer import Trainer
 
-# Ordinate and abscissa of each panel of the figure.
+# Fields and labels of the ordinate and the abscissa of each panel.
 _PANELS = (
   ("train_loss", "train loss", "epoch", "epochs"),
   ("validation_accuracy", "validation accuracy", "epoch", "epochs"),
@@ -28,13 +29,15 @@ _PANELS = (
   ),
   ("variance_ratio", "variance, corrected / plain", "epoch", "epochs"),
 )
-_SNAPSHOTS = ("svrg", "alpha-svrg", "adaptive")
-
-
+_SNAPSHOTS = {"svrg", "alpha-svrg", "adaptive"}
+# Options that need one of some methods.
+_NEEDED = {
+  "alpha0": ("the method alpha-svrg", {"alpha-svrg"}),
+  "snapshot_every": ("a method with snapshots", _SNAPSHOTS),
+}
+_RATE = cli.Number(min=0, min_open=True)
 _LRS = ", ".join(f"{name} {o.lr:g}" for name, o in OPTIMIZERS.items())
 _METHODS = ",".join(methods.MAIN)
-_RATE = cli.Number(min=0, min_open=True)
-_POSITIVE = cli.positive
 
 
 @click.command()
@@ -46,11 +49,11 @@ _POSITIVE = cli.positive
   ("--model", models.MODELS, "mlp4", ""),
   ("--optimizer", OPTIMIZERS, "adamw", ""),
   ("--methods", cli.Names(methods.MAIN), _METHODS, "Separated by commas."),
-  ("--epochs", _POSITIVE, 30, ""),
-  ("--batch-size", _POSITIVE, 128, ""),
+  ("--epochs", cli.positive, 30, ""),
+  ("--batch-size", cli.positive, 128, ""),
   ("--lr", _RATE, None, f"Peak learning rate; by default {_LRS}."),
   ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
-  ("--snapshot-every", _POSITIVE, 1, "Epochs between snapshots."),
+  ("--snapshot-every", cli.positive, 1, "Epochs between snapshots."),
   (
     *("--label-noise", cli.Number(min=0, max=1), 0.0),
     "Share of the labels for training that are drawn at random.",
@@ -59,7 +62,7 @@ _POSITIVE = cli.positive
     *("--augment", arrays.AUGMENTATIONS, "none"),
     "Augmentation of the images for training, drawn in each epoch.",
   ),
-  ("--seeds", _POSITIVE, 3, "Number of runs per method, with seeds from 0."),
+  ("--seeds", cli.positive, 3, "Number of runs per method, with seeds from 0."),
   (
     *("--out", cli.folder, Path("results", "train")),
     "Folder for results.json and results.png.",
@@ -70,7 +73,7 @@ _POSITIVE = cli.positive
     "Folder to save the training to, from which --resume goes on.",
   ),
   (
-    *("--checkpoint-every", _POSITIVE, None),
+    *("--checkpoint-every", cli.positive, None),
     "Steps between checkpoints; by default, once per epoch.",
   ),
   (
@@ -95,43 +98,78 @@ def main(
   Prints a table, and writes a JSON file and a plot. Ctrl-C ends the training
   and keeps the results so far. One device is used.
   """
-  if options["lr"] is None:
-    options["lr"] = OPTIMIZERS[options["optimizer"]].lr
-  _check_consistency(ctx, options["methods"])
-  for name, value in (
-    ("--checkpoint-every", checkpoint_every),
-    ("--resume", resume),
-  ):
-    if value and checkpoint_dir is None:
-      raise click.UsageError(f"{name} needs --checkpoint-dir.")
+  options["lr"] = options["lr"] or OPTIMIZERS[options["optimizer"]].lr
+  names = options["methods"]
+  for name, (what, needed) in _NEEDED.items():
+    default = click.core.ParameterSource.DEFAULT
+    if ctx.get_parameter_source(name) != default and not needed & {*names}:
+      raise click.UsageError(
+        f"{_flag(name)} needs {what}, got --methods {','.join(names)}."
+      )
+  for name in ("checkpoint_every", "resume"):
+    if ctx.params[name] and checkpoint_dir is None:
+      raise click.UsageError(f"{_flag(name)} needs --checkpoint-dir.")
   dataset = arrays.load(options["dataset"], data_dir)
   check_batch_size(options["batch_size"], len(dataset.train_labels), 1)
-  identity = {f"--{k.replace('_', '-')}": v for k, v in options.items()}
+  identity = {_flag(name): value for name, value in options.items()}
   identity["the SHA-256 of the data"] = dataset.sha256
   identity = json.loads(json.dumps(identity))
-  results = Results(out, options["methods"], cli.argv(ctx), identity)
-  results.check(overwrite)
+  if not overwrite:
+    _check(out, identity)
   checkpoints = None
   if checkpoint_dir is not None:
     checkpoints = Checkpoints(
       checkpoint_dir, checkpoint_every, identity, resume
     )
+  results = Results(out, names, {"argv": cli.argv(ctx), "identity": identity})
   results.write()
   wanted = experiments(options, dataset.sha256)
   is_interrupted = False
   try:
-    _train_all(wanted, dataset, results, checkpoints)
+    with checkpoints or contextlib.nullcontext():
+      _train_all(wanted, dataset, results, checkpoints)
   except KeyboardInterrupt:
     is_interrupted = True
-  results.finish(_title(options))
+  results.write()
+  drawing = results.figure(
+    f"{options['dataset']}, {options['model']}, {options['optimizer']},"
+    f" learning rate {options['lr']:g}, batches of {options['batch_size']};"
+    " mean and range over seeds"
+  )
+  (out / "results.png").write_bytes(figures.draw(drawing, "png"))
+  report.print_table(results.table())
+  click.echo(f"Written to {out}.")
   if is_interrupted:
-    results.say_interruption()
+    click.echo(results.interruption())
     return cli.INTERRUPTED
   if all(run.diverged for run in results.runs):
     raise click.ClickException(
       f"All runs diverged; try a lower --lr than {options['lr']:g}."
     )
   return 0
+
+
+def _flag(name: str) -> str:
+  return f"--{name.replace('_', '-')}"
+
+
+def _check(folder: Path, identity: Mapping[str, Any]) -> None:
+  """Raises if a folder has results of other options."""
+  path = folder / "results.json"
+  if not path.exists():
+    return
+  try:
+    found = json.loads(path.read_text("utf-8"))["identity"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise click.UsageError(
+      f"--out {folder}: results.json is not of this command; give another"
+      " folder, or --overwrite."
+    ) from error
+  if found != identity:
+    raise click.UsageError(
+      f"--out {folder} has results of other options:"
+      f" {difference(found, identity)}. Give another folder, or --overwrite."
+    )
 
 
 def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
@@ -153,47 +191,13 @@ def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
 
 
 class Results:
-  """Files that a training writes.
-
-  Args:
-    folder: the folder of the files.
-    names: names of the methods.
-    argv: the command line.
-    identity: what the results follow from.
-
-  Attributes:
-    runs: the runs so far.
-  """
+  """The runs so far of the methods ``names``, and what is made of them."""
 
   def __init__(
-    self,
-    folder: Path,
-    names: Sequence[str],
-    argv: Sequence[str],
-    identity: Mapping[str, Any],
+    self, folder: Path, names: Sequence[str], record: Mapping[str, Any]
   ):
     self.runs: list[Run] = []
-    self._folder, self._names = folder, names
-    self._record = {"argv": list(argv), "identity": dict(identity)}
-
-  def check(self, overwrite: bool) -> None:
-    """Raises if there are results of other options."""
-    path = self._folder / "results.json"
-    if path.exists() and not overwrite:
-      try:
-        found = json.loads(path.read_text("utf-8"))["identity"]
-      except (OSError, ValueError, KeyError, TypeError) as error:
-        raise click.UsageError(
-          f"--out {self._folder}: results.json is not of this command; give"
-          " another folder, or --overwrite."
-        ) from error
-      wanted = self._record["identity"]
-      if found != wanted:
-        raise click.UsageError(
-          f"--out {self._folder} has results of other options:"
-          f" {difference(found, wanted)}. Give another folder, or"
-          " --overwrite."
-        )
+    self._folder, self._names, self._record = folder, names, record
 
   def write(self) -> None:
     """Writes the results so far."""
@@ -201,22 +205,12 @@ class Results:
       **self._record,
       **store.environment(),
       "runs": [run.as_json() for run in self.runs],
-      "table": self._table(),
+      "table": self.table(),
     }
     store.write_json(self._folder / "results.json", contents)
 
-  def finish(self, title: str) -> None:
-    """Writes the results and the figure, and prints the table."""
-    self.write()
-    figures.write(self._figure(title), self._folder / "results.png")
-    report.print_table(self._table())
-    click.echo(f"Written to {self._folder}.")
-
-  def say_interruption(self) -> None:
+  def interruption(self) -> str:
     """Says what was interrupted and what the table is over."""
-    finished = ", ".join(
-      f"{name} {len(self._finished(name))}" for name in self._names
-    )
     where = "before the first run"
     if self.runs:
       last = self.runs[-1]
@@ -226,65 +220,40 @@ class Results:
         f"in {last.method}, seed {last.seed}, after {epochs} of"
         f" {last.experiment.epochs} epochs"
       )
-    click.echo(f"Interrupted {where}. Finished runs: {finished}.")
+    finished = [f"{k} {len(runs)}" for k, runs in self._finished().items()]
+    return f"Interrupted {where}. Finished runs: {', '.join(finished)}."
 
-  def _finished(self, name: str) -> list[Run]:
-    return [run for run in self.runs if run.method == name and run.finished]
+  def table(self) -> list[dict[str, Any]]:
+    """Means over the finished runs of each method."""
+    return report.summarise(self._finished())
 
-  def _table(self) -> list[dict[str, Any]]:
-    return report.summarise(
-      {
-        name: [run.history for run in self._finished(name)]
-        for name in self._names
-      }
-    )
-
-  def _figure(self, title: str) -> figures.Figure:
+  def figure(self, title: str) -> figures.Figure:
     """Loss, accuracy and variance ratio of the finished runs."""
     panels = []
+    found = {k: v for k, v in self._finished().items() if v}
     for y, y_label, x, x_label in _PANELS:
       lines = [
         figures.mean_line(
           name,
-          [getattr(point, x) for point in runs[0].history],
-          [[getattr(point, y) for point in run.history] for run in runs],
+          [getattr(point, x) for point in histories[0]],
+          [[getattr(point, y) for point in h] for h in histories],
         )
-        for name in self._names[: figures.MAX_LINES]
-        if (runs := self._finished(name))
+        for name, histories in found.items()
       ]
       is_ratio = y == "variance_ratio"
       references = [(1 / 3, "1/3: worth three gradients per step")] * is_ratio
       is_log = y != "validation_accuracy"
       panels.append(
-        figures.Panel(
-          *("", x_label, y_label, lines), log_y=is_log, references=references
-        )
+        figures.Panel("", x_label, y_label, lines, False, is_log, references)
       )
     return figures.Figure(title, panels)
 
-
-def _title(options: Mapping[str, Any]) -> str:
-  return (
-    f"{options['dataset']}, {options['model']}, {options['optimizer']},"
-    f" learning rate {options['lr']:g}, batches of {options['batch_size']};"
-    " mean and range over seeds"
-  )
-
-
-def _check_consistency(ctx: click.Context, names: Sequence[str]) -> None:
-  """Raises for options that contradict one another."""
-
-  def given(name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not click.core.ParameterSource.DEFAULT
-
-  got = f"got --methods {','.join(names)}."
-  if given("alpha0") and "alpha-svrg" not in names:
-    raise click.UsageError(f"--alpha0 needs the method alpha-svrg, {got}")
-  if given("snapshot_every") and not set(names) & set(_SNAPSHOTS):
-    raise click.UsageError(
-      f"--snapshot-every needs a method with snapshots, {got}"
-    )
+  def _finished(self) -> dict[str, list[list[Point]]]:
+    """Histories of the finished runs of each method."""
+    return {
+      name: [r.history for r in self.runs if r.method == name and r.finished]
+      for name in self._names
+    }
 
 
 def _train_all(
@@ -294,11 +263,9 @@ def _train_all(
   checkpoints: Checkpoints | None,
 ) -> None:
   """Adds a run for each experiment to the results, and trains it."""
-  total = sum(experiment.epochs for experiment in wanted)
-  with Progress(total) as shown:
+  with Progress(sum(experiment.epochs for experiment in wanted)) as shown:
     trainer = Trainer(wanted[0], dataset)
-    for experiment in wanted:
-      run = Run(experiment)
+    for run in map(Run, wanted):
       results.runs.append(run)
       if checkpoints is not None and checkpoints.is_resumed:
         at = checkpoints.position(run)
@@ -310,5 +277,3 @@ def _train_all(
         shown.say(f"{run.method}, seed {run.seed}, {where}.")
       trainer.fit(run, on_epoch=shown, checkpoints=checkpoints)
       results.write()
-  if checkpoints is not None:
-    checkpoints.close()
