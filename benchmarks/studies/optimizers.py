@@ -72,6 +72,8 @@ CELLS = {
 def _both(results: study.Results, cell: str, field: str, spec: str) -> str:
   """The means of a field alone and behind SAGA."""
   values = [results.values(cell, name, field) for name in ARMS]
+  if math.inf in values[0]:  # In runs from before it was measured.
+    return ""
   return " / ".join(f"{math.fsum(v) / len(v):{spec}}" for v in values)
 
 
