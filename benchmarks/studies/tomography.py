@@ -96,7 +96,13 @@ def project(image: jax.Array, bins: jax.Array, shares: jax.Array) -> jax.Array:
   return out.at[angles, bins + 1].add(shares * image)
 
 
-def make_subsets(seed: int = 0) -> Subset:
+def expected(image: jax.Array, subset: Subset) -> jax.Array:
+  """Means of the counts of an image."""
+  sums = project(image, subset["bins"], subset["shares"])
+  return _COUNTS * sums + _BACKGROUND
+
+
+def make_subsets() -> Subset:
   """Poisson data; a leading axis of subsets, each of angles far apart."""
   angles = np.arange(NUM_ANGLES) * np.pi / NUM_ANGLES
   y, x = (np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2).reshape(2, -1)
@@ -104,9 +110,8 @@ def make_subsets(seed: int = 0) -> Subset:
   position += (NUM_BINS - 1) / 2
   bins = np.floor(position).astype(np.int32)
   data = {"bins": bins, "shares": position - bins}
-  mean = _COUNTS * project(jnp.asarray(phantom()), data["bins"], data["shares"])
-  counts = np.random.default_rng(seed).poisson(mean + _BACKGROUND)
-  data["counts"] = counts.astype(float)
+  mean = expected(jnp.asarray(phantom()), data)
+  data["counts"] = np.random.default_rng(0).poisson(mean).astype(float)
   divide = lambda x: x.reshape(-1, NUM_SUBSETS, x.shape[-1]).swapaxes(0, 1)
   return {name: jnp.asarray(divide(x)) for name, x in data.items()}
 
@@ -122,8 +127,7 @@ def prior(image: jax.Array) -> jax.Array:
 
 def loss(image: jax.Array, subset: Subset) -> jax.Array:
   """The objective times the number of subsets, from the data of one."""
-  mean = _COUNTS * project(image, subset["bins"], subset["shares"])
-  mean = mean + _BACKGROUND
+  mean = expected(image, subset)
   nll = jnp.sum(mean - subset["counts"] * jnp.log(mean))
   return NUM_SUBSETS * nll + prior(image)
 
