@@ -7,7 +7,6 @@ import re
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "other")
-
 _COLLECTIVES = (
   *KINDS[:-1],
   *("all-to-all", "collective-permute", "collective-broadcast"),

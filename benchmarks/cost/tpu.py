@@ -15,12 +15,7 @@ import jax
 
 import benchmarks
 from benchmarks import cli
-from benchmarks.cost.tpu_program import (
-  Case,
-  ENVIRONMENT,
-  METHODS,
-  PLACEMENTS,
-)
+from benchmarks.cost.tpu_program import Case, ENVIRONMENT, METHODS, PLACEMENTS
 from benchmarks.harness import report, store
 
 MODELS = ("mlp-1024", "vit-tiny", "vit-base", "convnext-femto")
@@ -133,34 +128,25 @@ def fit(case: Case, counts: Mapping[str, Any]) -> str:
 
 def _alternatives(case: Case, counts: Mapping[str, Any]) -> dict[str, float]:
   """Bytes of the state on a device with other settings."""
-  sizes = {}
   state, halved = counts["state"], counts["state"] - counts["table"] / 2
-  devices = counts["devices"]
-  is_whole = case.placement not in ("zero", "fsdp")
   has_halves = counts["table"] and case.table_dtype == "float32"
-  if has_halves:
-    sizes["table_dtype=bfloat16"] = halved
-  if is_whole:
-    sizes["ZeRO"] = state / devices
-  if has_halves and is_whole:
-    sizes["ZeRO and table_dtype=bfloat16"] = halved / devices
-  sizes["the state in the host's memory"] = 0
-  return sizes
+  sizes = {"table_dtype=bfloat16": halved} if has_halves else {}
+  if case.placement not in ("zero", "fsdp"):
+    sizes["ZeRO"] = state / counts["devices"]
+    if has_halves:
+      sizes["ZeRO and table_dtype=bfloat16"] = halved / counts["devices"]
+  return {**sizes, "the state in the host's memory": 0}
 
 
-def cases(
-  names: Mapping[str, Sequence[str]], batch_size: int, rest: Sequence[Any]
-) -> list[Case]:
+def cases(names: Mapping[str, Sequence[str]], *rest: Any) -> list[Case]:
   """The combinations of choices, plain first, as all are compared with it."""
+  choices = (names[x] for x in ("topology", "model", "placement", "method"))
   found: dict[Case, None] = {}
-  for topology, model, placement, method in itertools.product(
-    names["topology"], names["model"], names["placement"], names["method"]
-  ):
-    case = Case(model, method, placement, topology, batch_size, *rest)
-    if method == "plain":
-      case = baseline(case)
+  for topology, model, placement, method in itertools.product(*choices):
+    case = Case(model, method, placement, topology, *rest)
     found.setdefault(baseline(case))
-    found.setdefault(case)
+    if method != "plain":
+      found.setdefault(case)
   return list(found)
 
 
@@ -194,7 +180,7 @@ def main(
   """
   jax.config.update("jax_platforms", "cpu")  # Compilers run in processes.
   try:
-    for case in cases(names, batch_size, (num_batches, table_dtype)):
+    for case in cases(names, batch_size, num_batches, table_dtype):
       click.echo(fit(case, measured(case, out)))
   finally:
     if found := stored(out):

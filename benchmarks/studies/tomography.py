@@ -30,11 +30,13 @@ _SMOOTHNESS, _EDGE = 0.3, 0.1  # Of the prior.
 _RENEWALS = (0, 1, 2, 4, 8)  # Epochs at which the preconditioner is renewed.
 _MOMENTUM = 0.8
 _EPOCHS, _ITERATIONS, _RESTARTS = 40, 400, 3
+_START = 0.3  # Value of all pixels.
+# Whether it corrects, and has momentum.
 _METHODS = {
-  "SVRG, preconditioned, momentum": (lambda: optax_svrg.alpha_svrg(1.0), True),
-  "SVRG, preconditioned": (lambda: optax_svrg.alpha_svrg(1.0), False),
-  "subset descent, preconditioned, momentum": (optax.identity, True),
-  "subset descent, preconditioned": (optax.identity, False),
+  "SVRG, preconditioned, momentum": (True, True),
+  "SVRG, preconditioned": (True, False),
+  "subset descent, preconditioned, momentum": (False, True),
+  "subset descent, preconditioned": (False, False),
 }
 _LBFGS = "L-BFGS-B"
 NOTES = f"""\
@@ -51,11 +53,7 @@ Subset = dict[str, jax.Array]
 
 
 class PreconditionerState(NamedTuple):
-  """State of :func:`precondition`.
-
-  Attributes:
-    diagonal: factors of the updates, a tree like the parameters.
-  """
+  """State of :func:`precondition`: the factors, a tree like the parameters."""
 
   diagonal: Any
 
@@ -98,7 +96,13 @@ def project(image: jax.Array, bins: jax.Array, shares: jax.Array) -> jax.Array:
   return out.at[angles, bins + 1].add(shares * image)
 
 
-def make_subsets(seed: int = 0) -> Subset:
+def expected(image: jax.Array, subset: Subset) -> jax.Array:
+  """Means of the counts of an image."""
+  sums = project(image, subset["bins"], subset["shares"])
+  return _COUNTS * sums + _BACKGROUND
+
+
+def make_subsets() -> Subset:
   """Poisson data; a leading axis of subsets, each of angles far apart."""
   angles = np.arange(NUM_ANGLES) * np.pi / NUM_ANGLES
   y, x = (np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2).reshape(2, -1)
@@ -106,15 +110,10 @@ def make_subsets(seed: int = 0) -> Subset:
   position += (NUM_BINS - 1) / 2
   bins = np.floor(position).astype(np.int32)
   data = {"bins": bins, "shares": position - bins}
-  mean = _COUNTS * project(jnp.asarray(phantom()), data["bins"], data["shares"])
-  counts = np.random.default_rng(seed).poisson(mean + _BACKGROUND)
-  data["counts"] = counts.astype(float)
-  return {
-    name: jnp.stack(
-      [jnp.asarray(v[i::NUM_SUBSETS]) for i in range(NUM_SUBSETS)]
-    )
-    for name, v in data.items()
-  }
+  mean = expected(jnp.asarray(phantom()), data)
+  data["counts"] = np.random.default_rng(0).poisson(mean).astype(float)
+  divide = lambda x: x.reshape(-1, NUM_SUBSETS, x.shape[-1]).swapaxes(0, 1)
+  return {name: jnp.asarray(divide(x)) for name, x in data.items()}
 
 
 def prior(image: jax.Array) -> jax.Array:
@@ -128,8 +127,7 @@ def prior(image: jax.Array) -> jax.Array:
 
 def loss(image: jax.Array, subset: Subset) -> jax.Array:
   """The objective times the number of subsets, from the data of one."""
-  mean = _COUNTS * project(image, subset["bins"], subset["shares"])
-  mean = mean + _BACKGROUND
+  mean = expected(image, subset)
   nll = jnp.sum(mean - subset["counts"] * jnp.log(mean))
   return NUM_SUBSETS * nll + prior(image)
 
@@ -154,39 +152,41 @@ def diagonal(image: jax.Array, subsets: Subset) -> jax.Array:
   return 1 / (of_data + 8 * _SMOOTHNESS / _EDGE)
 
 
-class Curve(NamedTuple):
+class Curve:
   """Images, and seconds of the processor until then."""
 
-  seconds: list[float]
-  images: list[np.ndarray]
+  def __init__(self):
+    self.images: list[np.ndarray] = []
+    self.seconds: list[float] = []
+    self._start = time.process_time()
+
+  def add(self, image: Any) -> None:
+    """Keeps an image."""
+    self.images.append(np.array(image))
+    self.seconds.append(time.process_time() - self._start)
 
 
 def by_subsets(
-  correction: optax.GradientTransformation,
-  has_momentum: bool,
-  subsets: Subset,
-  epochs: int,
+  has_correction: bool, has_momentum: bool, subsets: Subset, epochs: int
 ) -> Curve:
   """Steps through the subsets in random order."""
   tx = optax.chain(
-    correction,
+    optax_svrg.alpha_svrg(1.0) if has_correction else optax.identity(),
     precondition(),
     optax.trace(_MOMENTUM, nesterov=True) if has_momentum else optax.identity(),
     optax.scale_by_learning_rate(1.0),
   )
-  uses_table = not isinstance(tx.init(jnp.zeros(1))[0], optax.EmptyState)
   grad_fn = jax.grad(loss)
-  batches = [
-    jax.tree.map(lambda x, i=i: x[i], subsets) for i in range(NUM_SUBSETS)
-  ]
+  subset_of = lambda i: jax.tree.map(lambda x: x[i], subsets)
+  batches = list(map(subset_of, range(NUM_SUBSETS)))
 
   @jax.jit
   def epoch(image, state, table, order):
     def step(carry, i):
       image, state = carry
-      extra = {"snapshot_grads": table[i]} if uses_table else {}
-      subset = jax.tree.map(lambda x: x[i], subsets)
-      updates, state = tx.update(grad_fn(image, subset), state, image, **extra)
+      extra = {"snapshot_grads": table[i]} if has_correction else {}
+      grads = grad_fn(image, subset_of(i))
+      updates, state = tx.update(grads, state, image, **extra)
       image = optax.apply_updates(image, updates)
       return (optax.projections.projection_non_negative(image), state), None
 
@@ -194,51 +194,37 @@ def by_subsets(
 
   def run(epochs: int) -> Curve:
     rng = np.random.default_rng(0)
-    start = time.process_time()
-    image, table = jnp.full(SIZE**2, 0.3), None
-    state, curve = tx.init(image), Curve([], [])
+    curve = Curve()
+    image, table = jnp.full(SIZE**2, _START), None
+    state = tx.init(image)
     for number in range(epochs):
       if number in _RENEWALS:
         state = optax.tree.set(state, diagonal=diagonal(image, subsets))
-      if uses_table:
+      if has_correction:
         mean, table = optax_svrg.gradient_table(grad_fn, image, batches)
         state = optax_svrg.take_snapshot(state, image, lambda _: mean)  # noqa: B023
       order = rng.permutation(NUM_SUBSETS)
       image, state = epoch(image, state, table, order)
-      curve.images.append(np.asarray(image))
-      curve.seconds.append(time.process_time() - start)
+      curve.add(image)
     return curve
 
   run(2)  # Compiles.
   return run(epochs)
 
 
-def by_lbfgs(
-  subsets: Subset, iterations: int, start_image: np.ndarray | None = None
-) -> Curve:
+def by_lbfgs(subsets: Subset, iterations: int, image: np.ndarray) -> Curve:
   """SciPy's L-BFGS-B on a compiled gradient."""
   compiled = jax.jit(jax.value_and_grad(objective))
-  if start_image is None:
-    start_image = np.full(SIZE**2, 0.3)
-  jax.block_until_ready(compiled(start_image, subsets))
-  curve = Curve([], [])
-  start = time.process_time()
-
-  def fun(image: np.ndarray) -> tuple[float, np.ndarray]:
-    value, grad = compiled(image, subsets)
-    return float(value), np.asarray(grad)
-
-  def keep(image: np.ndarray) -> None:
-    curve.images.append(image.copy())
-    curve.seconds.append(time.process_time() - start)
-
+  jax.block_until_ready(compiled(image, subsets))
+  curve = Curve()
   scipy.optimize.minimize(
-    fun,
-    start_image,
+    compiled,
+    image,
+    (subsets,),
     jac=True,
     method="L-BFGS-B",
     bounds=[(0, None)] * SIZE**2,
-    callback=keep,
+    callback=curve.add,
     options={"maxiter": iterations, "maxfun": 10**6, "ftol": 0, "gtol": 1e-8},
   )
   return curve
@@ -246,7 +232,7 @@ def by_lbfgs(
 
 def _reference(subsets: Subset) -> tuple[np.ndarray, float]:
   """The converged image, and the norm of its projected gradient."""
-  image = None
+  image = np.full(SIZE**2, _START)
   for _ in range(_RESTARTS):
     image = by_lbfgs(subsets, 2 * _ITERATIONS, image).images[-1]
   gradient = np.asarray(jax.grad(objective)(jnp.asarray(image), subsets))
@@ -264,18 +250,20 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published files from the stored curves."""
   curves = document["curves"]
   base = first_below(curves[_LBFGS], TARGET)
-  rows = []
+  rows, lines = [], []
   for name, curve in curves.items():
     seconds = [first_below(curve, error) for error in (0.1, TARGET)]
+    texts = ("not reached" if s is None else f"{s:#.2g}" for s in seconds)
     rows.append(
       [
-        name,
-        *("not reached" if s is None else f"{s:#.2g}" for s in seconds),
+        *(name, *texts),
         f"{seconds[1] / base:.2f}" if base and seconds[1] else "",
-        f"{curve['error'][-1]:.1e}",
-        f"{curve['seconds'][-1]:#.2g}",
+        *(f"{curve['error'][-1]:.1e}", f"{curve['seconds'][-1]:#.2g}"),
       ]
     )
+    family = "saga" if name == _LBFGS else "svrg" if "SVRG" in name else "plain"
+    y = [e if e < 10 else None for e in curve["error"]]
+    lines.append(figures.Line(name, family, curve["seconds"], y))
   columns = ["method", "s to 10 %", "s to 1 %", "of L-BFGS-B's"]
   table = report.markdown_table([*columns, "last error", "after s"], rows)
   text = (
@@ -283,15 +271,6 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     f"The projected gradient at the converged image has the norm"
     f" {document['gradient_norm']:.0e}.\n\n{table}\n"
   )
-  lines = [
-    figures.Line(
-      name,
-      "saga" if name == _LBFGS else "svrg" if "SVRG" in name else "plain",
-      curve["seconds"],
-      [e if e < 10 else None for e in curve["error"]],
-    )
-    for name, curve in curves.items()
-  ]
   panel = figures.Panel(
     "Image error", "seconds", "error", lines, references=[(TARGET, "1 %")]
   )
@@ -304,9 +283,10 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
   with jax.enable_x64(True):
     subsets = make_subsets()
     image, gradient_norm = _reference(subsets)
-    curves = {_LBFGS: by_lbfgs(subsets, iterations)}
-    for name, (correction, has_momentum) in _METHODS.items():
-      curves[name] = by_subsets(correction(), has_momentum, subsets, epochs)
+    start = np.full(SIZE**2, _START)
+    curves = {_LBFGS: by_lbfgs(subsets, iterations, start)}
+    for name, parts in _METHODS.items():
+      curves[name] = by_subsets(*parts, subsets, epochs)
   norm = np.linalg.norm(image)
   return {
     "module": __name__,
@@ -326,9 +306,9 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--epochs", type=cli.positive, default=_EPOCHS, show_default=True)
-@click.option(
-  "--iterations", type=cli.positive, default=_ITERATIONS, show_default=True
+@cli.options(
+  ("--epochs", cli.positive, _EPOCHS, ""),
+  ("--iterations", cli.positive, _ITERATIONS, ""),
 )
 @cli.out_option("tomography")
 @cli.publish_option

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The convex problems, their solvers, and what is made of the results."""
 
-import importlib
 import json
 import math
 
@@ -201,12 +200,13 @@ def test_features_of_a_net_need_data(tmp_path):
 
 
 class TestBenchopt:
-  """The files are for other repositories; here is what these call."""
+  """The file is for other repositories; here is what these call."""
 
-  def solve(self, name, objective, tolerance):
+  def solve(self, objective, tolerance):
     pytest.importorskip("benchopt")
-    module = importlib.import_module(f"benchmarks.studies.convex.{name}")
-    solver = module.Solver.get_instance()
+    from benchmarks.studies.convex import benchopt_solver
+
+    solver = benchopt_solver.Solver.get_instance()
     skip, reason = solver._set_objective(objective)
     assert not skip, reason
     solver.run_once(stop_val=tolerance)
@@ -223,7 +223,7 @@ class TestBenchopt:
       return np.log1p(np.exp(-y * (x @ beta))).sum() + lmbd / 2 * beta @ beta
 
     class Objective(benchopt.BaseObjective):
-      name = "sums"
+      name = "L2 Logistic Regression"
 
       def set_data(self):
         pass
@@ -240,8 +240,8 @@ class TestBenchopt:
 
     want = scipy.optimize.minimize(loss, np.zeros(4), tol=1e-12).fun
     objective = Objective.get_instance()
-    assert self.solve("benchopt_logreg_l2", objective, 1) > want + 1e-3
-    got = self.solve("benchopt_logreg_l2", objective, 1e-9)
+    assert self.solve(objective, 1) > want + 1e-3
+    got = self.solve(objective, 1e-9)
     assert got == pytest.approx(want, rel=1e-10)
 
   @pytest.mark.parametrize("intercept", [False, True])
@@ -257,7 +257,7 @@ class TestBenchopt:
       return np.sum((wide @ beta - y) ** 2) / 2 + beta @ ridge @ beta / 2
 
     class Objective(benchopt.BaseObjective):
-      name = "sums"
+      name = "Ridge Regression"
 
       def set_data(self):
         pass
@@ -272,5 +272,5 @@ class TestBenchopt:
         return {"value": loss(beta)}
 
     want = loss(np.linalg.solve(wide.T @ wide + ridge, wide.T @ y))
-    got = self.solve("benchopt_ridge", Objective.get_instance(), 1e-9)
+    got = self.solve(Objective.get_instance(), 1e-9)
     assert got == pytest.approx(want, rel=1e-10)

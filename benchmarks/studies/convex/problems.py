@@ -4,7 +4,7 @@
 from collections.abc import Callable
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -96,8 +96,8 @@ def evaluate(problem: Problem, weights: np.ndarray) -> Value:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-  digits = load_digits()
-  return digits.data / 16, digits.target
+  images, labels = load_digits(return_X_y=True)
+  return images / 16, labels
 
 
 def _mnist(
@@ -107,13 +107,11 @@ def _mnist(
   return scale(images.astype(np.float64)), labels % num_classes
 
 
-def _features_of_a_net(
-  data_dir: Path, num_examples: int = 10_000
-) -> tuple[np.ndarray, np.ndarray]:
+def _features_of_a_net(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
   """The data of a linear probe: the hidden layer of a trained Flax net."""
   dataset = arrays.load("fashion-mnist", data_dir)
   order = np.random.default_rng(0).permutation(len(dataset.train_labels))
-  chosen = order[:num_examples]
+  chosen = order[:10_000]
   images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
   net = mlp.MLP((images.shape[1], 256, dataset.num_classes), rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(net, optax.adam(1e-3), wrt=nnx.Param)
@@ -127,30 +125,30 @@ def _features_of_a_net(
   def step(net, optimizer, images, labels):
     optimizer.update(net, nnx.grad(loss)(net, images, labels))
 
-  for start in (*range(0, len(chosen), 100), *range(0, len(chosen), 100)):
+  for start in 2 * list(range(0, len(chosen), 100)):
     part = slice(start, start + 100)
     step(net, optimizer, images[part], labels[part])
   return np.asarray(nnx.relu(net.layers[0](images)), np.float64), labels
 
 
-_DATA: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
-  "digits": _digits,
-  "mnist-5k": lambda: _mnist(lambda x: x / 255),
-  "mnist-5k-standardised": lambda: _mnist(lambda x: (x - x.mean()) / x.std()),
-  "mnist-5k-parity": lambda: _mnist(lambda x: x / 255, 2),
+# Features and labels, from the folder of the data sets.
+_DATA: dict[str, Callable[[Any], tuple[np.ndarray, np.ndarray]]] = {
+  "digits": lambda _: _digits(),
+  "mnist-5k": lambda _: _mnist(lambda x: x / 255),
+  "mnist-5k-standardised": lambda _: _mnist(lambda x: (x - x.mean()) / x.std()),
+  "mnist-5k-parity": lambda _: _mnist(lambda x: x / 255, 2),
+  PROBED: _features_of_a_net,
 }
 CELLS = {
   f"{name}-{penalty}": (name, penalty)
   for penalty in ("l2", "l1")
-  for name in (*_DATA, PROBED)
+  for name in _DATA
 }
 
 
 @functools.lru_cache(maxsize=2)
 def _data(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-  features, labels = (
-    _DATA[name]() if name in _DATA else _features_of_a_net(data_dir)
-  )
+  features, labels = _DATA[name](data_dir)
   return features, np.asarray(labels, np.int32)
 
 

@@ -67,26 +67,15 @@ def _fit_linear(problem: Problem, tol: float) -> Callable[[], Found]:
     if problem.is_binary
     else optax.losses.softmax_cross_entropy_with_integer_labels
   )
+  x, y, l2, l1 = problem
 
   def run() -> Found:
     fit = optax_svrg.fit_linear(
-      loss,
-      problem.features,
-      problem.labels,
-      l2=problem.l2,
-      l1=problem.l1,
-      intercept=False,
-      tol=tol,
+      loss, x, y, l2=l2, l1=l1, intercept=False, tol=tol
     )
     return Found(np.asarray(fit.weights), fit.num_epochs)
 
   return run
-
-
-def _logits(weights: jax.Array, features: jax.Array) -> jax.Array:
-  logits = features @ weights
-  is_binary = logits.shape[1] == 1
-  return jnp.pad(logits, ((0, 0), (1, 0))) if is_binary else logits
 
 
 # Cached: programs are compiled for each function object.
@@ -94,34 +83,27 @@ def _logits(weights: jax.Array, features: jax.Array) -> jax.Array:
 def _mean_loss(l2: float) -> Callable[..., jax.Array]:
   """The smooth part of the objective."""
 
-  def loss(
-    weights: jax.Array, features: jax.Array, labels: jax.Array
-  ) -> jax.Array:
+  def loss(weights: jax.Array, batch: Any) -> jax.Array:
+    features, labels = batch
+    logits = features @ weights
+    if logits.shape[1] == 1:
+      logits = jnp.pad(logits, ((0, 0), (1, 0)))
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-      _logits(weights, features), labels
+      logits, labels
     )
     return jnp.mean(losses) + l2 / 2 * jnp.sum(weights**2)
 
   return loss
 
 
-@functools.lru_cache
-def _batch_loss(l2: float) -> Callable[..., jax.Array]:
-  return lambda weights, batch: _mean_loss(l2)(weights, *batch)
-
-
 def _minimize(method: str, problem: Problem, tol: float) -> Callable[[], Found]:
-  loss = _batch_loss(problem.l2)
+  start, data = jnp.zeros(problem.shape), (problem.features, problem.labels)
   prox = optax_svrg.prox_l1(problem.l1) if problem.l1 else None
+  loss = _mean_loss(problem.l2)
 
   def run() -> Found:
     result = optax_svrg.minimize(
-      loss,
-      jnp.zeros(problem.shape),
-      (problem.features, problem.labels),
-      method=method,
-      prox=prox,
-      tol=tol,
+      loss, start, data, method=method, prox=prox, tol=tol
     )
     passes = result.num_epochs + len(result.history)
     passes += _passes_of_estimates(result.num_epochs, len(problem.labels))
@@ -204,38 +186,36 @@ def _copt(name: str, problem: Problem, count: float) -> Callable[[], Found]:
 def _nemos(problem: Problem, count: float) -> Callable[[], Found]:
   from nemos.solvers import ProxSVRG, SVRG  # Optional.
 
-  loss = _mean_loss(problem.l2)
+  mean_loss = _mean_loss(problem.l2)
   features, labels = map(jnp.asarray, problem[:2])
   weights = jnp.zeros(problem.shape)
   # It has a rule for Poisson models only, so it gets the step of ours.
   chosen = np.random.default_rng(0).permutation(len(labels))[: 8 * _BATCH_SIZE]
-  step_size = 1 / optax_svrg.smoothness(
-    jax.grad(lambda w, batch: loss(w, *batch)),
-    weights,
-    [(features[i], labels[i]) for i in np.split(chosen, 8)],
-    num_iters=5,
+  batches = [(features[i], labels[i]) for i in np.split(chosen, 8)]
+  smoothness = optax_svrg.smoothness(
+    jax.grad(mean_loss), weights, batches, num_iters=5
   )
   options = {
     "maxiter": math.ceil(count / 3),
     "key": jax.random.key(0),
-    "stepsize": float(step_size),
+    "stepsize": float(1 / smoothness),
     "tol": 0.0,
     "batch_size": _BATCH_SIZE,
   }
-  if problem.l1:
 
-    def prox(w: jax.Array, l1: jax.Array, scaling: Any = 1.0) -> jax.Array:
-      return w - jnp.clip(w, -l1 * scaling, l1 * scaling)
+  def loss(w: jax.Array, features: jax.Array, labels: jax.Array) -> jax.Array:
+    return mean_loss(w, (features, labels))
 
-    solve = ProxSVRG(loss, prox, **options).run
-    args: tuple[Any, ...] = (weights, problem.l1, features, labels)
-  else:
-    solve = SVRG(loss, **options).run
-    args = (weights, features, labels)
+  def prox(w: jax.Array, l1: jax.Array, scaling: Any = 1.0) -> jax.Array:
+    return w - jnp.clip(w, -l1 * scaling, l1 * scaling)
+
+  l1 = [problem.l1] if problem.l1 else []
+  svrg = ProxSVRG(loss, prox, **options) if l1 else SVRG(loss, **options)
+  args = (weights, *l1, features, labels)
 
   def run() -> Found:
     start = time.process_time()
-    compiled = jax.jit(solve).lower(*args).compile()
+    compiled = jax.jit(svrg.run).lower(*args).compile()
     compiling = time.process_time() - start
     found, state = compiled(*args)[:2]
     return Found(np.asarray(found), 3.0 * int(state.iter_num) + 1, compiling)
@@ -243,14 +223,19 @@ def _nemos(problem: Problem, count: float) -> Callable[[], Found]:
   return run
 
 
+@functools.lru_cache
+def _compiled_gradient(l2: float) -> Callable[..., Any]:
+  return jax.jit(jax.value_and_grad(_mean_loss(l2)))
+
+
 def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
   """L-BFGS; with l1, L-BFGS-B on positive and negative parts of weights."""
   value_and_grad = _compiled_gradient(problem.l2)
-  features, labels = map(jnp.asarray, problem[:2])
+  data = tuple(map(jnp.asarray, problem[:2]))
   size, l1 = math.prod(problem.shape), problem.l1
 
   def smooth(w: np.ndarray) -> tuple[float, np.ndarray]:
-    value, grad = value_and_grad(w.reshape(problem.shape), features, labels)
+    value, grad = value_and_grad(w.reshape(problem.shape), data)
     return float(value), np.asarray(grad).ravel()
 
   def split(parts: np.ndarray) -> tuple[float, np.ndarray]:
@@ -272,62 +257,37 @@ def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
   return run
 
 
-@functools.lru_cache
-def _compiled_gradient(l2: float) -> Callable[..., Any]:
-  return jax.jit(jax.value_and_grad(_mean_loss(l2)))
+def _is_small_l2(problem: Problem) -> bool:
+  return not problem.l1 and math.prod(problem.shape) <= _MAX_NEWTON
 
 
-def _is_l2(problem: Problem) -> bool:
-  return not problem.l1
-
-
+_is_binary = lambda problem: problem.is_binary
 _PASSES = tuple(25 * 2**k for k in range(6))
-_PARTIAL = functools.partial
+_partial = functools.partial
+_ours = _partial(Solver, "optax_svrg", uses_jax=True)
+_exact = _partial(Solver, "scikit-learn", is_stochastic=False)
 SOLVERS = {
-  "fit_linear": Solver(
-    "optax_svrg",
-    _fit_linear,
-    [10 ** (-k / 2) for k in range(4, 18)],
-    uses_jax=True,
-  ),
+  "fit_linear": _ours(_fit_linear, [10 ** (-k / 2) for k in range(4, 18)]),
   **{
-    f"minimize, {method}": Solver(
-      "optax_svrg",
-      _PARTIAL(_minimize, method),
-      [10.0**-k for k in range(3, 8)],
-      uses_jax=True,
+    f"minimize, {x}": _ours(
+      _partial(_minimize, x), [10.0**-k for k in range(3, 8)]
     )
-    for method in ("saga", "svrg")
+    for x in ("saga", "svrg")
   },
-  BASELINE: Solver("scikit-learn", _PARTIAL(_scikit_learn, "saga"), _PASSES),
+  BASELINE: Solver("scikit-learn", _partial(_scikit_learn, "saga"), _PASSES),
   **{
-    f"copt {name}": Solver(
-      "copt", _PARTIAL(_copt, name), _PASSES, lambda problem: problem.is_binary
-    )
-    for name in ("saga", "svrg")
+    f"copt {x}": Solver("copt", _partial(_copt, x), _PASSES, _is_binary)
+    for x in ("saga", "svrg")
   },
   "nemos SVRG": Solver("nemos", _nemos, _PASSES),
-  "scikit-learn lbfgs": Solver(
-    "scikit-learn",
-    _PARTIAL(_scikit_learn, "lbfgs"),
-    _PASSES,
-    _is_l2,
-    is_stochastic=False,
-  ),
-  "scikit-learn newton-cholesky": Solver(
-    "scikit-learn",
-    _PARTIAL(_scikit_learn, "newton-cholesky"),
-    [4, 8, 16],
-    lambda problem: _is_l2(problem) and math.prod(problem.shape) <= _MAX_NEWTON,
-    is_stochastic=False,
-  ),
-  "scikit-learn liblinear": Solver(
-    "scikit-learn",
-    _PARTIAL(_scikit_learn, "liblinear"),
-    [10.0**-k for k in range(1, 10)],
-    lambda problem: problem.is_binary,
-    is_stochastic=False,
-  ),
+  **{
+    f"scikit-learn {x}": _exact(_partial(_scikit_learn, x), efforts, accepts)
+    for x, efforts, accepts in (
+      ("lbfgs", _PASSES, lambda problem: not problem.l1),
+      ("newton-cholesky", [4, 8, 16], _is_small_l2),
+      ("liblinear", [10.0**-k for k in range(1, 10)], _is_binary),
+    )
+  },
   "SciPy L-BFGS, compiled gradient": Solver(
     "scipy", _scipy, _PASSES, is_stochastic=False, uses_jax=True
   ),

@@ -20,7 +20,6 @@ _LIMIT = 30.0  # Seconds of a call after which more work is not tried.
 _SHORT = 1.0  # Seconds of a call that is repeated against noise.
 _NEMOS, _SCIPY = "nemos SVRG", "SciPy L-BFGS, compiled gradient"
 _NUM_DATA = len(problems.CELLS) // 2  # Problems of each penalty.
-_TITLE = "Convex problems: seconds and passes to the optimum"
 NOTES = """\
 Mean logistic loss without an intercept, in float64, from zero, with an l2 or an
 l1 penalty of strength 0.001. The gap is the objective less the minimum, which
@@ -53,30 +52,28 @@ def trace(
   problem: problems.Problem, solver: solvers.Solver, minimum: float
 ) -> dict[str, Any]:
   """Calls a solver with more and more effort, up to the least tolerance."""
-  compiling, rows = 0.0, []
+  record: dict[str, Any] = {"compiling": 0.0}
+  record |= {name: [] for name in ("passes", "seconds", "gap")}
   for effort in solver.efforts:
     call = solver.prepare(problem, effort)
-    if not rows and solver.uses_jax:
+    compiles = solver.uses_jax and not record["gap"]
+    if compiles:
       jax.clear_caches()
     found, seconds = _timed(call)
-    compiles = solver.uses_jax and not rows
-    compiling = max(compiling, found.compiling)
+    record["compiling"] = max(record["compiling"], found.compiling)
     if compiles or seconds < _SHORT:
       first = seconds
       found, again = _timed(call)
       seconds = min(first, again)
-      compiling = first - seconds if compiles else compiling
+      if compiles:
+        record["compiling"] = first - seconds
     gap = problems.evaluate(problem, found.weights).value - minimum
-    rows.append((found.passes, seconds, gap))
+    record["passes"].append(found.passes)
+    record["seconds"].append(seconds)
+    record["gap"].append(gap)
     if gap <= min(TOLERANCES) or seconds > _LIMIT:
       break
-  passes, seconds, gaps = map(list, zip(*rows, strict=True))
-  return {
-    "compiling": compiling,
-    "passes": passes,
-    "seconds": seconds,
-    "gap": gaps,
-  }
+  return record
 
 
 def _timed(call: Callable[[], solvers.Found]) -> tuple[solvers.Found, float]:
@@ -112,8 +109,9 @@ def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
 
 
 def _cell_table(cell: Mapping[str, Any]) -> str:
-  records = cell["solvers"]
-  lines = []
+  records, lines, columns = cell["solvers"], [], ["solver"]
+  for tolerance in TOLERANCES:
+    columns += [f"passes to {tolerance:.0e}", "seconds", "saga's / these"]
   for name in filter(records.__contains__, solvers.SOLVERS):
     record, line = records[name], [name]
     for tolerance in TOLERANCES:
@@ -130,12 +128,7 @@ def _cell_table(cell: Mapping[str, Any]) -> str:
         "" if math.isinf(base) else f"{base / seconds:#.2g}x",
       ]
     lines.append(line)
-  columns = [
-    text
-    for tolerance in TOLERANCES
-    for text in (f"passes to {tolerance:.0e}", "seconds", "saga's / these")
-  ]
-  return report.markdown_table(["solver", *columns], lines)
+  return report.markdown_table(columns, lines)
 
 
 def _verdict(met: Sequence[bool], needed: int = _NUM_DATA) -> str:
@@ -160,70 +153,58 @@ def targets(cells: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _targets(chosen: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-  """Lines for the problems of a penalty."""
+  """Lines for the problems of a penalty: target, verdict, and numbers."""
   factors = [2 if name.startswith("digits") else 4 for name in chosen]
   lines = []
   for tolerance in TOLERANCES:
-    for with_compilation in (False, True):
-      got = _speedups(chosen, solvers.BASELINE, tolerance, with_compilation)
-      added = " with compilation" if with_compilation else ""
-      lines.append(
-        [
-          f"4 times as fast as {solvers.BASELINE} to {tolerance:.0e}{added}"
-          " (digits: 2 times)",
-          _verdict([g >= f for g, f in zip(got, factors, strict=True)]),
-          _texts(got),
-        ]
-      )
+    for added in ("", " with compilation"):
+      got = _speedups(chosen, solvers.BASELINE, tolerance, bool(added))
+      text = f"4 times as fast as {solvers.BASELINE} to {tolerance:.0e}{added}"
+      met = [g >= f for g, f in zip(got, factors, strict=True)]
+      lines.append([f"{text} (digits: 2 times)", _verdict(met), _texts(got)])
   for rival, needed in ((_NEMOS, _NUM_DATA), (_SCIPY, 3)):
-    got = _speedups(chosen, rival, 1e-6, False)
+    got = _speedups(chosen, rival, 1e-6)
     text = f"faster than {rival} to 1e-06 on {needed} problems"
     lines.append([text, _verdict([g > 1 for g in got], needed), _texts(got)])
   for tolerance in TOLERANCES:
     got = [_pass_ratio(records, tolerance) for records in chosen.values()]
-    lines.append(
-      [
-        f"fewest passes of the stochastic solvers to {tolerance:.0e}",
-        _verdict([g >= 1 for g in got]),
-        _texts(got),
-      ]
-    )
-  compiling = [
-    records["fit_linear"]["compiling"] for records in chosen.values()
-  ]
-  text = ", ".join(f"{c:.1f} s" for c in compiling)
-  met = _verdict([c <= 1 for c in compiling])
-  return [*lines, ["compilation in 1 s", met, text]]
+    text = f"fewest passes of the stochastic solvers to {tolerance:.0e}"
+    lines.append([text, _verdict([g >= 1 for g in got]), _texts(got)])
+  seconds = [records["fit_linear"]["compiling"] for records in chosen.values()]
+  text = ", ".join(f"{s:.1f} s" for s in seconds)
+  verdict = _verdict([s <= 1 for s in seconds])
+  return [*lines, ["compilation in 1 s", verdict, text]]
 
 
 def _speedups(
   chosen: Mapping[str, Mapping[str, Any]],
   rival: str,
   tolerance: float,
-  with_compilation: bool,
+  with_compilation: bool = False,
 ) -> list[float]:
   """Seconds of a rival over those of ours, NaN where it is not installed."""
-  found = []
-  for records in chosen.values():
-    seconds = []
-    for name in (rival, "fit_linear"):
-      if name not in records:
-        seconds.append(math.nan)
-        continue
-      added = records[name]["compiling"] if with_compilation else 0.0
-      seconds.append(reach(records[name], tolerance, "seconds") + added)
-    found.append(seconds[0] / seconds[1])
-  return found
+
+  def seconds(record: Mapping[str, Any]) -> float:
+    added = record["compiling"] if with_compilation else 0.0
+    return reach(record, tolerance, "seconds") + added
+
+  return [
+    seconds(records[rival]) / seconds(records["fit_linear"])
+    if rival in records
+    else math.nan
+    for records in chosen.values()
+  ]
 
 
 def _pass_ratio(records: Mapping[str, Any], tolerance: float) -> float:
   """Fewest passes of the other stochastic solvers over those of ours."""
-  others = [
-    reach(record, tolerance, "passes")
+  passes = {
+    name: reach(record, tolerance, "passes")
     for name, record in records.items()
-    if name != "fit_linear" and solvers.SOLVERS[name].is_stochastic
-  ]
-  return min(others) / reach(records["fit_linear"], tolerance, "passes")
+    if solvers.SOLVERS[name].is_stochastic
+  }
+  ours = passes.pop("fit_linear")
+  return min(passes.values()) / ours
 
 
 def _texts(values: Sequence[float]) -> str:
@@ -245,15 +226,14 @@ _DRAWN = {
 def _figure(cells: Mapping[str, Mapping[str, Any]]) -> figures.Figure:
   panels = []
   for name, cell in cells.items():
+    found = cell["solvers"]
     lines = [
       figures.Line(
-        solver,
-        family,
-        cell["solvers"][solver]["seconds"],
-        [max(gap, 1e-13) for gap in cell["solvers"][solver]["gap"]],
+        *(solver, family, found[solver]["seconds"]),
+        [max(gap, 1e-13) for gap in found[solver]["gap"]],
       )
       for solver, family in _DRAWN.items()
-      if solver in cell["solvers"]
+      if solver in found
     ]
     panels.append(figures.Panel(name, "seconds", "gap", lines, log_x=True))
   return figures.Figure("Gap against seconds, without compilation", panels)
@@ -262,8 +242,10 @@ def _figure(cells: Mapping[str, Mapping[str, Any]]) -> figures.Figure:
 def render(document: Mapping[str, Any]) -> dict[str, str]:
   """Makes the published files from the stored calls."""
   cells = document["cells"]
-  parts = [f"# {_TITLE}", f"    {document['command']}", NOTES]
-  parts += [targets(cells), REASONS]
+  parts = [
+    "# Convex problems: seconds and passes to the optimum",
+    *(f"    {document['command']}", NOTES, targets(cells), REASONS),
+  ]
   for name, cell in cells.items():
     rows, columns, outputs = cell["shape"]
     parts += [
@@ -306,32 +288,26 @@ def main(
 
   For one core, start it by taskset. The features of a net need --data-dir.
   """
-  chosen = cells or [
-    name
-    for name, (data, _) in problems.CELLS.items()
-    if data_dir or data != problems.PROBED
-  ]
-  if not data_dir and any(
-    problems.CELLS[c][0] == problems.PROBED for c in chosen
-  ):
+  needs_data = lambda name: name.startswith(problems.PROBED)
+  if not data_dir and any(map(needs_data, cells)):
     raise click.UsageError(f"{problems.PROBED} needs --data-dir.")
-  made = {name: problems.make(name, data_dir) for name in chosen}
   path = out / "runs.json"
   document = json.loads(path.read_text("utf-8")) if path.exists() else {}
-  cells_found = document.setdefault("cells", {})
+  found = document.setdefault("cells", {})
   document |= {
     "module": __name__,
     "command": "python -m benchmarks convex",
     **store.environment(),
     "packages": solvers.versions(),
   }
-  for name, problem in made.items():
+  for name in cells or problems.CELLS:
+    if needs_data(name) and not data_dir:
+      continue
+    problem = problems.make(name, data_dir)
     with jax.enable_x64(True):
-      for _ in _complete(name, problem, cells_found.setdefault(name, {})):
+      for _ in _complete(name, problem, found.setdefault(name, {})):
         store.write_json(path, document)
-  document["cells"] = {
-    c: cells_found[c] for c in problems.CELLS if c in cells_found
-  }
+  document["cells"] = {c: found[c] for c in problems.CELLS if c in found}
   click.echo(render(document)["table.md"])
   if publish:
     publishing.publish("convex", document)

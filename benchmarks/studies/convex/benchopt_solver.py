@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solver for benchopt's ``benchmark_ridge``: copy it to its ``solvers``."""
+"""Solver for benchopt's ``benchmark_ridge`` and ``benchmark_logreg_l2``.
+
+Copy it to the ``solvers`` of either of them.
+"""
 
 import warnings
 
@@ -21,10 +24,13 @@ class Solver(BaseSolver):
   sampling_strategy = "tolerance"
 
   def set_objective(self, X, y, lmbd, fit_intercept=False):  # noqa: N803
-    """Takes over the data."""
-    self.is_sparse = scipy.sparse.issparse(X)
+    """Takes over the data, in logistic regression with labels -1 and 1."""
     self.features, self.targets = X, np.asarray(y, np.float64)
     self.l2, self.fit_intercept = lmbd / len(y), fit_intercept
+    self.loss = optax.losses.l2_loss
+    if "Logistic" in self._objective.name:
+      self.loss = optax.losses.sigmoid_binary_cross_entropy
+      self.targets = (y > 0).astype(np.int32)
 
   def warm_up(self):
     """Compiles."""
@@ -34,10 +40,10 @@ class Solver(BaseSolver):
     """Solves up to a norm of the gradient."""
     with jax.enable_x64(True), warnings.catch_warnings():
       warnings.simplefilter("ignore")  # The tolerance may be below rounding.
-      x = self.features
+      x, is_sparse = self.features, scipy.sparse.issparse(self.features)
       self.fit = optax_svrg.fit_linear(
-        optax.losses.l2_loss,
-        sparse.BCOO.from_scipy_sparse(x) if self.is_sparse else x,
+        self.loss,
+        sparse.BCOO.from_scipy_sparse(x) if is_sparse else x,
         self.targets,
         l2=self.l2,
         intercept=self.fit_intercept,
