@@ -70,19 +70,20 @@ class ArrayFeed:
         (dataset.validation_images, dataset.validation_labels),
       )
     )
-    self._graphdef, params = self._init(jax.random.key(0))
+    self._graphdef = nnx.graphdef(self._make_model(nnx.Rngs(0)))
     self._passed = _whole_and_rest(self.num_examples, experiment.batch_size)
     self._evaluated = tuple(
       (x, _whole_and_rest(len(x[1]), _PIECE_SIZE))
       for x in (self._train, validation)
     )
+    params = self.init(jax.random.key(0))
     self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
     self.nothing_observed = jax.jit(program.nothing_observed)
     self._grad = jax.grad(self.loss)
 
   def init(self, key: jax.Array) -> optax.Params:
     """Draws initial parameters."""
-    return self._init(key)[1]
+    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
 
   def measure(
     self, params: optax.Params, observed: Observed | None, num_steps: int
@@ -241,10 +242,6 @@ class ArrayFeed:
     augment = self._common.augment
     images = arrays.augment(augment, key, indices, images, self._image_shape)
     return Batch(images, labels, is_real)
-
-  def _init(self, key: jax.Array) -> tuple[nnx.GraphDef, optax.Params]:
-    graphdef, params = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param)
-    return graphdef, nnx.as_pure(params)
 
   def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
     """The data of the keys of an epoch, the same for all methods."""

@@ -279,8 +279,7 @@ class StreamFeed:
     )
 
   def _init(self, key: jax.Array) -> optax.Params:
-    params = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param)[1]
-    return nnx.as_pure(params)
+    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
 
   def _mix_fn(self, draw: jax.Array, batch: streams.Batch) -> Mixed:
     """Makes the draws of a batch, which follow from the number of its step."""

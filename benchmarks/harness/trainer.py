@@ -29,17 +29,10 @@ Feed = ArrayFeed | StreamFeed
 
 def shared(experiment: Experiment) -> Experiment:
   """Returns the experiment of a trainer: without what differs between runs."""
+  method = {"method": "", "method_settings": {}, "snapshot_every": 1}
+  rates = {"schedule": "", "warmup_epochs": None, "final_lr_share": 0.0}
   return experiment.replace(
-    measure={},
-    method="",
-    method_settings={},
-    optimizer="",
-    lr=0.0,
-    schedule="",
-    warmup_epochs=None,
-    final_lr_share=0.0,
-    snapshot_every=1,
-    seed=0,
+    **method, **rates, optimizer="", lr=0.0, seed=0, measure={}
   )
 
 
