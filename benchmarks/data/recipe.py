@@ -38,12 +38,14 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of RandAugment.
 _NUM_LAYERS = 2
 _APPLIED = 0.5  # Probability.
+_MAGNITUDE_STD = 0.5
 _MAX_MAGNITUDE = 10.0
 
 # Of random erasing.
 _ERASED_AREA = (0.02, 1 / 3)  # Share of the image.
 _ERASED_RATIO = (0.3, 1 / 0.3)  # Height to width.
 
+_CROP_RATIO = (3 / 4, 4 / 3)  # Width to height.
 _ATTEMPTS = 10  # At a box that lies within the image.
 
 _Fill = int | tuple[int, ...]
@@ -58,14 +60,11 @@ class Recipe:
     num_channels: 3, or 1 for shades of grey.
     num_classes: number of classes.
     crop_scale: least and greatest share of the area in a random resized crop.
-    crop_ratio: least and greatest ratio of its width to its height.
     padding: black pixels on each side before the random crop of images of at
       most 32 pixels.
     flip: probability of a flip from left to right.
-    magnitude: mean strength of RandAugment, from 0 to 10; ``None`` turns it
-      off.
-    magnitude_std: standard deviation of the strength, which is drawn for each
-      operation and clipped to 0 to 10.
+    magnitude: mean strength of RandAugment, which is drawn for each operation
+      and clipped to 0 to 10; ``None`` turns it off.
     erasing: probability that a box of an image is replaced by noise.
     mixup: parameter of the beta distribution of mixup; 0 turns it off.
     cutmix: the same for cutmix.
@@ -77,47 +76,22 @@ class Recipe:
   num_channels: int
   num_classes: int
   crop_scale: tuple[float, float] = (0.08, 1.0)
-  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   padding: int = 4
   flip: float = 0.5
   magnitude: float | None = 9.0
-  magnitude_std: float = 0.5
   erasing: float = 0.25
   mixup: float = 0.8
   cutmix: float = 1.0
   switch: float = 0.5
   label_smoothing: float = 0.1
 
-  def __post_init__(self) -> None:
-    if self.num_channels not in (1, 3):
-      raise ValueError(f"num_channels must be 1 or 3, got {self.num_channels}.")
 
-  @property
-  def mean(self) -> tuple[float, ...]:
-    """The mean of each channel in ImageNet; for grey the mean of these."""
-    return self._of_channels(_IMAGENET_MEAN)
-
-  @property
-  def std(self) -> tuple[float, ...]:
-    """The standard deviation, like ``mean``."""
-    return self._of_channels(_IMAGENET_STD)
-
-  def _of_channels(self, values: tuple[float, ...]) -> tuple[float, ...]:
-    return values if self.num_channels == 3 else (sum(values) / len(values),)
+def _by_channel(recipe: Recipe, rgb: tuple[float, ...]) -> tuple[float, ...]:
+  """The values of the channels; for grey their mean."""
+  return rgb if recipe.num_channels == 3 else (sum(rgb) / 3,)
 
 
 def _to_pillow(recipe: Recipe, image: np.ndarray) -> Image.Image:
-  image = np.asarray(image)
-  if (
-    image.dtype != np.uint8
-    or image.ndim != 3
-    or image.shape[-1] != recipe.num_channels
-    or not image.size
-  ):
-    raise ValueError(
-      "image must be uint8 of the shape (height, width,"
-      f" {recipe.num_channels}), got {image.dtype} of the shape {image.shape}."
-    )
   return Image.fromarray(image if recipe.num_channels == 3 else image[..., 0])
 
 
@@ -131,7 +105,7 @@ def _crop_box(
   recipe: Recipe, rng: np.random.Generator, width: int, height: int
 ) -> tuple[int, int, int, int]:
   """The left, upper, right and lower edge of a random resized crop."""
-  log_ratio = [math.log(ratio) for ratio in recipe.crop_ratio]
+  log_ratio = [math.log(ratio) for ratio in _CROP_RATIO]
   for _ in range(_ATTEMPTS):
     area = rng.uniform(*recipe.crop_scale) * width * height
     ratio = math.exp(rng.uniform(*log_ratio))
@@ -140,7 +114,7 @@ def _crop_box(
       top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
       return int(left), int(top), int(left) + w, int(top) + h
   # The greatest box in the middle whose ratio is allowed.
-  least, greatest = recipe.crop_ratio
+  least, greatest = _CROP_RATIO
   w = min(width, round(height * greatest))
   h = min(height, round(width / least))
   left, top = (width - w) // 2, (height - h) // 2
@@ -161,38 +135,32 @@ def _crop(
   return image.crop((left, top, left + size, top + size))
 
 
-def _affine(
-  image: Image.Image, matrix: tuple[float, ...], fill: _Fill
-) -> Image.Image:
-  return image.transform(
-    image.size, Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=fill
+def _enhance(enhancer: Callable) -> Callable:
+  """An operation that leaves the image as it is at level 0."""
+  return lambda image, level, fill: enhancer(image).enhance(
+    max(0.1, 1 + 0.9 * level)
   )
 
 
-def _by_table(
-  image: Image.Image, new_value: Callable[[int], int]
-) -> Image.Image:
-  """Replaces each value of each channel."""
-  table = [new_value(value) for value in range(256)]
-  return image.point(table * len(image.getbands()))
-
-
-def _posterize(image: Image.Image, level: float) -> Image.Image:
-  # At the greatest level no bit is left, which ImageOps.posterize refuses.
-  step = 2 ** (4 + int(abs(level) * 4))
-  return _by_table(image, lambda value: value - value % step)
-
-
-def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-  addend = int(abs(level) * 110)
-  return _by_table(
-    image, lambda value: min(255, value + addend) if value < 128 else value
+def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable:
+  """An operation by its matrix, of the level and of width and height."""
+  return lambda image, level, fill: image.transform(
+    image.size,
+    Image.Transform.AFFINE,
+    matrix(level, *image.size),
+    _BICUBIC,
+    fillcolor=fill,
   )
 
 
-def _factor(level: float) -> float:
-  """Of an enhancement; 1 leaves the image as it is."""
-  return max(0.1, 1 + 0.9 * level)
+def _by_table(new_value: Callable[[int, float], int]) -> Callable:
+  """An operation on each value of each channel, by the level's size."""
+
+  def operation(image: Image.Image, level: float, fill: _Fill) -> Image.Image:
+    table = [new_value(value, abs(level)) for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+  return operation
 
 
 # The operations of RandAugment. The level is the strength as a share of the
@@ -204,47 +172,34 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
   "rotate": lambda image, level, fill: image.rotate(
     30 * level, _BICUBIC, fillcolor=fill
   ),
-  "posterize": lambda image, level, fill: _posterize(image, level),
+  # At the greatest level no bit is left, which ImageOps.posterize refuses.
+  "posterize": _by_table(lambda v, level: v - v % 2 ** (4 + int(level * 4))),
   "solarize": lambda image, level, fill: ImageOps.solarize(
     image, 256 - int(abs(level) * 256)
   ),
-  "solarize_add": lambda image, level, fill: _solarize_add(image, level),
-  "color": lambda image, level, fill: ImageEnhance.Color(image).enhance(
-    _factor(level)
+  "solarize_add": _by_table(
+    lambda v, level: min(255, v + int(level * 110)) if v < 128 else v
   ),
-  "contrast": lambda image, level, fill: ImageEnhance.Contrast(image).enhance(
-    _factor(level)
-  ),
-  "brightness": lambda image, level, fill: ImageEnhance.Brightness(
-    image
-  ).enhance(_factor(level)),
-  "sharpness": lambda image, level, fill: ImageEnhance.Sharpness(image).enhance(
-    _factor(level)
-  ),
-  "shear_x": lambda image, level, fill: _affine(
-    image, (1, 0.3 * level, 0, 0, 1, 0), fill
-  ),
-  "shear_y": lambda image, level, fill: _affine(
-    image, (1, 0, 0, 0.3 * level, 1, 0), fill
-  ),
-  "translate_x": lambda image, level, fill: _affine(
-    image, (1, 0, 0.45 * level * image.width, 0, 1, 0), fill
-  ),
-  "translate_y": lambda image, level, fill: _affine(
-    image, (1, 0, 0, 0, 1, 0.45 * level * image.height), fill
-  ),
+  "color": _enhance(ImageEnhance.Color),
+  "contrast": _enhance(ImageEnhance.Contrast),
+  "brightness": _enhance(ImageEnhance.Brightness),
+  "sharpness": _enhance(ImageEnhance.Sharpness),
+  "shear_x": _affine(lambda level, w, h: (1, 0.3 * level, 0, 0, 1, 0)),
+  "shear_y": _affine(lambda level, w, h: (1, 0, 0, 0.3 * level, 1, 0)),
+  "translate_x": _affine(lambda level, w, h: (1, 0, 0.45 * level * w, 0, 1, 0)),
+  "translate_y": _affine(lambda level, w, h: (1, 0, 0, 0, 1, 0.45 * level * h)),
 }
 
 
 def _rand_augment(
   recipe: Recipe, rng: np.random.Generator, image: Image.Image
 ) -> Image.Image:
-  colors = [round(255 * mean) for mean in recipe.mean]
+  colors = [round(255 * x) for x in _by_channel(recipe, _IMAGENET_MEAN)]
   fill = tuple(colors) if len(colors) > 1 else colors[0]
   names = list(_OPERATIONS)
   for i in rng.integers(len(names), size=_NUM_LAYERS).tolist():
     if rng.random() < _APPLIED:
-      magnitude = rng.normal(recipe.magnitude, recipe.magnitude_std)
+      magnitude = rng.normal(recipe.magnitude, _MAGNITUDE_STD)
       level = min(max(magnitude, 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
       sign = 1 if rng.random() < 0.5 else -1
       image = _OPERATIONS[names[i]](image, sign * level, fill)
@@ -281,9 +236,10 @@ def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
 
 def standardise(recipe: Recipe, images: jax.Array) -> jax.Array:
   """Standardises images by the mean and standard deviation of ImageNet."""
-  shape = (1, 1, 1, recipe.num_channels)
-  mean = jnp.array(recipe.mean, jnp.float32).reshape(shape)
-  std = jnp.array(recipe.std, jnp.float32).reshape(shape)
+  mean, std = (
+    jnp.array(_by_channel(recipe, x), jnp.float32).reshape(1, 1, 1, -1)
+    for x in (_IMAGENET_MEAN, _IMAGENET_STD)
+  )
   return (images.astype(jnp.float32) / 255 - mean) / std
 
 
@@ -355,16 +311,6 @@ def mix(
   To be compiled by the caller. Each image is mixed with that at its place in
   the batch in reverse order, as timm does, by one draw for the batch.
   """
-  shape = (recipe.image_size, recipe.image_size, recipe.num_channels)
-  if images.dtype != jnp.uint8 or images.shape[1:] != shape:
-    raise ValueError(
-      f"images must be uint8 of the shape (batch, *{shape}), got"
-      f" {images.dtype} of the shape {images.shape}."
-    )
-  if labels.shape != images.shape[:1]:
-    raise ValueError(
-      f"labels must be of the shape {images.shape[:1]}, got {labels.shape}."
-    )
   erasing_key, mixing_key = jax.random.split(key)
   mixed = standardise(recipe, images)
   targets = optax.smooth_labels(

@@ -23,55 +23,36 @@ where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 from pathlib import Path
 import shlex
-from typing import Any, NamedTuple, Protocol, SupportsIndex, TypedDict
+from typing import Any, NamedTuple, SupportsIndex
 
+import grain
 import numpy as np
 import PIL.Image
 
 from benchmarks.data import arrays
 
-
-class _Splits(NamedTuple):
-  """Names of the parts of a data set in TensorFlow Datasets."""
-
-  train: str
-  validation: str
-
-
+# Names of the parts for training and for validation.
 _SPLITS = {
-  "cifar100": _Splits("train", "test"),
-  "oxford_iiit_pet": _Splits("train", "test"),
-  "oxford_flowers102": _Splits("train+validation", "test"),
-  "stl10": _Splits("train", "test"),
-  "food101": _Splits("train", "validation"),
-  "dtd": _Splits("train+validation", "test"),
-  "svhn_cropped": _Splits("train", "test"),
+  "cifar100": ("train", "test"),
+  "oxford_iiit_pet": ("train", "test"),
+  "oxford_flowers102": ("train+validation", "test"),
+  "stl10": ("train", "test"),
+  "food101": ("train", "validation"),
+  "dtd": ("train+validation", "test"),
+  "svhn_cropped": ("train", "test"),
   # The only split, which TensorFlow Datasets has shuffled when it was written.
-  "eurosat": _Splits("train[:70%]", "train[70%:]"),
-  "imagenet2012": _Splits("train", "validation"),
+  "eurosat": ("train[:70%]", "train[70%:]"),
+  "imagenet2012": ("train", "validation"),
 }
-_CONFIGS = {"eurosat": "eurosat/rgb"}
 
 TFDS_DATASETS = tuple(_SPLITS)
 DATASETS = (*TFDS_DATASETS, *arrays.DATASETS)
 
-
-class Example(TypedDict):
-  """An image, uint8 of the shape (height, width, channels), and its label."""
-
-  image: np.ndarray
-  label: int
-
-
-class Source(Protocol):
-  """Random access to examples, as Grain has it."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: SupportsIndex) -> Example: ...
+Source = grain.sources.RandomAccessDataSource
 
 
 class ImageData(NamedTuple):
@@ -96,10 +77,6 @@ class ImageData(NamedTuple):
 
 def load(name: str, data_dir: Path | None) -> ImageData:
   """Opens a data set."""
-  if name not in DATASETS:
-    raise ValueError(
-      f"name must be one of {', '.join(DATASETS)}, got {name!r}."
-    )
   if name in arrays.DATASETS:
     return _load_arrays(name, data_dir)
   if data_dir is None:
@@ -107,50 +84,26 @@ def load(name: str, data_dir: Path | None) -> ImageData:
   return _load_tfds(name, data_dir)
 
 
-def decode(encoded: bytes, num_channels: int, origin: str) -> np.ndarray:
-  """Decodes an image in any format that Pillow reads.
-
-  As in torchvision, which the authors use, transparency is dropped, and the
-  orientation that a camera has noted is ignored.
-  """
-  try:
-    with PIL.Image.open(io.BytesIO(encoded)) as image:
-      pixels = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
-  except PIL.UnidentifiedImageError as e:
-    raise arrays.DataError(
-      f"{origin}: is no image that Pillow can read."
-    ) from e
-  # A damaged file may raise anything.
-  except Exception as e:
-    reason = arrays.one_line(e) or type(e).__name__
-    raise arrays.DataError(f"{origin}: {reason}.") from e
-  return pixels.reshape(*pixels.shape[:2], num_channels)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass
 class ArraySource:
-  """Images in memory.
+  """Images in memory, uint8 of the shape (n, height, width, channels)."""
 
-  Attributes:
-    name: what to call the source.
-    images: uint8 of the shape (n, height, width, channels).
-    labels: integers of the shape (n,).
-  """
-
-  name: str
-  images: np.ndarray = dataclasses.field(repr=False)
-  labels: np.ndarray = dataclasses.field(repr=False)
+  images: np.ndarray
+  labels: np.ndarray
 
   def __len__(self) -> int:
     return len(self.labels)
 
-  def __getitem__(self, index: SupportsIndex) -> Example:
+  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     return {"image": self.images[index], "label": int(self.labels[index])}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass
 class RecordSource:
   """Images of TensorFlow Datasets, decoded at each access.
+
+  As in torchvision, which the authors use, transparency is dropped, and the
+  orientation that a camera has noted is ignored.
 
   Attributes:
     name: what to call the source.
@@ -160,44 +113,43 @@ class RecordSource:
   """
 
   name: str
-  records: Any = dataclasses.field(repr=False)
+  records: Any
   num_channels: int
 
   def __len__(self) -> int:
     return len(self.records)
 
-  def __getitem__(self, index: SupportsIndex) -> Example:
+  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     index = index.__index__()
     if not 0 <= index < len(self):
       raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}.")
-    origin = f"{self.name}, record {index}"
     try:
       record = self.records[index]
-      encoded, label = record["image"], int(record["label"])
-    # What reads and parses damaged records may raise anything.
+      with PIL.Image.open(io.BytesIO(record["image"])) as image:
+        mode = "L" if self.num_channels == 1 else "RGB"
+        pixels = np.asarray(image.convert(mode))
+    # What reads, parses and decodes damaged records may raise anything.
     except Exception as e:
-      raise arrays.DataError(f"{origin}: {arrays.one_line(e)}.") from e
-    return {
-      "image": decode(encoded, self.num_channels, origin),
-      "label": label,
-    }
+      reason = arrays.one_line(e)
+      raise arrays.DataError(f"{self.name}, record {index}: {reason}.") from e
+    pixels = pixels.reshape(*pixels.shape[:2], self.num_channels)
+    return {"image": pixels, "label": int(record["label"])}
 
 
 def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
   found = arrays.load_arrays(name, data_dir)
-  num_channels, height, width = found.image_shape
 
-  def source(split: str, images: np.ndarray, labels: np.ndarray) -> ArraySource:
-    images = images.reshape(-1, num_channels, height, width)
-    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+  def source(images: np.ndarray, labels: np.ndarray) -> ArraySource:
+    images = images.reshape(-1, *found.image_shape).transpose(0, 2, 3, 1)
+    images = np.ascontiguousarray(images)
     images.setflags(write=False)  # The source gives views of it.
-    return ArraySource(f"{name} {split}", images, labels)
+    return ArraySource(images, labels)
 
   return ImageData(
-    source("train", found.train_images, found.train_labels),
-    source("validation", found.validation_images, found.validation_labels),
-    arrays.NUM_CLASSES,
-    num_channels,
+    source(found.train_images, found.train_labels),
+    source(found.validation_images, found.validation_labels),
+    found.num_classes,
+    found.image_shape[0],
     found.sha256,
   )
 
@@ -210,7 +162,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
       f"{name} needs the packages of the extra tfds: {arrays.one_line(e)}."
     ) from e
 
-  full_name = _CONFIGS.get(name, name)
+  full_name = "eurosat/rgb" if name == "eurosat" else name
   arguments = ["--file_format=array_record", f"--data_dir={data_dir}"]
   if name == "imagenet2012":
     arguments.append("--manual_dir=MANUAL_DIR")
@@ -226,10 +178,15 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
     builder = tfds.builder(f"{full_name}:*.*.*", data_dir=data_dir)
     info = builder.info
     decoders = {key: tfds.decode.SkipDecoding() for key in info.features}
-    parts = [
-      builder.as_data_source(split, decoders=decoders)
+    num_channels = info.features["image"].shape[-1]
+    train, validation = (
+      RecordSource(
+        f"{info.full_name} {split}",
+        builder.as_data_source(split, decoders=decoders),
+        num_channels,
+      )
       for split in _SPLITS[name]
-    ]
+    )
   except NotImplementedError as e:
     raise arrays.DataError(
       f"{folder}: has files without random access. With TensorFlow, prepare"
@@ -238,20 +195,12 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
   # Damaged descriptions of the data may raise anything.
   except Exception as e:
     raise arrays.DataError(f"{folder}: {arrays.one_line(e)}.") from e
-  for split in info.splits.values():
-    for path in split.filepaths:
-      if not path.exists():
-        raise arrays.DataError(f"{path}: No such file or directory.")
-  sizes = {
-    split.name: [split.num_bytes, split.shard_lengths]
-    for split in info.splits.values()
-  }
+  splits = info.splits.values()
+  for path in itertools.chain.from_iterable(x.filepaths for x in splits):
+    if not path.exists():
+      raise arrays.DataError(f"{path}: No such file or directory.")
+  sizes = {x.name: [x.num_bytes, x.shard_lengths] for x in splits}
   digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-  num_channels = info.features["image"].shape[-1]
-  train, validation = (
-    RecordSource(f"{info.full_name} {split}", records, num_channels)
-    for split, records in zip(_SPLITS[name], parts, strict=True)
-  )
   return ImageData(
     train,
     validation,

@@ -2,7 +2,7 @@
 """The models, by name."""
 
 from collections.abc import Callable, Mapping
-import functools
+from functools import partial
 from typing import Any
 
 from flax import nnx
@@ -17,28 +17,26 @@ from benchmarks.models.vit import ViT
 
 __all__ = ["MLP", "MODELS", "NUM_LAYERS", "maker", "widths"]
 
-_partial = functools.partial
-
 # Each makes a model from the size of square images, their number of channels,
 # the number of classes and ``rngs``; further arguments are its settings. Models
 # take images ``[batch, size, size, channels]``.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
   **{
-    name: _partial(Perceptron, num_layers=num_layers)
+    name: partial(Perceptron, num_layers=num_layers)
     for name, num_layers in NUM_LAYERS.items()
   },
   "convnet": ConvNet,
-  "vit": _partial(ViT, patch_size=7, width=32, depth=2, heads=4),
-  "mixer": _partial(Mixer, patch_size=7, width=32, depth=2),
+  "vit": partial(ViT, patch_size=7, width=32, depth=2, heads=4),
+  "mixer": partial(Mixer, patch_size=7, width=32, depth=2),
   "convnext-femto": ConvNeXt,
-  "convnext-base": _partial(
+  "convnext-base": partial(
     ConvNeXt, depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024)
   ),
   "vit-tiny": ViT,
-  "vit-base": _partial(ViT, width=768, heads=12),
+  "vit-base": partial(ViT, width=768, heads=12),
   "swin-femto": Swin,
   "mixer-s32": Mixer,
-  "mixer-s16": _partial(Mixer, patch_size=16),
+  "mixer-s16": partial(Mixer, patch_size=16),
 }
 
 
@@ -54,9 +52,7 @@ def maker(
     raise benchmarks.UserError(
       f"Images must be square, got {height} x {width} pixels."
     )
-  make = functools.partial(
-    MODELS[name], height, num_channels, num_classes, **settings
-  )
+  make = partial(MODELS[name], height, num_channels, num_classes, **settings)
 
   def made(rngs: nnx.Rngs) -> nnx.Module:
     try:

@@ -29,43 +29,26 @@ class ConvNeXt(layers.Network):
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
-    *,
+    *shape: int,
     rngs: nnx.Rngs,
     patch_size: int = 4,
     depths: Sequence[int] = (2, 2, 6, 2),
     widths: Sequence[int] = (48, 96, 192, 384),
     **common: Any,
   ):
-    if len(widths) != len(depths):
-      raise ValueError(
-        f"widths must be as many as depths, {len(depths)}, got {widths}."
-      )
-    size = layers.grid(image_size, patch_size)
-    layers.check_halving(image_size, size, depths)
-    super().__init__(
-      image_size,
-      num_channels,
-      num_classes,
-      widths[-1],
-      rngs=rngs,
-      **common,
-    )
-    dtype = self.dtype
-    make_norm = functools.partial(layers.norm, dtype=dtype, rngs=rngs)
+    super().__init__(*shape, num_features=widths[-1], rngs=rngs, **common)
+    layers.grid(shape[0], patch_size, len(depths))
+    options = {"dtype": self.dtype, "rngs": rngs}
     make_cut = functools.partial(
       layers.Cut,
-      dtype=dtype,
-      rngs=rngs,
       kernel_init=layers.normal,
       bias_init=layers.zeros,
+      **options,
     )
-    self.stem = make_cut(patch_size, num_channels, widths[0])
-    self.stem_norm = make_norm(widths[0])
+    self.stem = make_cut(patch_size, shape[1], widths[0])
+    self.stem_norm = layers.norm(widths[0], **options)
     self.downsample_norms = nnx.List(
-      [make_norm(width) for width in widths[:-1]]
+      [layers.norm(width, **options) for width in widths[:-1]]
     )
     self.downsamples = nnx.List(
       [make_cut(2, *pair) for pair in itertools.pairwise(widths)]
@@ -73,13 +56,11 @@ class ConvNeXt(layers.Network):
     rates = layers.rates(self.drop_path, depths)
     self.stages = nnx.List(
       [
-        nnx.List(
-          [_ConvNeXtBlock(width, rate, dtype, rngs=rngs) for rate in stage]
-        )
+        nnx.List([_ConvNeXtBlock(width, rate, **options) for rate in stage])
         for width, stage in zip(widths, rates, strict=True)
       ]
     )
-    self.norm = make_norm(widths[-1])
+    self.norm = layers.norm(widths[-1], **options)
 
   def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = self.stem_norm(self.stem(x))
@@ -91,12 +72,14 @@ class ConvNeXt(layers.Network):
 
 
 class _ConvNeXtBlock(nnx.Module):
-  def __init__(self, width: int, rate: float, dtype: Any, *, rngs: nnx.Rngs):
+  def __init__(
+    self, width: int, rate: float, *, rngs: nnx.Rngs, **options: Any
+  ):
     self.rate = rate
     self.kernel = nnx.Param(layers.normal(rngs.params(), (7, 7, width)))
     self.bias = nnx.Param(jnp.zeros(width))
-    self.norm = layers.norm(width, dtype, rngs=rngs)
-    self.mlp = layers.FeedForward(width, 4 * width, dtype, rngs=rngs)
+    self.norm = layers.norm(width, rngs=rngs, **options)
+    self.mlp = layers.FeedForward(width, 4 * width, rngs=rngs, **options)
     self.layer_scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -10,6 +10,7 @@ a hundred standard deviations away.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
 from flax import nnx
@@ -19,6 +20,9 @@ import numpy as np
 
 normal = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
+# With the authors' initial weights.
+linear = functools.partial(nnx.Linear, kernel_init=normal)
+norm = functools.partial(nnx.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 def cut(images: Any, size: int) -> Any:
@@ -29,31 +33,29 @@ def cut(images: Any, size: int) -> Any:
 
 
 class Network(nnx.Module):
-  """Base of the architectures: features, then a linear head."""
+  """Base of the architectures: features, then a linear head.
+
+  Their first arguments, ``shape``, are the size of images, the number of
+  channels and that of classes; ``common`` are those of this class.
+  """
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
+    *shape: int,
     num_features: int,
-    *,
     rngs: nnx.Rngs,
     drop_path: float = 0.0,
     remat: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float32,
     head_init: nnx.Initializer = normal,
   ):
-    if not 0 <= drop_path < 1:
-      raise ValueError(f"drop_path must be in [0, 1), got {drop_path}.")
-    self.image_shape = (image_size, image_size, num_channels)
     self.drop_path = drop_path
     self.remat = remat
     self.dtype = jnp.dtype(dtype)
     self.head = linear(
       num_features,
-      num_classes,
-      jnp.float32,
+      shape[-1],
+      dtype=jnp.float32,
       kernel_init=head_init,
       rngs=rngs,
     )
@@ -62,12 +64,8 @@ class Network(nnx.Module):
     self, images: jax.Array, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
     """Returns the logits."""
-    check_images(images, self.image_shape)
     key = rngs.dropout() if rngs is not None and self.drop_path else None
     return self.head(self._features(images.astype(self.dtype), key))
-
-  def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    raise NotImplementedError
 
   def _apply(
     self, blocks: nnx.List, x: jax.Array, key: jax.Array | None
@@ -77,7 +75,7 @@ class Network(nnx.Module):
       call = type(block).__call__
       if self.remat:
         call = nnx.remat(call)
-      x = call(block, x, None if key is None else jax.random.fold_in(key, i))
+      x = call(block, x, fold(key, i))
     return x
 
 
@@ -85,15 +83,7 @@ class Cut(nnx.Module):
   """A convolution whose stride is its kernel's size: a matrix product."""
 
   def __init__(
-    self,
-    size: int,
-    num_inputs: int,
-    num_outputs: int,
-    dtype: Any,
-    *,
-    rngs: nnx.Rngs,
-    kernel_init: nnx.Initializer | None = None,
-    bias_init: nnx.Initializer | None = None,
+    self, size: int, num_inputs: int, num_outputs: int, **options: Any
   ):
     self.size = size
     fan_in = size**2 * num_inputs
@@ -103,14 +93,8 @@ class Cut(nnx.Module):
     uniform = lambda key, shape, dtype: jax.random.uniform(
       key, shape, dtype, -limit, limit
     )
-    self.linear = linear(
-      fan_in,
-      num_outputs,
-      dtype,
-      rngs=rngs,
-      kernel_init=kernel_init or uniform,
-      bias_init=bias_init or uniform,
-    )
+    inits = {"kernel_init": uniform, "bias_init": uniform}
+    self.linear = nnx.Linear(fan_in, num_outputs, **(inits | options))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """From ``[..., height, width, channels]`` to features of each square."""
@@ -121,17 +105,9 @@ class Cut(nnx.Module):
 class FeedForward(nnx.Module):
   """Two linear layers with GELU between them."""
 
-  def __init__(
-    self,
-    num_features: int,
-    num_hidden: int,
-    dtype: Any,
-    *,
-    rngs: nnx.Rngs,
-    **inits: nnx.Initializer,
-  ):
-    self.first = linear(num_features, num_hidden, dtype, rngs=rngs, **inits)
-    self.second = linear(num_hidden, num_features, dtype, rngs=rngs, **inits)
+  def __init__(self, num_features: int, num_hidden: int, **options: Any):
+    self.first = linear(num_features, num_hidden, **options)
+    self.second = linear(num_hidden, num_features, **options)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Applies both layers to the last axis."""
@@ -141,14 +117,10 @@ class FeedForward(nnx.Module):
 class Attention(nnx.Module):
   """Multi-head attention with biases."""
 
-  def __init__(self, width: int, heads: int, dtype: Any, *, rngs: nnx.Rngs):
-    if heads < 1 or width % heads:
-      raise ValueError(
-        f"heads must divide the width of {width} features, got {heads}."
-      )
+  def __init__(self, width: int, heads: int, **options: Any):
     self.heads = heads
-    self.inputs = linear(width, 3 * width, dtype, rngs=rngs)
-    self.outputs = linear(width, width, dtype, rngs=rngs)
+    self.inputs = linear(width, 3 * width, **options)
+    self.outputs = linear(width, width, **options)
 
   def __call__(
     self,
@@ -171,17 +143,16 @@ class AttentionBlock(nnx.Module):
     width: int,
     heads: int,
     rate: float,
-    dtype: Any,
     *,
-    rngs: nnx.Rngs,
     epsilon: float = 1e-6,
+    **options: Any,
   ):
     self.rate = rate
     self.norms = nnx.List(
-      [norm(width, dtype, rngs=rngs, epsilon=epsilon) for _ in range(2)]
+      [norm(width, epsilon=epsilon, **options) for _ in range(2)]
     )
-    self.attention = Attention(width, heads, dtype, rngs=rngs)
-    self.mlp = FeedForward(width, 4 * width, dtype, rngs=rngs)
+    self.attention = Attention(width, heads, **options)
+    self.mlp = FeedForward(width, 4 * width, **options)
 
   def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     """Applies the block; without a key nothing is dropped."""
@@ -190,39 +161,6 @@ class AttentionBlock(nnx.Module):
 
   def _attend(self, x: jax.Array) -> jax.Array:
     return self.attention(x)
-
-
-def norm(
-  num_features: int, dtype: Any, *, rngs: nnx.Rngs, epsilon: float = 1e-6
-) -> nnx.LayerNorm:
-  """Makes a LayerNorm whose variance is computed in two passes."""
-  return nnx.LayerNorm(
-    num_features,
-    epsilon=epsilon,
-    dtype=dtype,
-    use_fast_variance=False,
-    rngs=rngs,
-  )
-
-
-def linear(
-  num_inputs: int,
-  num_outputs: int,
-  dtype: Any,
-  *,
-  rngs: nnx.Rngs,
-  kernel_init: nnx.Initializer = normal,
-  **options: Any,
-) -> nnx.Linear:
-  """Makes a linear layer with the authors' initial weights."""
-  return nnx.Linear(
-    num_inputs,
-    num_outputs,
-    dtype=dtype,
-    kernel_init=kernel_init,
-    rngs=rngs,
-    **options,
-  )
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -241,33 +179,22 @@ def fold(key: jax.Array | None, number: int) -> jax.Array | None:
 
 def rates(drop_path: float, depths: Sequence[int]) -> list[list[float]]:
   """The rate of each block of each stage."""
-  if not depths or min(depths) < 1:
-    raise ValueError(f"depths must be positive, got {depths}.")
   rates = np.linspace(0, drop_path, sum(depths))
   ends = np.cumsum(depths)[:-1]
   return [stage.tolist() for stage in np.split(rates, ends)]
 
 
-def grid(image_size: int, patch_size: int) -> int:
-  """Number of patches along a side."""
-  if patch_size < 1 or image_size < 1 or image_size % patch_size:
+def grid(image_size: int, patch_size: int, num_stages: int = 1) -> int:
+  """Number of patches along a side, to be halved between stages."""
+  size, rest = divmod(image_size, patch_size)
+  if rest:
     raise ValueError(
-      f"image_size must be a positive multiple of patch_size, {patch_size}, got"
+      f"image_size must be a multiple of patch_size, {patch_size}, got"
       f" {image_size}."
     )
-  return image_size // patch_size
-
-
-def check_halving(image_size: int, size: int, depths: Sequence[int]) -> None:
-  """Raises unless the patches can be halved between all stages."""
-  if size % 2 ** (len(depths) - 1):
+  if size % 2 ** (num_stages - 1):
     raise ValueError(
-      f"image_size must give patches that can be halved {len(depths) - 1} times"
+      f"image_size must give patches that can be halved {num_stages - 1} times"
       f" along each side, got {image_size} with {size} patches."
     )
-
-
-def check_images(images: jax.Array, shape: tuple[int, int, int]) -> None:
-  """Raises unless images are a batch of this shape."""
-  if images.ndim != 4 or images.shape[1:] != shape:
-    raise ValueError(f"images must be [batch, *{shape}], got {images.shape}.")
+  return size

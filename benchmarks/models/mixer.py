@@ -20,41 +20,31 @@ class Mixer(layers.Network):
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
-    *,
+    *shape: int,
     rngs: nnx.Rngs,
     patch_size: int = 32,
     width: int = 512,
     depth: int = 8,
     **common: Any,
   ):
-    size = layers.grid(image_size, patch_size)
     super().__init__(
-      image_size,
-      num_channels,
-      num_classes,
-      width,
-      rngs=rngs,
-      **common,
-      head_init=layers.zeros,
+      *shape, num_features=width, rngs=rngs, head_init=layers.zeros, **common
     )
-    dtype = self.dtype
+    options = {"dtype": self.dtype, "rngs": rngs}
+    num_patches = layers.grid(shape[0], patch_size) ** 2
     self.embed = layers.Cut(
       patch_size,
-      num_channels,
+      shape[1],
       width,
-      dtype,
-      rngs=rngs,
       kernel_init=nnx.initializers.lecun_normal(),
       bias_init=layers.zeros,
+      **options,
     )
     [rates] = layers.rates(self.drop_path, [depth])
     self.blocks = nnx.List(
-      [_MixerBlock(size**2, width, rate, dtype, rngs=rngs) for rate in rates]
+      [_MixerBlock(num_patches, width, rate, **options) for rate in rates]
     )
-    self.norm = layers.norm(width, dtype, rngs=rngs)
+    self.norm = layers.norm(width, **options)
 
   def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = self.embed(x)
@@ -63,25 +53,14 @@ class Mixer(layers.Network):
 
 
 class _MixerBlock(nnx.Module):
-  def __init__(
-    self,
-    num_patches: int,
-    width: int,
-    rate: float,
-    dtype: Any,
-    *,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, num_patches: int, width: int, rate: float, **options: Any):
     self.rate = rate
-    self.norms = nnx.List(
-      [layers.norm(width, dtype, rngs=rngs) for _ in range(2)]
-    )
+    self.norms = nnx.List([layers.norm(width, **options) for _ in range(2)])
     make_mlp = functools.partial(
       layers.FeedForward,
-      dtype=dtype,
-      rngs=rngs,
       kernel_init=nnx.initializers.xavier_uniform(),
       bias_init=nnx.initializers.normal(1e-6),
+      **options,
     )
     self.tokens = make_mlp(num_patches, width // 2)
     self.channels = make_mlp(width, 4 * width)

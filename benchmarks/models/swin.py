@@ -28,10 +28,7 @@ class Swin(layers.Network):
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
-    *,
+    *shape: int,
     rngs: nnx.Rngs,
     patch_size: int = 4,
     width: int = 40,
@@ -40,53 +37,32 @@ class Swin(layers.Network):
     window: int = 7,
     **common: Any,
   ):
-    if len(heads) != len(depths):
-      raise ValueError(
-        f"heads must be as many as depths, {len(depths)}, got {heads}."
-      )
-    if window < 1:
-      raise ValueError(f"window must be positive, got {window}.")
-    size = layers.grid(image_size, patch_size)
-    layers.check_halving(image_size, size, depths)
     widths = [width * 2**i for i in range(len(depths))]
-    super().__init__(
-      image_size,
-      num_channels,
-      num_classes,
-      widths[-1],
-      rngs=rngs,
-      **common,
-    )
-    dtype = self.dtype
-    make_norm = functools.partial(
-      layers.norm, dtype=dtype, rngs=rngs, epsilon=_SWIN_EPSILON
-    )
-    self.embed = layers.Cut(patch_size, num_channels, width, dtype, rngs=rngs)
+    super().__init__(*shape, num_features=widths[-1], rngs=rngs, **common)
+    size = layers.grid(shape[0], patch_size, len(depths))
+    options = {"dtype": self.dtype, "rngs": rngs}
+    make_norm = functools.partial(layers.norm, epsilon=_SWIN_EPSILON, **options)
+    self.embed = layers.Cut(patch_size, shape[1], width, **options)
     self.embed_norm = make_norm(width)
+    rates = layers.rates(self.drop_path, depths)
     self.stages = nnx.List(
       [
         nnx.List(
           [
             _SwinBlock(
-              widths[i],
-              heads[i],
-              rate,
-              dtype,
-              size=size // 2**i,
-              window=window,
-              shifted=bool(j % 2),
-              rngs=rngs,
+              *(widths[i], heads[i], rate, size // 2**i, window, j % 2 == 1),
+              **options,
             )
             for j, rate in enumerate(stage)
           ]
         )
-        for i, stage in enumerate(layers.rates(self.drop_path, depths))
+        for i, stage in enumerate(rates)
       ]
     )
     self.merge_norms = nnx.List([make_norm(4 * w) for w in widths[:-1]])
     self.merges = nnx.List(
       [
-        layers.linear(4 * w, 2 * w, dtype, rngs=rngs, use_bias=False)
+        layers.linear(4 * w, 2 * w, use_bias=False, **options)
         for w in widths[:-1]
       ]
     )
@@ -110,15 +86,15 @@ class _SwinBlock(layers.AttentionBlock):
     width: int,
     heads: int,
     rate: float,
-    dtype: Any,
-    *,
     size: int,
     window: int,
     shifted: bool,
+    *,
     rngs: nnx.Rngs,
+    **options: Any,
   ):
     super().__init__(
-      width, heads, rate, dtype, rngs=rngs, epsilon=_SWIN_EPSILON
+      width, heads, rate, epsilon=_SWIN_EPSILON, rngs=rngs, **options
     )
     self.window = min(window, size)
     if size % self.window:

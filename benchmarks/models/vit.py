@@ -20,10 +20,7 @@ class ViT(layers.Network):
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
-    *,
+    *shape: int,
     rngs: nnx.Rngs,
     patch_size: int = 16,
     width: int = 192,
@@ -31,29 +28,19 @@ class ViT(layers.Network):
     heads: int = 3,
     **common: Any,
   ):
-    size = layers.grid(image_size, patch_size)
-    super().__init__(
-      image_size,
-      num_channels,
-      num_classes,
-      width,
-      rngs=rngs,
-      **common,
-    )
-    dtype = self.dtype
-    self.embed = layers.Cut(patch_size, num_channels, width, dtype, rngs=rngs)
+    super().__init__(*shape, num_features=width, rngs=rngs, **common)
+    options = {"dtype": self.dtype, "rngs": rngs}
+    size = layers.grid(shape[0], patch_size)
+    self.embed = layers.Cut(patch_size, shape[1], width, **options)
     self.class_token = nnx.Param(layers.normal(rngs.params(), (1, width)))
     self.positions = nnx.Param(
       layers.normal(rngs.params(), (size**2 + 1, width))
     )
     [rates] = layers.rates(self.drop_path, [depth])
     self.blocks = nnx.List(
-      [
-        layers.AttentionBlock(width, heads, rate, dtype, rngs=rngs)
-        for rate in rates
-      ]
+      [layers.AttentionBlock(width, heads, rate, **options) for rate in rates]
     )
-    self.norm = layers.norm(width, dtype, rngs=rngs)
+    self.norm = layers.norm(width, **options)
 
   def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     x = self.embed(x)

@@ -304,9 +304,9 @@ def test_initial_weights():
   def modules():
     rngs = nnx.Rngs(0)
     return (
-      layers.Cut(7, 1, 32, jnp.float32, rngs=rngs),
-      layers.Attention(32, 2, jnp.float32, rngs=rngs),
-      convnext._ConvNeXtBlock(1, 0.0, jnp.float32, rngs=rngs),
+      layers.Cut(7, 1, 32, rngs=rngs),
+      layers.Attention(32, 2, rngs=rngs),
+      convnext._ConvNeXtBlock(1, 0.0, rngs=rngs),
       MODELS["mixer-s32"](
         8, 1, CLASSES, rngs=rngs, patch_size=4, width=8, depth=1
       ),
@@ -345,13 +345,7 @@ def test_depthwise_by_matrix():
 
 
 def swin_block(size, window, shifted):
-  return swin._SwinBlock(
-    *(4, 2, 0.0, jnp.float32),
-    size=size,
-    window=window,
-    shifted=shifted,
-    rngs=nnx.Rngs(0),
-  )
+  return swin._SwinBlock(4, 2, 0.0, size, window, shifted, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -400,15 +394,9 @@ def test_cut():
   ("name", "size", "changes", "message"),
   [
     ("vit-tiny", 28, {}, "image_size must be.*16, got 28"),
-    ("vit-tiny", 32, {"drop_path": 1.0}, r"drop_path must be in.*got 1\.0"),
-    ("vit-tiny", 32, {"heads": 5}, "heads must divide.*192.*got 5"),
-    ("vit-tiny", 32, {"depth": 0}, r"depths must be positive, got \[0\]"),
     ("mixer-s32", 28, {}, "image_size must be.*32, got 28"),
-    ("convnext-femto", 32, {"depths": (1, 1)}, "widths must be as many.*2"),
     ("convnext-femto", 28, {}, "halved 3 times.*got 28 with 7"),
-    ("swin-femto", 32, {"heads": (1,)}, r"heads must be as many.*\(1,\)"),
     ("swin-femto", 32, {"window": 5}, "window must divide the 8 x 8.*got 5"),
-    ("swin-femto", 32, {"window": 0}, "window must be positive, got 0"),
   ],
 )
 def test_arguments_that_do_not_fit(name, size, changes, message):
@@ -416,12 +404,6 @@ def test_arguments_that_do_not_fit(name, size, changes, message):
     nnx.eval_shape(
       lambda: MODELS[name](size, 3, 10, rngs=nnx.Rngs(0), **changes)
     )
-
-
-@pytest.mark.parametrize("case", ["logreg", "vit-28"])
-def test_images_of_another_shape(case):
-  with pytest.raises(ValueError, match=r"images must be.*28, 28, 1.*\(3, 784"):
-    apply(*make(case), images_of(case).reshape(3, 784))
 
 
 @pytest.mark.parametrize(

@@ -160,11 +160,6 @@ def test_names():
   }
 
 
-def test_unknown_name(tmp_path):
-  with pytest.raises(ValueError, match=r"one of cifar100, .* got 'mnist'"):
-    sources.load("mnist", tmp_path)
-
-
 @pytest.mark.parametrize("name", sources.DATASETS)
 def test_data_dir_missing_or_without_need(name, tmp_path):
   if name == "mnist-5k":

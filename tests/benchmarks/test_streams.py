@@ -288,36 +288,6 @@ def test_processes_and_devices(tmp_path):
     )
 
 
-def test_bad_arguments():
-  source = Source()
-  each = visits(source)
-  for args, message in (
-    ((0, 8, 0), "num_examples must be at least 1, got 0"),
-    ((8, 0, 0), "batch_size must be at least 1, got 0"),
-    ((8, 8, -1), "seed must be at least 0, got -1"),
-    ((8, 9, 0), "batch_size must be at most the number of examples, 8, got 9"),
-  ):
-    with pytest.raises(ValueError, match=message):
-      streams.Visits(*args)
-  with pytest.raises(ValueError, match="step must not be negative, got -1"):
-    each.batch(-1)
-  with pytest.raises(
-    ValueError, match="as many examples as source, 27, got 28"
-  ):
-    streams.train_batches(source, RECIPE, streams.Visits(28, 8, 0), 0, 1)
-  for start, stop in ((-1, 2), (3, 2)):
-    with pytest.raises(
-      ValueError, match=f"ascending order, got {start}, {stop}"
-    ):
-      streams.train_batches(source, RECIPE, each, start, stop)
-  with pytest.raises(
-    ValueError, match="num_workers must not be negative, got -1"
-  ):
-    streams.train_batches(source, RECIPE, each, 0, 1, num_workers=-1)
-  with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-    streams.validation_batches(source, RECIPE, 0)
-
-
 def test_no_tensorflow():
   """Neither module needs it, nor do their imports."""
   code = (
