@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """SVRG with the coefficient estimated in other ways than the library's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.methods.method import Context, Method
 import optax_svrg
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
@@ -45,27 +44,24 @@ def transform(
   """SVRG with a coefficient that is estimated."""
   svrg = optax_svrg.alpha_svrg(1.0)
 
-  def init_fn(params: optax.Params) -> CoefficientState:
+  def inner_products(a, b):
+    """Inner products of the arrays of two trees, or their sum; 1-D."""
+    products = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    return products if per_leaf else products.sum(keepdims=True)
+
+  def init_fn(params):
     state = svrg.init(params)
     zeros = jnp.zeros(len(jax.tree.leaves(params)) if per_leaf else 1)
     return CoefficientState(
       state, jnp.zeros_like(state.num_snapshots), zeros, zeros
     )
 
-  def update_fn(
-    updates: optax.Updates,
-    state: CoefficientState,
-    params: optax.Params | None = None,
-    *,
-    grad_fn: Callable,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, CoefficientState]:
-    del params, extra_args
+  def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
     before = state.svrg
     control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
     centred = optax.tree.sub(updates, before.mean_grads)
     products = jnp.stack(
-      [_inner_products(x, control, per_leaf) for x in (centred, control)]
+      [inner_products(x, control) for x in (centred, control)]
     )
     old = jnp.stack([state.covariance, state.variance])
     is_first = before.num_snapshots != state.seen
@@ -77,34 +73,15 @@ def transform(
     ratio = jnp.where(known, covariance / jnp.where(known, variance, 1), 1)
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
-    return _subtract(updates, alpha, control), CoefficientState(
+    # A coefficient for each array, or one for all.
+    updates, treedef = jax.tree.flatten(updates)
+    alphas = jnp.broadcast_to(alpha, len(updates))
+    controls = jax.tree.leaves(control)
+    corrected = [
+      g - a * c for g, a, c in zip(updates, alphas, controls, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, corrected), CoefficientState(
       after, before.num_snapshots, *new
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _inner_products(
-  a: optax.Updates, b: optax.Updates, per_leaf: bool
-) -> jax.Array:
-  """Inner products of the arrays of two trees, or their sum; 1-D."""
-  products = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
-  return products if per_leaf else products.sum(keepdims=True)
-
-
-def _subtract(
-  updates: optax.Updates, alpha: jax.Array, control: optax.Updates
-) -> optax.Updates:
-  """Corrects with a coefficient for each array, or with one for all."""
-  leaves, treedef = jax.tree.flatten(updates)
-  alphas = jnp.broadcast_to(alpha, len(leaves))
-  controls = jax.tree.leaves(control)
-  return jax.tree.unflatten(
-    treedef,
-    [g - a * c for g, a, c in zip(leaves, alphas, controls, strict=True)],
-  )
-
-
-def method(context: Context, **settings: Any) -> Method:
-  """SVRG with another estimate of the coefficient, see :func:`transform`."""
-  return Method(transform(**settings), optax.constant_schedule(1.0))

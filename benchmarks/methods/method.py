@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interface between methods and the trainer."""
 
-from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -74,7 +73,3 @@ class Method(NamedTuple):
     if self.has_fixed_batches:
       return context.num_fixed_batches
     return context.steps_per_epoch
-
-
-# Makes a method for a training; further arguments are its settings, by name.
-Factory = Callable[..., Method]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.methods.method import Context, Method
 import optax_svrg
 
 
@@ -55,8 +54,3 @@ def mean_of_live(alphas: Any) -> jax.Array:
   """Mean over all components that have a coefficient, i.e. are not NaN."""
   leaves = [jnp.ravel(a) for a in jax.tree.leaves(alphas)]
   return jnp.nanmean(jnp.concatenate(leaves))
-
-
-def method(context: Context) -> Method:
-  """The best coefficient of each component, set by an observer."""
-  return Method(optimal_svrg(), optax.constant_schedule(1.0))

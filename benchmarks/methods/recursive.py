@@ -40,11 +40,9 @@ def _estimator(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes an estimator.
 
-  Args:
-    estimate: from the gradient of a batch, its gradient at the parameters of
-      the step before, and what was kept, to the estimate.
-    is_exact: whether the second gradient is computed; otherwise it is the
-      gradient of the step before.
+  ``estimate`` is a function of the gradient of a batch, its gradient at the
+  parameters of the step before, and what was kept. Where it is not exact, the
+  second is the gradient of the step before.
   """
 
   def init_fn(params):
@@ -54,7 +52,6 @@ def _estimator(
     )
 
   def update_fn(updates, state, params, *, grad_fn, **extra_args):
-    del extra_args
     before = grad_fn(state.params) if is_exact else state.last
     made = jax.tree.map(estimate, updates, before, state.last)
     first = state.step == 0
@@ -69,26 +66,15 @@ def _estimator(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def storm_transform(a: float) -> optax.GradientTransformationExtraArgs:
-  """STORM, the gradient plus ``1 - a`` times the change of the last error."""
-  return _estimator(lambda g, s, d: g + (1 - a) * (d - s), is_exact=True)
-
-
-def mars_transform(
-  gamma: float, beta: float, is_exact: bool
-) -> optax.GradientTransformationExtraArgs:
-  """MARS before the average of an optimizer with ``b1=beta``."""
-  scale = gamma * beta / (1 - beta)
-  return _estimator(lambda g, s, _: g + scale * (g - s), is_exact)
-
-
 def storm(context: Context, a: float = 0.1) -> Method:
-  """STORM."""
-  return Method(storm_transform(a))
+  """STORM, the gradient plus ``1 - a`` times the change of the last error."""
+  return Method(_estimator(lambda g, s, d: g + (1 - a) * (d - s), True))
 
 
 def mars(
   context: Context, gamma: float = 0.025, is_exact: bool = True
 ) -> Method:
-  """MARS, exact or approximate, for optimizers with ``b1=0.9``."""
-  return Method(mars_transform(gamma, 0.9, is_exact))
+  """MARS, exact or approximate, before an optimizer with ``b1=0.9``."""
+  beta = 0.9
+  scale = gamma * beta / (1 - beta)
+  return Method(_estimator(lambda g, s, _: g + scale * (g - s), is_exact))

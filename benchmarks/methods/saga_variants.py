@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive SAGA with additions."""
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.methods.method import Context, Method
 import optax_svrg
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
@@ -20,27 +18,10 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """An addition to adaptive SAGA.
-
-  Attributes:
-    share: share of the components that is corrected, those of the largest
-      variance over the first full table, so that only these need be kept.
-    filled_first: whether all entries are computed before the first step.
-    refreshed: number of entries computed again in each step in addition to that
-      of its batch, the oldest ones.
-  """
-
-  share: float = 1.0
-  filled_first: bool = False
-  refreshed: int = 0
-
-
 def equal_epochs(settings: Mapping[str, Any], epochs: int) -> int:
   """Number of epochs that take as many gradients as adaptive SAGA's."""
-  variant = Variant(**settings)
-  return (epochs - variant.filled_first) // (1 + variant.refreshed)
+  first, others = settings.get("filled_first", 0), settings.get("refreshed", 0)
+  return (epochs - first) // (1 + others)
 
 
 class VariantState(NamedTuple):
@@ -63,79 +44,64 @@ class VariantState(NamedTuple):
 
 
 def transform(
-  variant: Variant, num_batches: int
+  num_batches: int,
+  share: float = 1.0,
+  filled_first: bool = False,
+  refreshed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """Adaptive SAGA with an addition."""
+  """Adaptive SAGA with an addition.
+
+  Args:
+    num_batches: number of fixed batches.
+    share: share of the components that is corrected, those of the largest
+      variance over the first full table, so that only these need be kept.
+    filled_first: whether all entries are computed before the first step.
+    refreshed: number of entries computed again in each step in addition to that
+      of its batch, the oldest ones.
+  """
   saga = optax_svrg.adaptive_saga(num_batches)
 
-  def init_fn(params: optax.Params) -> VariantState:
+  def init_fn(params):
     return VariantState(
       step=jnp.zeros([], jnp.int32),
       extra_gradients=jnp.zeros([], jnp.int32),
       saga=saga.init(params),
-      is_kept=jax.tree.map(
-        lambda p: jnp.full(p.shape, variant.share == 1), params
-      ),
+      is_kept=jax.tree.map(lambda p: jnp.full(p.shape, share == 1), params),
       visited=jnp.full(num_batches, -1),
     )
 
-  def visit(
-    state: VariantState, grads: optax.Updates, i: Any
-  ) -> tuple[optax.Updates, VariantState]:
+  def visit(state, grads, i):
     corrected, after = saga.update(grads, state.saga, batch_index=i)
     visited = state.visited.at[i].set(state.step)
     return corrected, state._replace(saga=after, visited=visited)
 
-  def revisit(
-    state: VariantState, params: optax.Params, i: Any, batch_grad_fn: Callable
-  ) -> VariantState:
-    _, state = visit(state, batch_grad_fn(params, i), i)
-    return state._replace(extra_gradients=state.extra_gradients + 1)
-
-  def refresh(
-    state: VariantState, params: optax.Params, batch_grad_fn: Callable
-  ) -> VariantState:
-    """Computes the entries again that are due."""
-    if variant.filled_first:
-      state = jax.lax.cond(
-        state.step == 0,
-        lambda state: jax.lax.fori_loop(
-          0,
-          num_batches,
-          lambda i, state: revisit(state, params, i, batch_grad_fn),
-          state,
-        ),
-        lambda state: state,
-        state,
-      )
-    for _ in range(variant.refreshed):
-      oldest = jnp.argmin(state.visited)
-      state = revisit(state, params, oldest, batch_grad_fn)
-    return state
-
-  def choose(state: VariantState) -> optax.Updates:
+  def choose(state):
     """Keeps the components of the largest variance."""
-    variances = jax.tree.map(
-      lambda t: t.var(axis=0), entries(state.saga, num_batches)
-    )
+    table = entries(state.saga, num_batches)
+    variances = jax.tree.map(lambda t: t.var(axis=0), table)
     threshold = jnp.quantile(
       jnp.concatenate([v.ravel() for v in jax.tree.leaves(variances)]),
-      1 - variant.share,
+      1 - share,
     )
     return jax.tree.map(lambda v: v > threshold, variances)
 
   def update_fn(
-    updates: optax.Updates,
-    state: VariantState,
-    params: optax.Params | None = None,
-    *,
-    batch_index: Any,
-    batch_grad_fn: Callable,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, VariantState]:
-    del extra_args
-    state = refresh(state, params, batch_grad_fn)
-    if variant.share < 1:
+    updates, state, params, *, batch_index, batch_grad_fn, **extra_args
+  ):
+    def revisit(i, state):
+      _, state = visit(state, batch_grad_fn(params, i), i)
+      return state._replace(extra_gradients=state.extra_gradients + 1)
+
+    if filled_first:
+      state = jax.lax.cond(
+        state.step == 0,
+        lambda state: jax.lax.fori_loop(0, num_batches, revisit, state),
+        lambda state: state,
+        state,
+      )
+    for _ in range(refreshed):
+      state = revisit(jnp.argmin(state.visited), state)
+    if share < 1:
       is_due = state.step == num_batches
       is_kept = jax.lax.cond(is_due, choose, lambda s: s.is_kept, state)
       state = state._replace(is_kept=is_kept)
@@ -152,12 +118,4 @@ def entries(saga: optax_svrg.SAGAState, num_batches: int) -> optax.Updates:
     lambda t, m: t.reshape(-1, *m.shape)[:num_batches],
     saga.table,
     saga.mean_grads,
-  )
-
-
-def method(context: Context, **settings: Any) -> Method:
-  """Adaptive SAGA with an addition, see :class:`Variant`."""
-  variant = Variant(**settings)
-  return Method(
-    transform(variant, context.num_fixed_batches), has_fixed_batches=True
   )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshot strategies: SVRG that takes its snapshots within the steps."""
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,51 +28,6 @@ STRATEGIES: dict[str, Mapping[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-  """When a snapshot is taken, and from which batches.
-
-  Attributes:
-    every: epochs between snapshots.
-    by_chance: whether a snapshot is taken before any step, once per epoch on
-      average (loopless SVRG), instead of at the start of epochs.
-    start: share of the training before the first one.
-    stop: share of the training after which no variance is reduced.
-    share: share of the batches of the epoch, drawn at random, whose mean
-      gradient is taken in the first epoch.
-    growth: factor of the share from epoch to epoch, up to all batches.
-    keeps_table: whether the gradients of all batches are kept for the steps.
-  """
-
-  every: int = 1
-  by_chance: bool = False
-  start: float = 0.0
-  stop: float = 1.0
-  share: float = 1.0
-  growth: float = 1.0
-  keeps_table: bool = False
-
-  def decide(
-    self, step: jax.Array, key: jax.Array, context: Context
-  ) -> tuple[jax.Array, jax.Array]:
-    """Says whether variance is reduced, and whether a snapshot is due."""
-    num_steps = context.steps_per_epoch
-    if self.by_chance:
-      due = jax.random.bernoulli(key, 1 / num_steps) | (step == 0)
-      return jnp.ones([], bool), due
-    epoch = step // num_steps
-    first, last = (int(x * context.epochs) for x in (self.start, self.stop))
-    enabled = (epoch >= first) & (epoch < last)
-    is_start = step % num_steps == 0
-    return enabled, enabled & is_start & (epoch % self.every == 0)
-
-  def sample_size(self, step: jax.Array, context: Context) -> jax.Array:
-    """Number of batches of a pass before a step."""
-    epoch = step // context.steps_per_epoch
-    share = jnp.minimum(self.share * self.growth**epoch, 1)
-    return jnp.ceil(share * context.steps_per_epoch).astype(jnp.int32)
-
-
 class SnapshotsState(NamedTuple):
   """State of :func:`transform`.
 
@@ -93,30 +47,61 @@ class SnapshotsState(NamedTuple):
 
 def transform(
   svrg: optax.GradientTransformationExtraArgs,
-  strategy: Strategy,
   context: Context,
+  every: int = 1,
+  by_chance: bool = False,
+  start: float = 0.0,
+  stop: float = 1.0,
+  share: float = 1.0,
+  growth: float = 1.0,
+  keeps_table: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """SVRG that takes its snapshots by itself."""
+  """SVRG that takes its snapshots by itself.
+
+  Args:
+    svrg: the transformation.
+    context: the training.
+    every: epochs between snapshots.
+    by_chance: whether a snapshot is taken before any step, once per epoch on
+      average (loopless SVRG), instead of at the start of epochs.
+    start: share of the training before the first one.
+    stop: share of the training after which no variance is reduced.
+    share: share of the batches of the epoch, drawn at random, whose mean
+      gradient is taken in the first epoch.
+    growth: factor of the share from epoch to epoch, up to all batches.
+    keeps_table: whether the gradients of all batches are kept for the steps.
+  """
   num_steps = context.steps_per_epoch
 
-  def init_fn(params: optax.Params) -> SnapshotsState:
+  def decide(step, key):
+    """Says whether variance is reduced, and whether a snapshot is due."""
+    if by_chance:
+      due = jax.random.bernoulli(key, 1 / num_steps) | (step == 0)
+      return jnp.ones([], bool), due
+    epoch = step // num_steps
+    first, last = (int(x * context.epochs) for x in (start, stop))
+    enabled = (epoch >= first) & (epoch < last)
+    return enabled, enabled & (step % num_steps == 0) & (epoch % every == 0)
+
+  def init_fn(params):
     zeros = lambda p: jnp.zeros((num_steps, *p.shape), p.dtype)
     return SnapshotsState(
       step=jnp.zeros([], jnp.int32),
       extra_gradients=jnp.zeros([], jnp.int32),
       svrg=svrg.init(params),
-      table=jax.tree.map(zeros, params) if strategy.keeps_table else (),
+      table=jax.tree.map(zeros, params) if keeps_table else (),
     )
 
   def take(state, params, key, batch_grad_fn):
     """Takes a snapshot; also returns the table and the number of gradients."""
-    if strategy.keeps_table:
+    if keeps_table:
       grads = lambda i: batch_grad_fn(params, i)
       table = jax.lax.map(grads, jnp.arange(num_steps))
       mean = jax.tree.map(lambda t: t.mean(axis=0), table)
       taken = optax_svrg.take_snapshot(state.svrg, params, lambda _: mean)
       return taken, table, jnp.int32(num_steps)
-    size = strategy.sample_size(state.step, context)
+    taken_share = jnp.minimum(share * growth ** (state.step // num_steps), 1)
+    size = jnp.ceil(taken_share * num_steps).astype(jnp.int32)
     order = jax.random.permutation(key, num_steps)
 
     def mean_grad_fn(params):
@@ -129,19 +114,11 @@ def transform(
     return optax_svrg.take_snapshot(state.svrg, params, mean_grad_fn), (), size
 
   def update_fn(
-    updates: optax.Updates,
-    state: SnapshotsState,
-    params: optax.Params,
-    *,
-    grad_fn: Callable,
-    batch_index: Any,
-    batch_grad_fn: Callable,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, SnapshotsState]:
-    del extra_args
+    updates, state, params, *, grad_fn, batch_index, batch_grad_fn, **extra_args
+  ):
     # The same in all trainings.
     key = jax.random.fold_in(jax.random.key(0), state.step)
-    enabled, due = strategy.decide(state.step, key, context)
+    enabled, due = decide(state.step, key)
     # As before the first snapshot: no gradient there is computed.
     number = jnp.where(enabled, state.svrg.num_snapshots, 0)
     state = state._replace(svrg=state.svrg._replace(num_snapshots=number))
@@ -150,7 +127,7 @@ def transform(
       lambda: take(state, params, key, batch_grad_fn),
       lambda: (state.svrg, state.table, jnp.int32(0)),
     )
-    if strategy.keeps_table:
+    if keeps_table:
       entry = jax.tree.map(lambda t: t[batch_index], table)
       corrected, after = svrg.update(
         updates, before, params, snapshot_grads=entry
@@ -171,9 +148,9 @@ def method(
   max_alpha: float = 1.0,
   **settings: Any,
 ) -> Method:
-  """SVRG with a snapshot strategy, see :class:`Strategy`."""
+  """SVRG with a snapshot strategy, see :func:`transform`."""
   if alpha is None:
     svrg = optax_svrg.adaptive_svrg(max_alpha=max_alpha)
   else:
     svrg = optax_svrg.alpha_svrg(alpha)
-  return Method(transform(svrg, Strategy(**settings), context))
+  return Method(transform(svrg, context, **settings))

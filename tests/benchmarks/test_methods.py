@@ -242,8 +242,7 @@ class TestSagaVariants:
     return corrected, states
 
   def variant(self, **settings):
-    variant = saga_variants.Variant(**settings)
-    return saga_variants.transform(variant, self.NUM_BATCHES)
+    return saga_variants.transform(self.NUM_BATCHES, **settings)
 
   def test_without_an_addition_is_adaptive_saga(self):
     """The study is of the library's arithmetic."""
@@ -333,7 +332,7 @@ class TestRecursive:
     beta, gamma = 0.9, 0.3
     grads = np.random.default_rng(0).normal(size=(30, 5))
     tx = optax.chain(
-      recursive.mars_transform(gamma, beta, is_exact=False),
+      recursive.mars(None, gamma, is_exact=False).transform,
       optax.ema(beta, debias=False),
     )
     state = tx.init(jnp.zeros(5))
@@ -351,15 +350,16 @@ class TestRecursive:
       np.testing.assert_allclose(got, published, rtol=0, atol=1e-6)
 
   @pytest.mark.parametrize(
-    ("tx", "want"),
+    ("method", "want"),
     [
       # g + 0.9 (d - s), and g + 0.5 * 9 (g - s), for gradients p and d = 1.
-      (recursive.storm_transform(0.1), 3 + 0.9 * (1 - 1)),
-      (recursive.mars_transform(0.5, 0.9, is_exact=True), 3 + 4.5 * (3 - 1)),
+      (recursive.storm(None, 0.1), 3 + 0.9 * (1 - 1)),
+      (recursive.mars(None, 0.5), 3 + 4.5 * (3 - 1)),
     ],
     ids=["storm", "mars"],
   )
-  def test_the_second_gradient_is_at_the_last_parameters(self, tx, want):
+  def test_the_second_gradient_is_at_the_last_parameters(self, method, want):
+    tx = method.transform
     params = jnp.array([1.0])
     state = tx.init(params)
     grad_fn = lambda p: p
