@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interface between methods and the trainer."""
 
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
