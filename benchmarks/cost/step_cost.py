@@ -162,7 +162,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     f" {NOTES}",
     *(report.markdown_table(k.split("|"), v) for k, v in tables.items()),
   )
-  return {"table.md": "\n\n".join(parts) + "\n"}
+  return publishing.files(parts)
 
 
 @click.command()
@@ -200,6 +200,4 @@ def main(
     }
     store.write_json(out / "runs.json", document)
     click.echo(name, err=True)
-  click.echo(render(document)["table.md"])
-  if publish:
-    publishing.publish("step_cost", document)
+  publishing.show("step_cost", document, publish)

@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import click
+
 from benchmarks.harness import figures
 from benchmarks.harness.experiment import (
   Experiment,
@@ -51,7 +53,9 @@ def pack(
       {
         "changes": {k: v for k, v in identity.items() if k not in common},
         "diverged": run.diverged,
-        "history": [[_short(getattr(p, f)) for f in _FIELDS] for p in points],
+        "history": finite(
+          [[getattr(p, f) for f in _FIELDS] for p in points], 6
+        ),
         **({"measured": finite(run.measured)} if run.measured else {}),
       }
     )
@@ -97,6 +101,25 @@ def publish(study: str, document: Mapping[str, Any]) -> None:
   write(folder)
 
 
+def files(
+  parts: Iterable[str], figure: figures.Figure | None = None
+) -> dict[str, str]:
+  """Makes the files of a study from paragraphs, by name."""
+  made = {"table.md": "\n\n".join(parts) + "\n"}
+  if figure is not None:
+    text = json.dumps(figure.as_json(), ensure_ascii=False)
+    made["figure.json"] = text + "\n"
+  return made
+
+
+def show(study: str, document: Mapping[str, Any], is_published: bool) -> None:
+  """Prints the tables of a document; publishes it if asked to."""
+  module = importlib.import_module(document["module"])
+  click.echo(module.render(document)["table.md"])
+  if is_published:
+    publish(study, document)
+
+
 def render(folder: Path) -> dict[str, str]:
   """Returns the contents of the files that are made of ``runs.json``."""
   document = json.loads((folder / "runs.json").read_text("utf-8"))
@@ -118,9 +141,3 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     if value not in distinct:
       distinct.append(value)
   return distinct
-
-
-def _short(value: Any) -> Any:
-  if not isinstance(value, float):
-    return value
-  return float(f"{value:.6g}") if math.isfinite(value) else None

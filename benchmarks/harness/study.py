@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -372,11 +371,8 @@ class Study:
       NOTES,
       _sizes({name: self.cells[name].size for name in results.cells}),
     ]
-    files = {"table.md": "\n\n".join(parts) + "\n"}
-    if self.figure is not None:
-      data = self.figure(results).as_json()
-      files["figure.json"] = json.dumps(data, ensure_ascii=False) + "\n"
-    return files
+    figure = self.figure and self.figure(results)
+    return publishing.files(parts, figure)
 
   def command(self) -> click.Command:
     """Makes the command of the study."""

@@ -7,7 +7,6 @@ epochs, and a projection after the step.
 """
 
 from collections.abc import Mapping
-import json
 from pathlib import Path
 import time
 from typing import Any, NamedTuple
@@ -266,16 +265,18 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     lines.append(figures.Line(name, family, curve["seconds"], y))
   columns = ["method", "s to 10 %", "s to 1 %", "of L-BFGS-B's"]
   table = report.markdown_table([*columns, "last error", "after s"], rows)
-  text = (
-    f"# Poisson tomography by subsets\n\n    {document['command']}\n\n{NOTES}\n"
-    f"The projected gradient at the converged image has the norm"
-    f" {document['gradient_norm']:.0e}.\n\n{table}\n"
-  )
+  parts = [
+    "# Poisson tomography by subsets",
+    f"    {document['command']}",
+    f"{NOTES}\nThe projected gradient at the converged image has the norm"
+    f" {document['gradient_norm']:.0e}.",
+    table,
+  ]
   panel = figures.Panel(
     "Image error", "seconds", "error", lines, references=[(TARGET, "1 %")]
   )
-  data = figures.Figure("Poisson tomography", [panel]).as_json()
-  return {"table.md": text, "figure.json": json.dumps(data) + "\n"}
+  figure = figures.Figure("Poisson tomography", [panel])
+  return publishing.files(parts, figure)
 
 
 def run(epochs: int, iterations: int) -> dict[str, Any]:
@@ -316,6 +317,4 @@ def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
   """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
   document = run(epochs, iterations)
   store.write_json(out / "runs.json", document)
-  click.echo(render(document)["table.md"])
-  if publish:
-    publishing.publish("tomography", document)
+  publishing.show("tomography", document, publish)

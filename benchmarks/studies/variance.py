@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import itertools
-import json
 import math
 from pathlib import Path
 import statistics
@@ -170,8 +169,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
     "Gradient variance, without the moments of snapshots",
     variance_table(found),
   ]
-  drawing = json.dumps(figure(found).as_json(), ensure_ascii=False)
-  return {"table.md": "\n\n".join(parts) + "\n", "figure.json": drawing + "\n"}
+  return publishing.files(parts, figure(found))
 
 
 _THREE = click.IntRange(min=3)
@@ -232,6 +230,4 @@ def main(
   with Progress(sum(e.epochs for e in wanted)) as progress:
     runs = run_all(wanted, Store(out), data_dir=data_dir, progress=progress)
   document = publishing.pack("variance", runs, lambda experiment: False)
-  click.echo(render(document)["table.md"])
-  if publish:
-    publishing.publish("variance", document)
+  publishing.show("variance", document, publish)

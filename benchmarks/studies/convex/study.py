@@ -253,9 +253,7 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
       f" minimum {cell['minimum']:.12f}, known to {cell['bound']:.0e}",
       _cell_table(cell),
     ]
-  text = "\n\n".join(parts) + "\n"
-  data = _figure(cells).as_json()
-  return {"table.md": text, "figure.json": json.dumps(data) + "\n"}
+  return publishing.files(parts, _figure(cells))
 
 
 def _complete(
@@ -308,6 +306,4 @@ def main(
       for _ in _complete(name, problem, found.setdefault(name, {})):
         store.write_json(path, document)
   document["cells"] = {c: found[c] for c in problems.CELLS if c in found}
-  click.echo(render(document)["table.md"])
-  if publish:
-    publishing.publish("convex", document)
+  publishing.show("convex", document, publish)
