@@ -70,16 +70,20 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def position(self, run: Run) -> Position:
     """Returns the saved progress of a run, and fills in its history."""
-    self.close()
-    self._manager = ocp.CheckpointManager(
-      self._folder / f"{run.method}-{run.seed}",
-      options=ocp.CheckpointManagerOptions(
-        # One to go on from by hand if the last is damaged.
-        max_to_keep=2,
-        cleanup_tmp_directories=True,
-      ),
-      item_names=("state", "progress"),
-    )
+    folder = self._folder / f"{run.method}-{run.seed}"
+    # A second manager would collide with the first one's removal of what an
+    # interrupted run has left, which goes on in the background.
+    if self._manager is None or self._manager.directory != folder:
+      self.close()
+      self._manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+          # One to go on from by hand if the last is damaged.
+          max_to_keep=2,
+          cleanup_tmp_directories=True,
+        ),
+        item_names=("state", "progress"),
+      )
     if self._manager.latest_step() is None:
       return START
     saved = self._load("progress", ocp.args.JsonRestore())
