@@ -170,7 +170,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
   try:
     raw = gzip.decompress(path.read_bytes())
   except (OSError, EOFError, zlib.error) as e:
-    raise DataError(f"{path}: {one_line(e)}.") from e
+    raise DataError(f"{path}: {benchmarks.one_line(e)}.") from e
   magic = bytes([0, 0, 8, ndim])
   if raw[:4] != magic:
     raise DataError(
@@ -187,9 +187,3 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
       f" {shape}, got {len(raw) - payload}."
     )
   return np.frombuffer(raw, np.uint8, offset=payload).reshape(shape)
-
-
-def one_line(error: Exception) -> str:
-  """Says what went wrong, without the path."""
-  text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-  return text.partition("\n")[0].rstrip(".")

@@ -33,6 +33,7 @@ import grain
 import numpy as np
 import PIL.Image
 
+import benchmarks
 from benchmarks.data import arrays
 
 # Names of the parts for training and for validation.
@@ -130,7 +131,7 @@ class RecordSource:
         pixels = np.asarray(image.convert(mode))
     # What reads, parses and decodes damaged records may raise anything.
     except Exception as e:
-      reason = arrays.one_line(e)
+      reason = benchmarks.one_line(e)
       raise arrays.DataError(f"{self.name}, record {index}: {reason}.") from e
     pixels = pixels.reshape(*pixels.shape[:2], self.num_channels)
     return {"image": pixels, "label": int(record["label"])}
@@ -159,7 +160,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
     import tensorflow_datasets as tfds  # Only these data sets need it.
   except ImportError as e:
     raise arrays.DataError(
-      f"{name} needs the packages of the extra tfds: {arrays.one_line(e)}."
+      f"{name} needs the packages of the extra tfds: {benchmarks.one_line(e)}."
     ) from e
 
   full_name = "eurosat/rgb" if name == "eurosat" else name
@@ -194,7 +195,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
     ) from e
   # Damaged descriptions of the data may raise anything.
   except Exception as e:
-    raise arrays.DataError(f"{folder}: {arrays.one_line(e)}.") from e
+    raise arrays.DataError(f"{folder}: {benchmarks.one_line(e)}.") from e
   splits = info.splits.values()
   for path in itertools.chain.from_iterable(x.filepaths for x in splits):
     if not path.exists():

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 import benchmarks
 from benchmarks.harness.experiment import point_from_json, Run
-from benchmarks.harness.store import one_line, StoreError, write_json
+from benchmarks.harness.store import StoreError, write_json
 
 _IDENTITY = "training.json"
 
@@ -159,7 +159,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     except (OSError, ValueError) as e:
       raise benchmarks.UserError(
         f"--resume: {path.parent} holds no training: {_IDENTITY}:"
-        f" {one_line(e)}."
+        f" {benchmarks.one_line(e)}."
       ) from e
     if found != self._identity:
       raise benchmarks.UserError(

@@ -40,7 +40,9 @@ class Store:
     try:
       run = Run.from_json(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise StoreError(f"{path}: holds no run: {one_line(error)}.") from error
+      raise StoreError(
+        f"{path}: holds no run: {benchmarks.one_line(error)}."
+      ) from error
     return run if run.experiment == experiment else None
 
   def put(self, run: Run) -> None:
@@ -59,13 +61,7 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
   except OSError as error:
-    raise StoreError(f"{path.parent}: {one_line(error)}.") from error
-
-
-def one_line(error: Exception) -> str:
-  """Returns what went wrong, without a full stop."""
-  text = getattr(error, "strerror", None) or str(error)
-  return text.partition("\n")[0].rstrip(".")
+    raise StoreError(f"{path.parent}: {benchmarks.one_line(error)}.") from error
 
 
 @functools.cache

@@ -58,13 +58,13 @@ def arm(
   )
 
 
-def plain_lengths() -> dict[str, Arm]:
-  """Plain training of each of ``LENGTHS``."""
+def plain_lengths(lengths: Mapping[str, float] = LENGTHS) -> dict[str, Arm]:
+  """Plain training of several lengths, by default each of ``LENGTHS``."""
 
-  def longer(factor: int) -> Arm:
-    return lambda e: e.replace(method="plain", epochs=factor * e.epochs)
+  def longer(factor: float) -> Arm:
+    return lambda e: e.replace(method="plain", epochs=round(factor * e.epochs))
 
-  return {name: longer(factor) for name, factor in LENGTHS.items()}
+  return {name: longer(factor) for name, factor in lengths.items()}
 
 
 @dataclasses.dataclass(frozen=True)

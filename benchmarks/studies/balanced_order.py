@@ -13,13 +13,9 @@ PLAIN, CONTROL, LAST, WHOLE, SAGA = (
 LENGTHS = {"plain, 1.25x the epochs": 1.25, "plain, 1.5x the epochs": 1.5}
 
 
-def _longer(factor: float) -> study.Arm:
-  return lambda e: e.replace(method="plain", epochs=round(factor * e.epochs))
-
-
 ARMS: dict[str, study.Arm] = {
   PLAIN: study.arm("plain"),
-  **{name: _longer(factor) for name, factor in LENGTHS.items()},
+  **study.plain_lengths(LENGTHS),
   CONTROL: study.arm("balanced-order", form="random"),
   LAST: study.arm("balanced-order", form="last"),
   WHOLE: study.arm("balanced-order", form="whole"),
