@@ -11,7 +11,7 @@ ARMS: dict[str, study.Arm] = {
   PLAIN: study.arm("plain"),
   SAGA: study.arm("adaptive-saga"),
 }
-# Multiplied by 1, 2, 4 and 8; the least one of each optimizer.
+# Multiplied by 1, 2, 4, 8 and 16; the least one of each optimizer.
 _LEAST = {
   "sgd": 0.1,
   "momentum": 0.025,
@@ -23,15 +23,20 @@ _LEAST = {
   "muon": 0.005,
   "schedule-free": 0.0025,
   "adamw-ema": 0.00125,
-  "adamw-ema, constant": 0.000625,
+  "adamw-ema, constant": 0.0003125,
 }
-# Logistic regression takes larger steps with adaptive optimizers.
+# Logistic regression takes larger steps with adaptive optimizers,
 _LEAST_LOGREG = {
   **{name: 16 * lr for name, lr in _LEAST.items()},
   **{name: _LEAST[name] for name in ("sgd", "momentum", "nesterov")},
   **{"muon": 0.04, "schedule-free": 0.01, "adamw-ema, constant": 0.0025},
 }
-_LEAST_FEW = {"adamw": 0.005, "nadamw": 0.005, "muon": 0.005}
+# and so do ViT and Mixer, but with Muon and momentum.
+_LEAST_PATCHES = {
+  **{name: 4 * lr for name, lr in _LEAST.items()},
+  **{name: _LEAST[name] for name in ("momentum", "nesterov", "muon")},
+  **{"schedule-free": 0.005, "adamw-ema, constant": 0.0025},
+}
 _BOTH = ("validation loss: alone / behind SAGA", "accuracy", "seconds")
 _CONSTANT = ("schedule-free", "adamw-ema, constant")
 PROBLEMS = {
@@ -48,34 +53,28 @@ PROBLEMS = {
 }
 
 
-def _optimizers(problem: str) -> dict[str, float]:
-  """Optimizers of a problem, and their least learning rates.
+def _least(problem: str) -> dict[str, float]:
+  """The optimizers of a problem, and their least learning rates."""
+  model, _ = PROBLEMS[problem]
+  return {"logreg": _LEAST_LOGREG, "mlp4": _LEAST}.get(model, _LEAST_PATCHES)
 
-  Where a run takes long, those of the AdamW family, and Muon.
-  """
+
+def _cell(problem: str, optimizer: str, least: float) -> study.Cell:
   model, changes = PROBLEMS[problem]
-  if changes.get("train_examples") == 60_000:
-    return {name: _LEAST[name] for name in ("adamw", "nadamw")}
-  return {"logreg": _LEAST_LOGREG, "mlp4": _LEAST}.get(model, _LEAST_FEW)
-
-
-def _cell(problem: str, optimizer: str) -> study.Cell:
-  model, changes = PROBLEMS[problem]
-  least = _optimizers(problem)[optimizer]
   cell = study.cell(
     *("fashion-mnist", model, optimizer.partition(",")[0]),
     lr=least,
     schedule="constant" if optimizer in _CONSTANT else "cosine",
     **{"train_examples": 10_240, **changes},
   )
-  rates = [least * 2**k for k in range(4)]
+  rates = [least * 2**k for k in range(5)]
   return dataclasses.replace(cell, learning_rates=rates)
 
 
 CELLS = {
-  f"{problem}: {optimizer}": _cell(problem, optimizer)
+  f"{problem}: {optimizer}": _cell(problem, optimizer, least)
   for problem in PROBLEMS
-  for optimizer in _optimizers(problem)
+  for optimizer, least in _least(problem).items()
 }
 
 
