@@ -42,20 +42,12 @@ _WORK = ("fusion", "convolution", "dot", "custom-call")
 
 
 class Operation(NamedTuple):
-  """A line of HLO.
+  """A line of HLO."""
 
-  Attributes:
-    name: of the result.
-    shape: of the result, as text.
-    kind: as ``fusion`` or ``all-reduce-start``.
-    operands: names of the operands.
-    line: the whole line.
-  """
-
-  name: str
-  shape: str
-  kind: str
-  operands: tuple[str, ...]
+  name: str  # Of the result.
+  shape: str  # Of the result, as text.
+  kind: str  # As ``fusion`` or ``all-reduce-start``.
+  operands: list[str]  # Their names.
   line: str
 
   @property
@@ -65,15 +57,10 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A compiled program.
+  """A compiled program."""
 
-  Attributes:
-    computations: the operations of each computation, in their order.
-    entry: name of the computation that is the program.
-  """
-
-  computations: Mapping[str, list[Operation]]
-  entry: str
+  computations: Mapping[str, list[Operation]]  # Each in its order.
+  entry: str  # Name of the computation that is the program.
 
   def executed(
     self, name: str | None = None
@@ -111,7 +98,7 @@ def parse(text: str) -> Program:
       operations = computations.setdefault(match[2], [])
       entry = match[2] if match[1] else entry
     elif match := _OPERATION.match(line):
-      operands = tuple(re.findall(rf"%({_NAME})", match[4]))
+      operands = re.findall(rf"%({_NAME})", match[4])
       operations.append(Operation(*match.group(1, 2, 3), operands, line))
   return Program(computations, entry)
 
@@ -126,16 +113,12 @@ def sizes(shape: str) -> list[int]:
 
 
 class Traffic(NamedTuple):
-  """Collective operations of one device, by kind.
+  """Collective operations of one device, by kind."""
 
-  Attributes:
-    num_bytes: of the arrays that are reduced, gathered, or scattered, each
-      whole, i.e. before it is scattered and after it is gathered.
-    operations: how often.
-  """
-
+  # Of the arrays that are reduced, gathered, or scattered, each whole, i.e.
+  # before it is scattered and after it is gathered.
   num_bytes: dict[str, int]
-  operations: dict[str, int]
+  operations: dict[str, int]  # How often.
 
 
 def traffic(text: str, num_devices: int) -> Traffic:

@@ -48,7 +48,8 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
   """The counts of a case, compiled unless they are stored already."""
   path = folder / f"{case.name}.json"
   if not path.exists():
-    record = {"case": case._asdict(), "counts": compile_case(case)}
+    counts = compile_case(case)
+    record = {"case": case._asdict(), "counts": counts}
     store.write_json(path, {**record, **store.environment()})
   return json.loads(path.read_text("utf-8"))["counts"]
 
