@@ -82,15 +82,8 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
 class Problem:
   """A model with made-up data, and its epochs with each method and AdamW.
 
-  Args:
-    model: the model.
-    batch_size: number of examples in a batch.
-    steps: number of batches of an epoch.
-    dtype: of the parameters and the images.
-
-  Attributes:
-    params: the initial parameters.
-    batches: images and labels, batch by batch.
+  The data are the ``batches`` of an epoch, ``steps`` of them, with images and
+  parameters of ``dtype``.
   """
 
   def __init__(self, model: Model, batch_size: int, steps: int, dtype: Any):
@@ -121,15 +114,17 @@ class Problem:
     plain, svrg, adaptive = TRANSFORMS.values()
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
     mean = lambda *args: (optax_svrg.mean_gradient(*args), None)
+    methods: dict[str, tuple[Any, Callable | None]] = {
+      "plain": (plain, None),
+      "alpha-svrg": (svrg, mean),
+      "adaptive": (adaptive, mean),
+      "alpha-svrg, table": (svrg, optax_svrg.gradient_table),
+      "alpha-svrg, alpha = 0": (off, None),
+      "adaptive-saga": (optax_svrg.adaptive_saga(len(self.batches)), None),
+    }
     return {
-      "plain": self._program(plain),
-      "alpha-svrg": self._program(svrg, mean),
-      "adaptive": self._program(adaptive, mean),
-      "alpha-svrg, table": self._program(svrg, optax_svrg.gradient_table),
-      "alpha-svrg, alpha = 0": self._program(off),
-      "adaptive-saga": self._program(
-        optax_svrg.adaptive_saga(len(self.batches))
-      ),
+      name: self._epochs(mean_and_table, *self._compile(transform))
+      for name, (transform, mean_and_table) in methods.items()
     }
 
   def _compile(self, transform: Any) -> tuple[Any, Any, Any]:
@@ -147,26 +142,21 @@ class Problem:
     params = jax.tree.map(jnp.array, self.params)
     return step, params, tx.init(params)
 
-  def _program(
-    self, transform: Any, mean_and_table: Callable | None = None
+  def _epochs(
+    self, mean_and_table: Callable | None, step: Any, params: Any, state: Any
   ) -> Iterator[Any]:
     """Epochs: a snapshot with its pass, if any, and the steps one by one.
 
     A scan over them would be one program, but XLA for CPU is many times slower
     at convolutions in a loop.
     """
-    step, *start = self._compile(transform)
-
-    def epochs(params: Any, state: Any) -> Iterator[Any]:
-      table = None
-      while True:
-        if mean_and_table is not None:
-          state, table = self._snapshot(mean_and_table, params, state)
-        for i, batch in enumerate(self.batches):
-          params, state = step(params, state, batch, i, table)
-        yield params, state
-
-    return epochs(*start)
+    table = None
+    while True:
+      if mean_and_table is not None:
+        state, table = self._snapshot(mean_and_table, params, state)
+      for i, batch in enumerate(self.batches):
+        params, state = step(params, state, batch, i, table)
+      yield params, state
 
   def _snapshot(
     self, mean_and_table: Callable, params: Any, state: Any
