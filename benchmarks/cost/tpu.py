@@ -48,8 +48,7 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
   """The counts of a case, compiled unless they are stored already."""
   path = folder / f"{case.name}.json"
   if not path.exists():
-    counts = compile_case(case)
-    record = {"case": case._asdict(), "counts": counts}
+    record = {"case": case._asdict(), "counts": compile_case(case)}
     store.write_json(path, {**record, **store.environment()})
   return json.loads(path.read_text("utf-8"))["counts"]
 

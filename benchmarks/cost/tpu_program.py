@@ -87,17 +87,6 @@ def make_mesh(topology: str) -> Mesh:
   return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def make_transform(
-  case: Case, axis_name: str | None
-) -> optax.GradientTransformationExtraArgs:
-  """The transformation of a method."""
-  settings: dict[str, Any] = {}
-  if case.method.endswith("saga"):
-    settings["num_batches"] = case.num_batches
-    settings["table_dtype"] = jnp.dtype(case.table_dtype)
-  return METHODS[case.method](axis_name=axis_name, **settings)
-
-
 def make_step(
   case: Case, mesh: Mesh, loss: Callable[..., Any], params: Any, shape: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -107,8 +96,11 @@ def make_step(
   batch, and its index.
   """
   is_local = case.placement == "shard_map"
-  transform = make_transform(case, _AXIS if is_local else None)
-  tx = optax.chain(transform, optax.adamw(1e-3))
+  settings: dict[str, Any] = {"axis_name": _AXIS if is_local else None}
+  if case.method.endswith("saga"):
+    settings["num_batches"] = case.num_batches
+    settings["table_dtype"] = jnp.dtype(case.table_dtype)
+  tx = optax.chain(METHODS[case.method](**settings), optax.adamw(1e-3))
   grad = jax.grad(loss)
   if is_local:
     grad = optax_svrg.device_local(grad, _AXIS)
