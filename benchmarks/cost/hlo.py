@@ -12,7 +12,7 @@ _COLLECTIVES = (
   *("all-to-all", "collective-permute", "collective-broadcast"),
 )
 _NAME = r"[\w.\-]+"
-_COMPUTATION = re.compile(rf"^(ENTRY )?%?({_NAME}) \(.*\{{$")
+_COMPUTATION = re.compile(rf"^(?:(ENTRY) )?%?({_NAME}) \(.*\{{$")
 # A pair of parentheses, with up to three more levels inside: tuples of tuples
 # of arrays, whose layouts have tiles as T(8,128).
 _NESTED = r"\([^()]*\)"
@@ -42,20 +42,12 @@ _WORK = ("fusion", "convolution", "dot", "custom-call")
 
 
 class Operation(NamedTuple):
-  """A line of HLO.
+  """A line of HLO."""
 
-  Attributes:
-    name: of the result.
-    shape: of the result, as text.
-    kind: as ``fusion`` or ``all-reduce-start``.
-    operands: names of the operands.
-    line: the whole line.
-  """
-
-  name: str
-  shape: str
-  kind: str
-  operands: tuple[str, ...]
+  name: str  # Of the result.
+  shape: str  # Of the result, as text.
+  kind: str  # As ``fusion`` or ``all-reduce-start``.
+  operands: list[str]  # Their names.
   line: str
 
   @property
@@ -64,56 +56,49 @@ class Operation(NamedTuple):
     return re.findall(_NAME, " ".join(_CALLED.findall(self.line)))
 
 
-class Program(NamedTuple):
-  """A compiled program.
-
-  Attributes:
-    computations: the operations of each computation, in their order.
-    entry: name of the computation that is the program.
-  """
-
-  computations: Mapping[str, list[Operation]]
-  entry: str
-
-  def executed(
-    self, name: str | None = None
-  ) -> Iterator[tuple[Operation, float]]:
-    """Operations that run, and how often: NaN where it is unknown.
-
-    Branches count once. A fusion is one operation.
-    """
-    operations = self.computations[name or self.entry]
-    yield from ((operation, 1) for operation in operations)
-    for operation in operations:
-      if operation.kind in _CALLS:
-        times = self._trips(operation) if operation.kind == "while" else 1
-        for called in operation.called:
-          for inner, count in self.executed(called):
-            yield inner, times * count
-
-  def _trips(self, loop: Operation) -> float:
-    """Trips of a loop: as XLA says, or from the only number it counts to."""
-    found = _TRIPS.findall(loop.line)
-    if not found:
-      (condition,) = _CONDITION.findall(loop.line)
-      lines = [x.line for x in self.computations.get(condition, [])]
-      found = _INTEGER.findall("\n".join(lines))
-    return int(found[0]) if len(found) == 1 else math.nan
+# The operations of each computation, in their order. The program is "ENTRY".
+Computations = Mapping[str, list[Operation]]
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> Computations:
   """Parses HLO, the result of ``compiled.as_text()``."""
   computations: dict[str, list[Operation]] = {}
   operations: list[Operation] = []
-  entry = ""
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
-      operations = computations.setdefault(match[2], [])
-      entry = match[2] if match[1] else entry
+      operations = computations.setdefault(match[1] or match[2], [])
     elif match := _OPERATION.match(line):
-      operands = tuple(re.findall(rf"%({_NAME})", match[4]))
+      operands = re.findall(rf"%({_NAME})", match[4])
       operations.append(Operation(*match.group(1, 2, 3), operands, line))
-  return Program(computations, entry)
+  return computations
+
+
+def executed(
+  computations: Computations, name: str = "ENTRY"
+) -> Iterator[tuple[Operation, float]]:
+  """Operations that run, and how often: NaN where it is unknown.
+
+  Branches count once. A fusion is one operation.
+  """
+  operations = computations[name]
+  yield from ((operation, 1) for operation in operations)
+  for operation in operations:
+    if operation.kind in _CALLS:
+      is_loop = operation.kind == "while"
+      times = _trips(computations, operation) if is_loop else 1
+      for called in operation.called:
+        for inner, count in executed(computations, called):
+          yield inner, times * count
+
+
+def _trips(computations: Computations, loop: Operation) -> float:
+  """Trips of a loop: as XLA says, or from the only number it counts to."""
+  found = _TRIPS.findall(loop.line)
+  if not found:
+    (condition,) = _CONDITION.findall(loop.line)
+    lines = [x.line for x in computations.get(condition, [])]
+    found = _INTEGER.findall("\n".join(lines))
+  return int(found[0]) if len(found) == 1 else math.nan
 
 
 def sizes(shape: str) -> list[int]:
@@ -126,22 +111,18 @@ def sizes(shape: str) -> list[int]:
 
 
 class Traffic(NamedTuple):
-  """Collective operations of one device, by kind.
+  """Collective operations of one device, by kind."""
 
-  Attributes:
-    num_bytes: of the arrays that are reduced, gathered, or scattered, each
-      whole, i.e. before it is scattered and after it is gathered.
-    operations: how often.
-  """
-
+  # Of the arrays that are reduced, gathered, or scattered, each whole, i.e.
+  # before it is scattered and after it is gathered.
   num_bytes: dict[str, int]
-  operations: dict[str, int]
+  operations: dict[str, int]  # How often.
 
 
 def traffic(text: str, num_devices: int) -> Traffic:
   """Counts the collective operations of a compiled program."""
   total = Traffic(dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0))
-  for operation, times in parse(text).executed():
+  for operation, times in executed(parse(text)):
     kind = operation.kind.removesuffix("-start")
     if kind not in _COLLECTIVES:
       continue
@@ -160,7 +141,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
 def overlapped(text: str) -> list[int]:
   """Work that runs while each asynchronous collective is under way."""
   counts = []
-  for operations in parse(text).computations.values():
+  for operations in parse(text).values():
     starts: dict[str, int] = {}
     for i, operation in enumerate(operations):
       if operation.kind.endswith("-start") and any(
@@ -178,8 +159,7 @@ def moved_bytes(text: str) -> int:
 
   What is in a branch counts in the cost analysis of XLA whether or not it runs.
   """
-  program = parse(text)
-  operations = program.computations[program.entry]
+  operations = parse(text)["ENTRY"]
   shapes = {x.name: sum(sizes(x.shape)) for x in operations}
   return sum(
     shapes[x.name] + sum(shapes.get(name, 0) for name in x.operands)
@@ -190,22 +170,21 @@ def moved_bytes(text: str) -> int:
 
 def copies(text: str, shapes: Container[str]) -> list[Operation]:
   """Operations that write an array of one of some shapes, but not in place."""
-  program = parse(text)
+  computations = parse(text)
   return [
     operation
-    for operation, _ in program.executed()
+    for operation, _ in executed(computations)
     if operation.kind not in _FREE
     and any(x.group() in shapes for x in _ARRAY.finditer(operation.shape))
-    and not _updates_in_place(program, operation)
+    and not _updates_in_place(computations, operation)
   ]
 
 
-def _updates_in_place(program: Program, operation: Operation) -> bool:
+def _updates_in_place(computations: Computations, operation: Operation) -> bool:
   """Whether it is, or is a fusion with, a ``dynamic-update-slice``."""
   called = operation.called if operation.kind == "fusion" else []
-  inner = [x for name in called for x in program.computations[name]]
   return any(
-    x.shape.split("{")[0] in operation.shape
-    for x in (operation, *inner)
-    if x.kind == "dynamic-update-slice"
+    x.kind == "dynamic-update-slice"
+    and x.shape.split("{")[0] in operation.shape
+    for x in (operation, *(x for name in called for x in computations[name]))
   )

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Epochs with each method on made-up data, and how they are timed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
-import math
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -17,31 +16,25 @@ import optax
 from benchmarks import models
 import optax_svrg
 
-IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
+_NUM_CLASSES = 10
 TRANSFORMS: dict[str, Any] = {
   "plain": optax.with_extra_args_support(optax.identity()),
   "alpha-svrg": optax_svrg.alpha_svrg(0.75),
   "adaptive": optax_svrg.adaptive_svrg(),
 }
-METHODS = (
-  *(*TRANSFORMS, "alpha-svrg, table"),
-  *("alpha-svrg, alpha = 0", "adaptive-saga"),
-)
 # Makes a model from ``rngs``, and the shape of an input.
 Model = tuple[Callable[..., nnx.Module], tuple[int, ...]]
 
 
-def mlp(*hidden: int) -> Model:
-  """A perceptron with some numbers of hidden units."""
-  size = math.prod(IMAGE_SHAPE)
-  sizes = (size, *hidden, NUM_CLASSES)
-  return functools.partial(models.MLP, sizes), (size,)
+def mlp(*sizes: int, **settings: Any) -> Model:
+  """A perceptron with some numbers of units, inputs and classes included."""
+  return functools.partial(models.MLP, sizes, **settings), sizes[:1]
 
 
-def image_model(name: str, **settings: Any) -> Model:
+def image_model(name: str, size: int, *rest: int, **settings: Any) -> Model:
   """A model of :data:`benchmarks.models.MODELS`."""
-  args = (IMAGE_SHAPE[0], 1, NUM_CLASSES)
-  return functools.partial(models.MODELS[name], *args, **settings), IMAGE_SHAPE
+  make = functools.partial(models.MODELS[name], size, *rest, **settings)
+  return make, (size, size, rest[0])
 
 
 def split(model: nnx.Module) -> tuple[optax.Params, Callable[..., jax.Array]]:
@@ -58,28 +51,23 @@ def split(model: nnx.Module) -> tuple[optax.Params, Callable[..., jax.Array]]:
   return nnx.as_pure(params), loss
 
 
-class Program(NamedTuple):
-  """Something to be timed.
-
-  Attributes:
-    run: takes a state and returns the next one.
-    state: the first one.
-  """
-
-  run: Callable[[Any], Any]
-  state: Any
+def advance(
+  tx: Any, params: Any, state: Any, grads: Any, **extra: Any
+) -> tuple[Any, Any]:
+  """Makes one step; returns the next parameters and state."""
+  updates, state = tx.update(grads, state, params, **extra)
+  return optax.apply_updates(params, updates), state
 
 
 def seconds(
-  programs: Mapping[str, Program], rounds: int
+  programs: Mapping[str, Iterator[Any]], rounds: int
 ) -> dict[str, list[float]]:
   """Times programs in turn, so that a busy machine slows all of them."""
-  states = {name: program.state for name, program in programs.items()}
   times: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(1 + rounds):
     for name, program in programs.items():
       start = time.perf_counter()
-      states[name] = jax.block_until_ready(program.run(states[name]))
+      jax.block_until_ready(next(program))
       times[name].append(time.perf_counter() - start)
   return times
 
@@ -94,15 +82,8 @@ def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
 class Problem:
   """A model with made-up data, and its epochs with each method and AdamW.
 
-  Args:
-    model: the model.
-    batch_size: number of examples in a batch.
-    steps: number of batches of an epoch.
-    dtype: of the parameters and the images.
-
-  Attributes:
-    params: the initial parameters.
-    batches: images and labels, batch by batch.
+  The data are the ``batches`` of an epoch, ``steps`` of them, with images and
+  parameters of ``dtype``.
   """
 
   def __init__(self, model: Model, batch_size: int, steps: int, dtype: Any):
@@ -111,7 +92,7 @@ class Problem:
     self.batches = [
       (
         jnp.asarray(rng.normal(size=(batch_size, *shape)), dtype),
-        jnp.asarray(rng.integers(NUM_CLASSES, size=batch_size), jnp.int32),
+        jnp.asarray(rng.integers(_NUM_CLASSES, size=batch_size), jnp.int32),
       )
       for _ in range(steps)
     ]
@@ -125,24 +106,28 @@ class Problem:
 
   def lower_step(self, transform: Any) -> jax.stages.Lowered:
     """One step."""
-    step, start = self._compile(transform)
-    return step.lower(*start, self.batches[0], 0)
+    step, params, state = self._compile(transform)
+    return step.lower(params, state, self.batches[0], 0)
 
-  def programs(self) -> dict[str, Program]:
-    """The epochs with :data:`METHODS`."""
+  def programs(self) -> dict[str, Iterator[Any]]:
+    """Methods' parameters and states, computed epoch by epoch when iterated."""
     plain, svrg, adaptive = TRANSFORMS.values()
     off = optax_svrg.alpha_svrg(optax.constant_schedule(0.0))
-    programs = (
-      self._program(plain),
-      self._program(svrg, self._take_snapshot),
-      self._program(adaptive, self._take_snapshot),
-      self._program(svrg, self._make_table),
-      self._program(off),
-      self._program(optax_svrg.adaptive_saga(len(self.batches))),
-    )
-    return dict(zip(METHODS, programs, strict=True))
+    mean = lambda *args: (optax_svrg.mean_gradient(*args), None)
+    methods: dict[str, tuple[Any, Callable | None]] = {
+      "plain": (plain, None),
+      "alpha-svrg": (svrg, mean),
+      "adaptive": (adaptive, mean),
+      "alpha-svrg, table": (svrg, optax_svrg.gradient_table),
+      "alpha-svrg, alpha = 0": (off, None),
+      "adaptive-saga": (optax_svrg.adaptive_saga(len(self.batches)), None),
+    }
+    return {
+      name: self._epochs(mean_and_table, *self._compile(transform))
+      for name, (transform, mean_and_table) in methods.items()
+    }
 
-  def _compile(self, transform: Any) -> tuple[Any, tuple[Any, Any]]:
+  def _compile(self, transform: Any) -> tuple[Any, Any, Any]:
     """A step, and the first parameters and state."""
     tx = optax.chain(transform, optax.adamw(1e-3))
 
@@ -152,40 +137,30 @@ class Problem:
       extra: dict[str, Any] = {"grad_fn": grad_fn}
       if table is not None:
         extra = {"snapshot_grads": table[i]}
-      grads = grad_fn(params)
-      updates, state = tx.update(grads, state, params, batch_index=i, **extra)
-      return optax.apply_updates(params, updates), state
+      return advance(tx, params, state, grad_fn(params), batch_index=i, **extra)
 
     params = jax.tree.map(jnp.array, self.params)
-    return step, (params, tx.init(params))
+    return step, params, tx.init(params)
 
-  def _program(
-    self,
-    transform: Any,
-    prepare: Callable = lambda params, state: (state, None),
-  ) -> Program:
-    """An epoch: what comes before the steps, and the steps one by one.
+  def _epochs(
+    self, mean_and_table: Callable | None, step: Any, params: Any, state: Any
+  ) -> Iterator[Any]:
+    """Epochs: a snapshot with its pass, if any, and the steps one by one.
 
     A scan over them would be one program, but XLA for CPU is many times slower
     at convolutions in a loop.
     """
-    step, start = self._compile(transform)
-
-    def run(carry: Any) -> Any:
-      params, state = carry
-      state, table = prepare(params, state)
+    table = None
+    while True:
+      if mean_and_table is not None:
+        state, table = self._snapshot(mean_and_table, params, state)
       for i, batch in enumerate(self.batches):
         params, state = step(params, state, batch, i, table)
-      return params, state
+      yield params, state
 
-    return Program(run, start)
-
-  def _take_snapshot(self, params: Any, state: Any) -> tuple[Any, None]:
-    """Takes the snapshot, with a pass over the batches."""
-    mean = optax_svrg.mean_gradient(self.grad, params, self.batches)
-    return optax_svrg.take_snapshot(state, params, lambda _: mean), None
-
-  def _make_table(self, params: Any, state: Any) -> tuple[Any, Any]:
-    """Takes the snapshot with a table of the gradients of the batches."""
-    mean, table = optax_svrg.gradient_table(self.grad, params, self.batches)
+  def _snapshot(
+    self, mean_and_table: Callable, params: Any, state: Any
+  ) -> tuple[Any, Any]:
+    """Takes a snapshot; returns the state, and the table if there is one."""
+    mean, table = mean_and_table(self.grad, params, self.batches)
     return optax_svrg.take_snapshot(state, params, lambda _: mean), table

@@ -12,36 +12,29 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import cli
-from benchmarks.cost import hlo
-from benchmarks.cost.problem import (
-  image_model,
-  METHODS,
-  mlp,
-  Problem,
-  ratio,
-  seconds,
-  TRANSFORMS,
-)
+from benchmarks.cost import hlo, problem
+from benchmarks.cost.problem import image_model, mlp, Problem, TRANSFORMS
 from benchmarks.harness import publishing, report, store
 import optax_svrg
 
 _SIZE, _WIDTH = 1_000_000, 1_000
-MODELS = {
-  "mlp-256": mlp(256, 256),
-  "mlp-1024": mlp(1024, 1024),
-  "vit-128": image_model("vit", width=128, depth=4),
-  "convnet": image_model("convnet"),
-}
 # Models and batch sizes.
 CASES = {
-  f"{model}-batch-{batch_size}": (model, batch_size)
-  for model, batch_size in (
-    *(("mlp-256", 128), ("mlp-1024", 128), ("mlp-1024", 1024)),
-    *(("vit-128", 128), ("convnet", 128)),
-  )
+  "mlp-256-batch-128": (mlp(784, 256, 256, 10), 128),
+  "mlp-1024-batch-128": (mlp(784, 1024, 1024, 10), 128),
+  "mlp-1024-batch-1024": (mlp(784, 1024, 1024, 10), 1024),
+  "vit-128-batch-128": (image_model("vit", 28, 1, 10, width=128, depth=4), 128),
+  "convnet-batch-128": (image_model("convnet", 28, 1, 10), 128),
 }
 # Gradients of an epoch in addition to those of the steps, in epochs.
-EXTRA_GRADIENTS = dict(zip(METHODS, (0, 2, 2, 1, 0, 0), strict=True))
+EXTRA_GRADIENTS = {
+  "plain": 0,
+  "alpha-svrg": 2,
+  "adaptive": 2,
+  "alpha-svrg, table": 1,
+  "alpha-svrg, alpha = 0": 0,
+  "adaptive-saga": 0,
+}
 # Arrays like the parameters that a step must read and write: AdamW reads the
 # gradient, and reads and writes the parameters and two moments; SVRG reads the
 # gradient at the snapshot and the mean gradient.
@@ -60,15 +53,20 @@ def flops(lowered: jax.stages.Lowered) -> float:
   return lowered.cost_analysis()["flops"]
 
 
-def measure_epochs(problem: Problem, rounds: int) -> list[dict[str, Any]]:
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+  """Bytes in addition to those of the arguments and results."""
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def measure_epochs(task: Problem, rounds: int) -> list[dict[str, Any]]:
   """Epoch times and their limit by the gradients that they need."""
-  of_step = flops(problem.lower_step(TRANSFORMS["plain"]))
-  of_gradient = flops(problem.lower_gradient())
-  times = seconds(problem.programs(), rounds)
+  of_step = flops(task.lower_step(TRANSFORMS["plain"]))
+  of_gradient = flops(task.lower_gradient())
+  times = problem.seconds(task.programs(), rounds)
   return [
     {
       "method": name,
-      "time": ratio(times, name, "plain"),
+      "time": problem.ratio(times, name, "plain"),
       "limit": 1 + extra * of_gradient / of_step,
       "first": times[name][0] / times["plain"][0],
       "seconds": times[name],
@@ -77,39 +75,29 @@ def measure_epochs(problem: Problem, rounds: int) -> list[dict[str, Any]]:
   ]
 
 
-def temporary_gradients(problem: Problem) -> dict[str, float]:
+def temporary_gradients(task: Problem) -> dict[str, float]:
   """Temporary bytes of a step above plain's, in copies of the gradient."""
   transforms = {**TRANSFORMS, "adaptive-saga": optax_svrg.adaptive_saga(10)}
   temporary = {
-    name: problem.lower_step(transform)
-    .compile()
-    .memory_analysis()
-    .temp_size_in_bytes
+    name: temporary_bytes(task.lower_step(transform).compile())
     for name, transform in transforms.items()
   }
   plain = temporary.pop("plain")
-  size = sum(x.nbytes for x in jax.tree.leaves(problem.params))
+  size = sum(x.nbytes for x in jax.tree.leaves(task.params))
   return {name: (value - plain) / size for name, value in temporary.items()}
 
 
 def updates_alone(size: int, dtype: Any) -> dict[str, jax.stages.Compiled]:
   """Compiles the transformation and AdamW, without the gradients."""
-  params = jnp.zeros((size // _WIDTH, _WIDTH), dtype)
+  grads = params = jnp.zeros((size // _WIDTH, _WIDTH), dtype)
   result = {}
   for name, transform in TRANSFORMS.items():
     tx = optax.chain(transform, optax.adamw(1e-3))
-    jitted = jax.jit(functools.partial(_update, tx), donate_argnums=0)
-    lowered = jitted.lower((params, tx.init(params)), params, params)
+    update = functools.partial(problem.advance, tx)
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+    lowered = jitted.lower(params, tx.init(params), grads, snapshot_grads=grads)
     result[name] = lowered.compile()
   return result
-
-
-def _update(tx: Any, carry: Any, grads: Any, snapshot_grads: Any) -> Any:
-  params, state = carry
-  updates, state = tx.update(
-    grads, state, params, snapshot_grads=snapshot_grads
-  )
-  return optax.apply_updates(params, updates), state
 
 
 def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
@@ -123,7 +111,7 @@ def measure_updates(size: int, dtype: Any) -> list[dict[str, Any]]:
       "method": name,
       "must_move": MUST_MOVE[name],
       "moves": hlo.moved_bytes(compiled.as_text()) / array_bytes,
-      "temporary": compiled.memory_analysis().temp_size_in_bytes / array_bytes,
+      "temporary": temporary_bytes(compiled) / array_bytes,
     }
     for name, compiled in updates_alone(size, dtype).items()
   ]
@@ -192,11 +180,10 @@ def main(
     "cases": {},
   }
   for name in cells or CASES:
-    model, batch_size = CASES[name]
-    problem = Problem(MODELS[model], batch_size, steps, jnp.dtype(dtype))
+    task = Problem(*CASES[name], steps, jnp.dtype(dtype))
     document["cases"][name] = {
-      "epochs": measure_epochs(problem, rounds),
-      "temporary_gradients": temporary_gradients(problem),
+      "epochs": measure_epochs(task, rounds),
+      "temporary_gradients": temporary_gradients(task),
     }
     store.write_json(out / "runs.json", document)
     click.echo(name, err=True)

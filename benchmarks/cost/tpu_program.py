@@ -25,15 +25,17 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks import models
 from benchmarks.cost import hlo, problem
 from benchmarks.harness.stream_feed import divided
 import optax_svrg
 
-METHODS = (
-  *("plain", "alpha-svrg", "adaptive-svrg"),
-  *("alpha-saga", "adaptive-saga"),
-)
+METHODS = {
+  "plain": lambda axis_name: problem.TRANSFORMS["plain"],
+  "alpha-svrg": functools.partial(optax_svrg.alpha_svrg, 0.75),
+  "adaptive-svrg": optax_svrg.adaptive_svrg,
+  "alpha-saga": functools.partial(optax_svrg.alpha_saga, 0.75),
+  "adaptive-saga": optax_svrg.adaptive_saga,
+}
 PLACEMENTS = ("jit", "shard_map", "zero", "fsdp", "host")
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -43,31 +45,21 @@ ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-_AXIS, _NUM_CLASSES = "data", 1000
+_AXIS = "data"
 _OUT_OF_MEMORY = re.compile(
   r"(?:Used |HLO temporaries \()(?P<used>[\d.]+)(?P<unit>[MG])"
 )
 
 
 class Case(NamedTuple):
-  """A step to compile.
+  """A step to compile."""
 
-  Attributes:
-    model: a key of :data:`benchmarks.models.MODELS`, or ``mlp-1024``.
-    method: one of :data:`METHODS`.
-    placement: one of :data:`PLACEMENTS`.
-    topology: as ``v5e:4x4``.
-    batch_size: of all devices.
-    num_batches: number of batches of SAGA's table.
-    table_dtype: dtype of the table.
-  """
-
-  model: str
-  method: str
-  placement: str
-  topology: str
-  batch_size: int = 1024
-  num_batches: int = 312
+  model: str  # A key of :data:`benchmarks.models.MODELS`, or ``mlp-1024``.
+  method: str  # One of :data:`METHODS`.
+  placement: str  # One of :data:`PLACEMENTS`.
+  topology: str  # As ``v5e:4x4``.
+  batch_size: int = 1024  # Of all devices.
+  num_batches: int = 312  # Number of batches of SAGA's table.
   table_dtype: str = "float32"
 
   @property
@@ -78,15 +70,12 @@ class Case(NamedTuple):
 
 def make_model(name: str) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:
   """Returns the loss of a model, its parameters, and the shape of an input."""
-  settings = {"dtype": jnp.bfloat16}
   if name == "mlp-1024":
-    shape: tuple[int, ...] = (1024,)
-    sizes = (1024, 1024, _NUM_CLASSES)
-    make = lambda rngs: models.MLP(sizes, rngs=rngs, **settings)
+    make, shape = problem.mlp(1024, 1024, 1000, dtype=jnp.bfloat16)
   else:
-    shape = (224, 224, 3)
-    make = models.maker(name, (3, 224, 224), _NUM_CLASSES, settings)
-  params, loss = problem.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    make, shape = problem.image_model(name, 224, 3, 1000, dtype=jnp.bfloat16)
+  model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+  params, loss = problem.split(model)
   return loss, params, shape
 
 
@@ -98,21 +87,6 @@ def make_mesh(topology: str) -> Mesh:
   return Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def make_transform(
-  case: Case, axis_name: str | None
-) -> optax.GradientTransformationExtraArgs:
-  """The transformation of a method."""
-  if case.method == "plain":
-    return problem.TRANSFORMS["plain"]
-  settings: dict[str, Any] = {"axis_name": axis_name}
-  if case.method.endswith("saga"):
-    settings["num_batches"] = case.num_batches
-    settings["table_dtype"] = jnp.dtype(case.table_dtype)
-  coefficient = [0.75] if case.method.startswith("alpha") else []
-  make = getattr(optax_svrg, case.method.replace("-", "_"))
-  return make(*coefficient, **settings)
-
-
 def make_step(
   case: Case, mesh: Mesh, loss: Callable[..., Any], params: Any, shape: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -122,64 +96,58 @@ def make_step(
   batch, and its index.
   """
   is_local = case.placement == "shard_map"
-  transform = make_transform(case, _AXIS if is_local else None)
-  tx = optax.chain(transform, optax.adamw(1e-3))
-  own_grad = grad = jax.grad(loss)
+  settings: dict[str, Any] = {"axis_name": _AXIS if is_local else None}
+  if case.method.endswith("saga"):
+    settings["num_batches"] = case.num_batches
+    settings["table_dtype"] = jnp.dtype(case.table_dtype)
+  tx = optax.chain(METHODS[case.method](**settings), optax.adamw(1e-3))
+  grad = jax.grad(loss)
   if is_local:
-    own_grad = grad = optax_svrg.device_local(grad, _AXIS)
-    if case.method == "plain":
-      grad = lambda p, batch: jax.lax.pmean(own_grad(p, batch), _AXIS)
+    grad = optax_svrg.device_local(grad, _AXIS)
 
   def step(params: Any, state: Any, batch: Any, batch_index: Any) -> Any:
+    grads = grad(params, batch)
+    if is_local and case.method == "plain":
+      grads = jax.lax.pmean(grads, _AXIS)  # Which the other methods do.
     extra = {"grad_fn": lambda p: grad(p, batch), "batch_index": batch_index}
-    updates, state = tx.update(grad(params, batch), state, params, **extra)
-    return optax.apply_updates(params, updates), state
+    return problem.advance(tx, params, state, grads, **extra)
 
   fn: Callable[..., Any] = step
   if is_local:
     specs = (P(), P(), P(_AXIS), P())
     fn = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
-  batch = (
-    jax.ShapeDtypeStruct((case.batch_size, *shape), jnp.bfloat16),
-    jax.ShapeDtypeStruct((case.batch_size,), jnp.int32),
+  array = lambda spec, *args: jax.ShapeDtypeStruct(
+    *args, sharding=NamedSharding(mesh, spec)
   )
-  batch = _place(batch, (NamedSharding(mesh, P(_AXIS)),) * 2)
-  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-  transforms = (transform, optax.adamw(1e-3))
-  return fn, (*_placed(case, mesh, params, transforms), batch, index)
-
-
-def _place(tree: Any, shardings: Any) -> Any:
-  """Gives structures their shardings."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
+  images = array(P(_AXIS), (case.batch_size, *shape), jnp.bfloat16)
+  labels = array(P(_AXIS), (case.batch_size,), jnp.int32)
+  index = array(P(), (), jnp.int32)
+  placed = _placed(case.placement, mesh, params, tx)
+  return fn, (*placed, (images, labels), index)
 
 
 def _placed(
-  case: Case, mesh: Mesh, params: Any, transforms: tuple[Any, Any]
+  placement: str, mesh: Mesh, params: Any, tx: Any
 ) -> tuple[Any, Any]:
   """Parameters, and states of the method and of AdamW, with shardings."""
-  whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
-  of_params = of_state = whole
-  if case.placement in ("zero", "fsdp"):
-    of_state = jax.tree.map(functools.partial(divided, mesh), params)
-  if case.placement == "fsdp":
-    of_params = of_state
-  of_method = of_state
-  if case.placement == "host":
-    to_host = lambda sharding: sharding.with_memory_kind("pinned_host")
-    of_method = jax.tree.map(to_host, of_state)
 
-  def state(tx: Any, shardings: Any) -> Any:
-    like = _place(params, shardings)
-    shapes = jax.eval_shape(tx.init, params)
-    return _place(shapes, optax_svrg.state_shardings(tx, like))
+  def place(sharding_of: Callable[[Any], NamedSharding]) -> Any:
+    return jax.tree.map(lambda p: p.update(sharding=sharding_of(p)), params)
 
-  states = tuple(map(state, transforms, (of_method, of_state)))
-  return _place(params, of_params), states
+  replicated = NamedSharding(mesh, P())
+  whole = place(lambda _: replicated)
+  shards = place(functools.partial(divided, mesh))
+  on_host = place(lambda _: replicated.with_memory_kind("pinned_host"))
+  # The parameters, and like which the states of the method and of AdamW are.
+  placed, like, like_adamw = {
+    "zero": (whole, shards, shards),
+    "fsdp": (shards, shards, shards),
+    "host": (whole, on_host, whole),
+  }.get(placement, (whole, whole, whole))
+  own, _ = optax_svrg.state_shardings(tx, like)
+  _, adamw = optax_svrg.state_shardings(tx, like_adamw)
+  init = jax.jit(tx.init, out_shardings=(own, adamw))
+  return placed, init.eval_shape(params)
 
 
 def compile_step(fn: Callable[..., Any], args: Any) -> jax.stages.Compiled:
