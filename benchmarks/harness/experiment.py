@@ -50,16 +50,11 @@ class Experiment:
   data_sha256: str = ""  # Empty where the name of the data set says it all.
 
   def identity(self) -> dict[str, Any]:
-    """Returns all fields as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+    """Returns all fields as JSON has them.
 
-  @classmethod
-  def from_identity(cls, identity: Mapping[str, Any]) -> "Experiment":
-    """Makes an experiment from :meth:`identity`.
-
-    Fields that are missing get their defaults: they were added later.
+    They make the experiment again; those added later have their defaults.
     """
-    return cls(**identity)
+    return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
 
   @property
   def key(self) -> str:
@@ -165,7 +160,7 @@ class Run:
     """Makes a run from :meth:`as_json`."""
     own = ("experiment", "finished", "diverged", "history", "measured")
     return cls(
-      Experiment.from_identity(saved["experiment"]),
+      Experiment(**saved["experiment"]),
       [point_from_json(point) for point in saved["history"]],
       saved["finished"],
       saved["measured"],

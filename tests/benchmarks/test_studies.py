@@ -70,7 +70,7 @@ class TestStudies:
         experiment.train_examples, experiment.batch_size, experiment.epochs
       )
       methods.make(experiment.method, context, **experiment.method_settings)
-      assert Experiment.from_identity(experiment.identity()) == experiment
+      assert Experiment(**experiment.identity()) == experiment
 
   def test_report(self, name, untrained, tmp_path):
     """Each method is in the table; the file of the runs says it all."""
@@ -114,7 +114,8 @@ class TestStudies:
 
 ARMS = {"plain": study.arm("plain"), "SAGA": study.arm("saga")}
 CELL = study.Cell(
-  study.cell("mnist-5k", "logreg", "sgd", epochs=2).template, (0.1, 0.3, 1.0)
+  study.cell("mnist-5k", "logreg", "sgd", lr=0.1, epochs=2).template,
+  (0.1, 0.3, 1.0),
 )
 
 
