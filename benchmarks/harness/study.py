@@ -141,9 +141,6 @@ class Results:
     cells: the problems.
     arms: the methods.
     runs: the runs, of which others are ignored.
-
-  Attributes:
-    runs: from a problem and a method to the verdict's runs, by seed.
   """
 
   def __init__(
@@ -154,7 +151,7 @@ class Results:
   ):
     self._cells, self._all_arms = cells, arms
     self._runs = {run.experiment: run for run in runs if run.finished}
-    self.runs = functools.cache(self._verdict_runs)
+    self._tuned = functools.cache(self._tune)
 
   @functools.cached_property
   def cells(self) -> list[str]:
@@ -167,27 +164,43 @@ class Results:
     """Names of the methods of a problem."""
     return list(self._cells[cell].arms or self._all_arms)
 
-  def experiments(self, cell: str, arm: str) -> list[Experiment]:
-    """Experiments to run next for a method: to tune it, or for the verdict."""
-    problem, lr = self._cells[cell], self.lr(cell, arm)
-    if lr is None:
-      rates, seeds = problem.learning_rates, comparison.TUNING_SEEDS
-    else:
-      rates, seeds = (lr,), range(problem.num_seeds)
-    return self._experiments(cell, arm, rates, seeds)
-
   def lr(self, cell: str, arm: str) -> float | None:
     """The learning rate of a method; ``None`` while it is not chosen."""
-    rates, seeds = self._cells[cell].learning_rates, comparison.TUNING_SEEDS
-    if len(rates) == 1:
-      return rates[0]
-    tuning = {
-      lr: _losses(self._found(self._experiments(cell, arm, (lr,), seeds)))
-      for lr in rates
-    }
-    if not all(tuning.values()):
-      return None
-    return comparison.best_learning_rate(tuning)
+    return self._tuned(cell, arm)[0]
+
+  def experiments(self, cell: str, arm: str) -> list[Experiment]:
+    """Experiments to run next for a method: to tune it, or for the verdict."""
+    return self._tuned(cell, arm)[1]
+
+  def runs(self, cell: str, arm: str) -> list[Run]:
+    """The verdict's runs of a method, by seed."""
+    return self._tuned(cell, arm)[2]
+
+  def _tune(
+    self, cell: str, arm: str
+  ) -> tuple[float | None, list[Experiment], list[Run]]:
+    """What the three methods above return."""
+    problem = self._cells[cell]
+    made = self._all_arms[arm](problem.template)
+
+    def experiments(lr: float, seeds: Iterable[int]) -> list[Experiment]:
+      return [made.replace(lr=lr, seed=seed) for seed in seeds]
+
+    lr, *others = problem.learning_rates
+    if others:
+      wanted = {
+        rate: experiments(rate, comparison.TUNING_SEEDS)
+        for rate in problem.learning_rates
+      }
+      losses = {k: _losses(self._found(tuning)) for k, tuning in wanted.items()}
+      if not all(losses.values()):
+        return None, list(itertools.chain(*wanted.values())), []
+      lr = comparison.best_learning_rate(losses)
+    verdict = experiments(lr, range(problem.num_seeds))
+    return lr, verdict, self._found(verdict)
+
+  def _found(self, experiments: Iterable[Experiment]) -> list[Run]:
+    return [self._runs[key] for key in experiments if key in self._runs]
 
   def losses(
     self, cell: str, arm: str, field: str = "train_loss"
@@ -281,17 +294,14 @@ class Results:
     self, cell: str, arms: Iterable[str], field: str
   ) -> list[figures.Line]:
     """Curves of a field over the training, a line for each method."""
-    lines = []
-    for name in arms:
-      histories = [run.history for run in self.runs(cell, name)]
-      lines.append(
-        figures.mean_line(
-          name,
-          [point.epoch for point in histories[0]],
-          [[getattr(point, field) for point in h] for h in histories],
-        )
+    return [
+      figures.mean_line(
+        name,
+        [point.epoch for point in self.runs(cell, name)[0].history],
+        [[getattr(p, field) for p in r.history] for r in self.runs(cell, name)],
       )
-    return lines
+      for name in arms
+    ]
 
   def over_training(self, cell: str, arms: Iterable[str]) -> figures.Figure:
     """Loss and accuracy by epochs, of the first problem if it was not run."""
@@ -325,21 +335,6 @@ class Results:
     names = ("gradients_per_example", field)
     x, y = ([self.mean(cell, arm, name) for arm in arms] for name in names)
     return x, y
-
-  def _verdict_runs(self, cell: str, arm: str) -> list[Run]:
-    if self.lr(cell, arm) is None:
-      return []
-    return self._found(self.experiments(cell, arm))
-
-  def _found(self, experiments: Iterable[Experiment]) -> list[Run]:
-    return [self._runs[key] for key in experiments if key in self._runs]
-
-  def _experiments(
-    self, cell: str, arm: str, rates: Iterable[float], seeds: Iterable[int]
-  ) -> list[Experiment]:
-    made = self._all_arms[arm](self._cells[cell].template)
-    pairs = itertools.product(rates, seeds)
-    return [made.replace(lr=lr, seed=seed) for lr, seed in pairs]
 
 
 def _loss_and_accuracy(
