@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variance reduction by the order of the examples."""
 
+import functools
+import itertools
 import math
-
-import numpy as np
 
 from benchmarks.harness import report, study
 
@@ -32,18 +32,20 @@ CELLS = study.cells(
 OURS = (CONTROL, LAST, WHOLE, SAGA)
 
 
-def _gradients_saved(results: study.Results, cell: str, name: str) -> str:
+def _length(results: study.Results, cell: str, name: str) -> str:
   """How much longer plain training reaches the loss, as far as was tried."""
   if name not in OURS:
     return ""
-  lengths = [1, *LENGTHS.values()]
-  losses = [results.mean(cell, arm) for arm in (PLAIN, *LENGTHS)]
+  curve = [(1.0, results.mean(cell, PLAIN))]
+  curve += [(x, results.mean(cell, arm)) for arm, x in LENGTHS.items()]
   loss = results.mean(cell, name)
-  if loss >= losses[0]:
+  if loss >= curve[0][1]:
     return "none"
-  if loss < losses[-1]:
-    return f"> {lengths[-1]:g}x"
-  return f"{np.interp(-math.log(loss), -np.log(losses), lengths):.2f}x"
+  for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+    if y1 <= loss <= y0:
+      share = math.log(y0 / loss) / math.log(y0 / y1)
+      return f"{x0 + share * (x1 - x0):.2f}x"
+  return f"> {curve[-1][0]:g}x"
 
 
 def table(results: study.Results) -> str:
@@ -52,15 +54,13 @@ def table(results: study.Results) -> str:
     "method": lambda cell, name: name,
     "final train loss": results.loss_text,
     "against plain": results.against(dict.fromkeys(OURS, PLAIN)),
-    "plain's epochs for this loss": lambda cell, name: _gradients_saved(
-      results, cell, name
-    ),
+    "plain's epochs for this loss": functools.partial(_length, results),
     "accuracy (%)": results.accuracy_text,
     "seconds": lambda cell, name: f"{results.mean(cell, name, 'seconds'):.1f}",
   }
   exact = [c for c in results.cells if CELLS[c].template.augment == "none"]
   rows = []
-  for name in OURS:
+  for name in OURS if exact else ():
     loss = results.ratio(name, PLAIN, exact)
     seconds = results.ratio(name, PLAIN, exact, "seconds")
     rows.append([name, f"{loss:.3f}", f"{seconds:.2f}"])
