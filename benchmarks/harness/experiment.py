@@ -80,9 +80,8 @@ class Experiment:
     return dataclasses.replace(self, **changes)
 
   def __eq__(self, other: object) -> bool:
-    if not isinstance(other, Experiment):
-      return NotImplemented
-    return self.identity() == other.identity()
+    is_experiment = isinstance(other, Experiment)
+    return is_experiment and self.identity() == other.identity()
 
   def __hash__(self) -> int:
     return hash(self.key)

@@ -16,6 +16,7 @@ from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.models import MODELS
 
 STUDIES = (
+  "balanced_order",
   "coefficient",
   "equal_compute",
   "optimizers",
@@ -180,6 +181,14 @@ def test_publishing_takes_the_sizes_of_the_study(untrained, tmp_path):
   assert result.exit_code == 2
   assert "--publish takes the sizes of the study" in result.output
   assert not untrained
+
+
+def test_one_problem_with_augmentation(untrained, tmp_path):
+  """There is no mean over the problems without it."""
+  args = ["--cell", "fashion-mnist-mlp2-adamw-shift-flip"]
+  args += ["--out", str(tmp_path)]
+  result = CliRunner().invoke(load("balanced_order").command(), args)
+  assert result.exit_code == 0, result.output
 
 
 @pytest.mark.standard_promotion
