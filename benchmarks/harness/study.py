@@ -83,28 +83,17 @@ class Cell:
   arms: Sequence[str] | None = None
   num_seeds: int = len(comparison.VERDICT_SEEDS)
 
-  @property
-  def name(self) -> str:
-    """Name of the problem, from what differs within a study."""
-    e = self.template
+
+def cells(*problems: Cell) -> dict[str, Cell]:
+  """Problems by names that say what differs within a study."""
+  named = {}
+  for problem in problems:
+    e = problem.template
     parts = [e.dataset, e.model, e.optimizer]
     parts += [f"noise-{e.label_noise:g}"] if e.label_noise else []
     parts += [e.augment] if e.augment != "none" else []
-    return "-".join(parts)
-
-  @property
-  def size(self) -> str:
-    """The size of the problem, in words."""
-    e = self.template
-    return (
-      f"{e.train_examples} training examples, batches of {e.batch_size},"
-      f" {e.epochs} epochs, {self.num_seeds} seeds"
-    )
-
-
-def cells(*problems: Cell) -> dict[str, Cell]:
-  """Problems by their names."""
-  return {problem.name: problem for problem in problems}
+    named["-".join(parts)] = problem
+  return named
 
 
 def cell(
@@ -364,10 +353,15 @@ def _losses(runs: Iterable[Run], field: str = "train_loss") -> dict[int, float]:
   }
 
 
-def _sizes(by_cell: Mapping[str, str]) -> str:
+def _sizes(cells: Mapping[str, Cell]) -> str:
   """A list of the sizes, with the problems of each."""
   sizes: dict[str, list[str]] = {}
-  for name, size in by_cell.items():
+  for name, cell in cells.items():
+    e = cell.template
+    size = (
+      f"{e.train_examples} training examples, batches of {e.batch_size},"
+      f" {e.epochs} epochs, {cell.num_seeds} seeds"
+    )
     sizes.setdefault(size, []).append(name)
   if len(sizes) == 1:
     return f"All problems: {next(iter(sizes))}."
@@ -405,7 +399,7 @@ class Study:
       f"    {document['command']}",
       self.table(results),
       NOTES,
-      _sizes({name: self.cells[name].size for name in results.cells}),
+      _sizes({name: self.cells[name] for name in results.cells}),
     ]
     figure = self.figure and self.figure(results)
     return publishing.files(parts, figure)
