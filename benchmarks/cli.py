@@ -51,6 +51,7 @@ _HELP = {
 }
 # All others are pages of the studies.
 _MODULES = {
+  "report": "harness.publishing",
   "step-cost": "cost.step_cost",
   "tpu": "cost.tpu",
   "convex": "studies.convex.study",

@@ -7,12 +7,12 @@ chosen on seeds of its own: chosen on those of the verdict, it would flatter the
 method that was tried with more of them.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 import dataclasses
-import itertools
 import math
 import statistics
 
+import numpy as np
 from scipy import special
 
 TUNING_SEEDS = (100, 101)
@@ -44,8 +44,6 @@ class Comparison:
 def compare(losses: Losses, rival: Losses) -> Comparison:
   """Compares the losses of a method with those of a rival."""
   seeds = sorted(losses.keys() & rival.keys())
-  if not seeds:
-    raise ValueError("The two methods have no seed in common.")
   ours, theirs = ([x[seed] for seed in seeds] for x in (losses, rival))
   diverged = [sum(not math.isfinite(x) for x in xs) for xs in (ours, theirs)]
   n = len(seeds)
@@ -67,16 +65,11 @@ def compare(losses: Losses, rival: Losses) -> Comparison:
 
 def holm(p_values: Sequence[float]) -> list[float]:
   """Adjusts p-values for the number of them, by Holm's method."""
-  order = sorted(
-    (i for i, p in enumerate(p_values) if not math.isnan(p)),
-    key=lambda i: p_values[i],
-  )
-  adjusted = [math.nan] * len(p_values)
-  largest = 0.0
-  for rank, i in enumerate(order):
-    largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-    adjusted[i] = largest
-  return adjusted
+  p = np.array(p_values, float)
+  order = p.argsort()  # NaN comes last, and remains.
+  factors = np.isfinite(p).sum() - np.arange(len(p))
+  p[order] = np.maximum.accumulate(np.minimum(factors * p[order], 1))
+  return p.tolist()
 
 
 def verdicts(
@@ -124,22 +117,21 @@ def count(texts: Sequence[str]) -> str:
   return ", ".join(f"{kind} {number}" for kind, number in counts.items())
 
 
+def mean(values: Collection[float]) -> float:
+  """Mean; infinite unless all values are finite."""
+  if not all(map(math.isfinite, values)):
+    return math.inf
+  return statistics.fmean(values)
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+  """Geometric mean; infinite if a ratio is."""
+  return math.exp(mean([math.log(ratio) for ratio in ratios]))
+
+
 def best_learning_rate(losses: Mapping[float, Losses]) -> float:
   """The learning rate of least mean loss; the least one if all diverge."""
-
-  def mean(lr: float) -> float:
-    values = losses[lr].values()
-    is_finite = all(map(math.isfinite, values))
-    return statistics.fmean(values) if is_finite else math.inf
-
-  return min(sorted(losses), key=mean)
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-  """Geometric mean; infinite if a ratio is."""
-  if not all(map(math.isfinite, ratios)):
-    return math.inf
-  return math.exp(statistics.fmean(map(math.log, ratios)))
+  return min(sorted(losses), key=lambda lr: mean(losses[lr].values()))
 
 
 def over_plain(
@@ -149,8 +141,5 @@ def over_plain(
   inside = min(max(gradients, curve[0][0]), curve[-1][0])
   if abs(inside / gradients - 1) > 0.03:
     return None
-  for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-    if inside <= x1:
-      share = math.log(inside / x0) / math.log(x1 / x0)
-      return loss / (y0 ** (1 - share) * y1**share)
-  return None
+  x, y = np.log(curve).T
+  return loss / math.exp(np.interp(math.log(inside), x, y))

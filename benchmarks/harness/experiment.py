@@ -50,16 +50,11 @@ class Experiment:
   data_sha256: str = ""  # Empty where the name of the data set says it all.
 
   def identity(self) -> dict[str, Any]:
-    """Returns all fields as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+    """Returns all fields as JSON has them.
 
-  @classmethod
-  def from_identity(cls, identity: Mapping[str, Any]) -> "Experiment":
-    """Makes an experiment from :meth:`identity`.
-
-    Fields that are missing get their defaults: they were added later.
+    They make the experiment again; those added later have their defaults.
     """
-    return cls(**identity)
+    return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
 
   @property
   def key(self) -> str:
@@ -85,9 +80,8 @@ class Experiment:
     return dataclasses.replace(self, **changes)
 
   def __eq__(self, other: object) -> bool:
-    if not isinstance(other, Experiment):
-      return NotImplemented
-    return self.identity() == other.identity()
+    is_experiment = isinstance(other, Experiment)
+    return is_experiment and self.identity() == other.identity()
 
   def __hash__(self) -> int:
     return hash(self.key)
@@ -165,7 +159,7 @@ class Run:
     """Makes a run from :meth:`as_json`."""
     own = ("experiment", "finished", "diverged", "history", "measured")
     return cls(
-      Experiment.from_identity(saved["experiment"]),
+      Experiment(**saved["experiment"]),
       [point_from_json(point) for point in saved["history"]],
       saved["finished"],
       saved["measured"],

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import math
+import statistics
 from typing import Any
 
 import numpy as np
@@ -86,12 +87,11 @@ def mean_line(
     column if all(v is not None and math.isfinite(v) for v in column) else None
     for column in zip(*values, strict=True)
   ]
-
-  def each(fn: Any) -> list[float | None]:
-    return [None if column is None else fn(column) for column in columns]
-
-  mean = each(lambda column: math.fsum(column) / len(column))
-  return Line(label, family(label), list(x), mean, each(min), each(max))
+  curves = (
+    [None if column is None else fn(column) for column in columns]
+    for fn in (statistics.fmean, min, max)
+  )
+  return Line(label, family(label), list(x), *curves)
 
 
 def draw(figure: Figure, image_format: str = "svg") -> bytes:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published runs, and the tables and figures that are made of them.
 
+``python -m benchmarks report`` makes these again.
+
 ``benchmarks/results/<study>/runs.json`` names a module of :mod:`benchmarks`
 whose function ``render`` makes the contents of the other files of its folder,
 by name: tables in Markdown, and ``figure.json``, from which ``figure.svg`` is
@@ -76,7 +78,6 @@ def unpack(document: Mapping[str, Any]) -> list[Run]:
   """Reads the runs of :func:`pack`."""
   runs = []
   for saved in document["runs"]:
-    identity = {**document["common"], **saved["changes"]}
     history = [
       point_from_json(dict(zip(document["fields"], values, strict=True)))
       for values in saved["history"]
@@ -84,7 +85,7 @@ def unpack(document: Mapping[str, Any]) -> list[Run]:
     if saved["diverged"]:
       # Also where the point that was not finite has been left out.
       history[-1] = history[-1]._replace(train_loss=math.nan)
-    experiment = Experiment.from_identity(identity)
+    experiment = Experiment(**document["common"], **saved["changes"])
     measured = saved.get("measured", {})
     runs.append(Run(experiment, history, finished=True, measured=measured))
   return runs
@@ -136,8 +137,21 @@ def write(folder: Path) -> None:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-  distinct: list[Any] = []
-  for value in values:
-    if value not in distinct:
-      distinct.append(value)
-  return distinct
+  """Each of the values once, in their order."""
+  found = {json.dumps(value, sort_keys=True): value for value in values}
+  return list(found.values())
+
+
+@click.command()
+@click.argument("studies", nargs=-1)
+def main(studies: Sequence[str]) -> None:
+  """Makes tables and figures again from the runs in benchmarks/results.
+
+  All of them, or those of the STUDIES named.
+  """
+  known = sorted(path.parent.name for path in FOLDER.glob("*/runs.json"))
+  for study in studies or known:
+    if study not in known:
+      raise click.UsageError(f"{study!r} is not one of {', '.join(known)}.")
+    write(FOLDER / study)
+    click.echo(FOLDER / study)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables: as published, in Markdown, and as printed on a terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import statistics
 from typing import Any
@@ -26,6 +26,17 @@ def markdown_table(
   """A table as it is published."""
   lines = [columns, ["---"] * len(columns), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grid(
+  heading: str,
+  rows: Iterable[str],
+  columns: Sequence[str],
+  text: Callable[[str, str], str],
+) -> str:
+  """A table of texts by row and column."""
+  lines = [[row, *(text(row, column) for column in columns)] for row in rows]
+  return markdown_table([heading, *columns], lines)
 
 
 def mean_std(values: Iterable[float], scale: float = 1.0) -> str:

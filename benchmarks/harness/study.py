@@ -23,15 +23,10 @@ from benchmarks.harness.experiment import Experiment, Run
 
 # Around what suits the plain optimizer, for all methods alike.
 LEARNING_RATES = {
-  ("logreg", "sgd"): (0.1, 0.3, 1.0),
   ("logreg", "adamw"): (0.01, 0.03, 0.1),
-  ("mlp2", "sgd"): (0.15, 0.3, 0.6),
-  ("mlp2", "momentum"): (0.02, 0.05, 0.1),
   ("mlp2", "adamw"): (0.003, 0.01, 0.03),
   ("mlp2", "nadamw"): (0.01, 0.03, 0.06),
   ("mlp2", "muon"): (0.02, 0.04, 0.08, 0.16),
-  ("mlp4", "sgd"): (0.15, 0.3, 0.6),
-  ("mlp4", "momentum"): (0.05, 0.1, 0.2),
   ("mlp4", "adamw"): (0.0025, 0.005, 0.01),
 }
 NOTES = """\
@@ -42,29 +37,33 @@ seeds that take no part in the verdicts. A verdict is by a paired t-test over
 the seeds at 5 %, after Holm's correction over all comparisons of its table. The
 percentage is the mean difference from the rival's mean loss; in square brackets
 is its 95 % interval, that of the single comparison."""
-# How much longer plain training is that spends as many gradients.
-LENGTHS = {"plain": 1, "plain, 2x the epochs": 2, "plain, 3x the epochs": 3}
 
 # Makes the experiments of a method from the template of a problem.
 Arm = Callable[[Experiment], Experiment]
+# The text of a problem and a method in a table.
+Text = Callable[[str, str], str]
 
 
 def arm(
-  method: str, *, changes: Mapping[str, Any] | None = None, **settings: Any
+  method: str, *, changes: Mapping[str, Any] = {}, **settings: Any
 ) -> Arm:
   """A method with settings, and changes of the experiment's other fields."""
   return lambda template: template.replace(
-    method=method, method_settings=settings, **(changes or {})
+    method=method, method_settings=settings, **changes
   )
 
 
-def plain_lengths(lengths: Mapping[str, float] = LENGTHS) -> dict[str, Arm]:
-  """Plain training of several lengths, by default each of ``LENGTHS``."""
+def plain(length: float) -> Arm:
+  """Plain training, with a multiple of the epochs."""
+  return lambda e: e.replace(method="plain", epochs=round(length * e.epochs))
 
-  def longer(factor: float) -> Arm:
-    return lambda e: e.replace(method="plain", epochs=round(factor * e.epochs))
 
-  return {name: longer(factor) for name, factor in lengths.items()}
+# Plain training that spends as many gradients as methods with more per step.
+LENGTHS = {
+  "plain": plain(1),
+  "plain, 2x the epochs": plain(2),
+  "plain, 3x the epochs": plain(3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,28 +83,17 @@ class Cell:
   arms: Sequence[str] | None = None
   num_seeds: int = len(comparison.VERDICT_SEEDS)
 
-  @property
-  def name(self) -> str:
-    """Name of the problem, from what differs within a study."""
-    e = self.template
+
+def cells(*problems: Cell) -> dict[str, Cell]:
+  """Problems by names that say what differs within a study."""
+  named = {}
+  for problem in problems:
+    e = problem.template
     parts = [e.dataset, e.model, e.optimizer]
     parts += [f"noise-{e.label_noise:g}"] if e.label_noise else []
     parts += [e.augment] if e.augment != "none" else []
-    return "-".join(parts)
-
-  @property
-  def size(self) -> str:
-    """The size of the problem, in words."""
-    e = self.template
-    return (
-      f"{e.train_examples} training examples, batches of {e.batch_size},"
-      f" {e.epochs} epochs, {self.num_seeds} seeds"
-    )
-
-
-def cells(*problems: Cell) -> dict[str, Cell]:
-  """Problems by their names."""
-  return {problem.name: problem for problem in problems}
+    named["-".join(parts)] = problem
+  return named
 
 
 def cell(
@@ -122,11 +110,8 @@ def cell(
   rates = LEARNING_RATES[model, optimizer] if lr is None else (lr,)
   sizes: dict[str, Any] = {"train_examples": 4_000, "batch_size": 64}
   if dataset == "fashion-mnist":
-    sizes = {
-      "train_examples": 4_096,
-      "validation_examples": 2_000,
-      "batch_size": 128,
-    }
+    sizes = {"train_examples": 4_096, "batch_size": 128}
+    sizes["validation_examples"] = 2_000
   template = Experiment(
     dataset=dataset,
     model=model,
@@ -145,9 +130,6 @@ class Results:
     cells: the problems.
     arms: the methods.
     runs: the runs, of which others are ignored.
-
-  Attributes:
-    runs: from a problem and a method to the verdict's runs, by seed.
   """
 
   def __init__(
@@ -158,7 +140,7 @@ class Results:
   ):
     self._cells, self._all_arms = cells, arms
     self._runs = {run.experiment: run for run in runs if run.finished}
-    self.runs = functools.cache(self._verdict_runs)
+    self._tuned = functools.cache(self._tune)
 
   @functools.cached_property
   def cells(self) -> list[str]:
@@ -167,42 +149,47 @@ class Results:
       c for c in self._cells if all(self.runs(c, a) for a in self.arms(c))
     ]
 
-  def shown(self, cell: str) -> str:
-    """The problem if it has been run, otherwise the first one that has."""
-    return cell if cell in self.cells else self.cells[0]
-
   def arms(self, cell: str) -> list[str]:
     """Names of the methods of a problem."""
     return list(self._cells[cell].arms or self._all_arms)
 
-  def experiments(self, cell: str, arm: str) -> list[Experiment]:
-    """Experiments to run next for a method: to tune it, or for the verdict."""
-    lr, seeds = self.lr(cell, arm), range(self._cells[cell].num_seeds)
-    if lr is None:
-      rates = self._cells[cell].learning_rates
-      pairs = itertools.product(rates, comparison.TUNING_SEEDS)
-      return [self._experiment(cell, arm, *pair) for pair in pairs]
-    return [self._experiment(cell, arm, lr, seed) for seed in seeds]
-
   def lr(self, cell: str, arm: str) -> float | None:
     """The learning rate of a method; ``None`` while it is not chosen."""
-    rates = self._cells[cell].learning_rates
-    if len(rates) == 1:
-      return rates[0]
-    tuning = {
-      lr: self._found(cell, arm, lr, comparison.TUNING_SEEDS) for lr in rates
-    }
-    if not all(map(len, tuning.values())):
-      return None
-    return comparison.best_learning_rate(
-      {lr: _losses(runs) for lr, runs in tuning.items()}
-    )
+    return self._tuned(cell, arm)[0]
 
-  def lr_text(self, cell: str, arm: str) -> str:
-    """The learning rate, with a mark where it is the end of a grid."""
-    lr, rates = self.lr(cell, arm), self._cells[cell].learning_rates
-    is_end = len(rates) > 1 and lr in (min(rates), max(rates))
-    return f"{lr:g}" + "*" * is_end
+  def experiments(self, cell: str, arm: str) -> list[Experiment]:
+    """Experiments to run next for a method: to tune it, or for the verdict."""
+    return self._tuned(cell, arm)[1]
+
+  def runs(self, cell: str, arm: str) -> list[Run]:
+    """The verdict's runs of a method, by seed."""
+    return self._tuned(cell, arm)[2]
+
+  def _tune(
+    self, cell: str, arm: str
+  ) -> tuple[float | None, list[Experiment], list[Run]]:
+    """What the three methods above return."""
+    problem = self._cells[cell]
+    made = self._all_arms[arm](problem.template)
+
+    def experiments(lr: float, seeds: Iterable[int]) -> list[Experiment]:
+      return [made.replace(lr=lr, seed=seed) for seed in seeds]
+
+    lr, *others = problem.learning_rates
+    if others:
+      wanted = {
+        rate: experiments(rate, comparison.TUNING_SEEDS)
+        for rate in problem.learning_rates
+      }
+      losses = {k: _losses(self._found(tuning)) for k, tuning in wanted.items()}
+      if not all(losses.values()):
+        return None, list(itertools.chain(*wanted.values())), []
+      lr = comparison.best_learning_rate(losses)
+    verdict = experiments(lr, range(problem.num_seeds))
+    return lr, verdict, self._found(verdict)
+
+  def _found(self, experiments: Iterable[Experiment]) -> list[Run]:
+    return [self._runs[key] for key in experiments if key in self._runs]
 
   def losses(
     self, cell: str, arm: str, field: str = "train_loss"
@@ -216,24 +203,19 @@ class Results:
 
   def mean(self, cell: str, arm: str, field: str = "train_loss") -> float:
     """The mean of a field over the seeds; infinite if a run diverged."""
-    values = self.values(cell, arm, field)
-    if not all(map(math.isfinite, values)):
-      return math.inf
-    return math.fsum(values) / len(values)
+    return comparison.mean(self.values(cell, arm, field))
 
-  def loss_text(self, cell: str, arm: str) -> str:
-    """The loss as it is published, with the learning rate."""
-    text = report.mean_std(self.losses(cell, arm).values())
-    return f"{text} ({self.lr_text(cell, arm)})"
-
-  def accuracy_text(self, cell: str, arm: str) -> str:
-    """The validation accuracy in percent as it is published."""
-    values = self.values(cell, arm, "validation_accuracy")
-    return f"{100 * math.fsum(values) / len(values):.1f}"
+  def ratio(
+    self, arm: str, base: str, cells: Iterable[str], field: str = "train_loss"
+  ) -> float:
+    """Geometric mean over problems of a method's mean over another one's."""
+    return comparison.geometric_mean(
+      [self.mean(c, arm, field) / self.mean(c, base, field) for c in cells]
+    )
 
   def verdicts(
     self,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Iterable[tuple[str, str]],
     cells: Iterable[str] | None = None,
     field: str = "train_loss",
   ) -> dict[tuple[str, str, str], str]:
@@ -248,73 +230,116 @@ class Results:
       }
     )
 
+  def against(
+    self, rivals: Mapping[str, str], cells: Iterable[str] | None = None
+  ) -> Text:
+    """Verdicts of one table as a column, by the rivals of methods."""
+    verdicts = self.verdicts(rivals.items(), cells)
+    return lambda c, arm: verdicts.get((c, arm, rivals.get(arm)), "")
+
+  def lr_text(self, cell: str, arm: str) -> str:
+    """The learning rate, with a mark where it is the end of a grid."""
+    lr, rates = self.lr(cell, arm), self._cells[cell].learning_rates
+    is_end = len(rates) > 1 and lr in (min(rates), max(rates))
+    return f"{lr:g}" + "*" * is_end
+
+  def loss_text(self, cell: str, arm: str) -> str:
+    """The loss as it is published, with the learning rate."""
+    text = report.mean_std(self.losses(cell, arm).values())
+    return f"{text} ({self.lr_text(cell, arm)})"
+
+  def accuracy_text(self, cell: str, arm: str) -> str:
+    """The validation accuracy in percent as it is published."""
+    values = self.values(cell, arm, "validation_accuracy")
+    return f"{100 * math.fsum(values) / len(values):.1f}"
+
+  def gradients_text(self, cell: str, arm: str) -> str:
+    """The number of gradients per example as it is published."""
+    return f"{self.mean(cell, arm, 'gradients_per_example'):.1f}"
+
+  def over_plain_text(self, cell: str, arm: str) -> str:
+    """The loss over that of plain with as many gradients, if known."""
+    curve = zip(*self._points(cell, LENGTHS), strict=True)
+    ((gradients,), (loss,)) = self._points(cell, [arm])
+    ratio = comparison.over_plain(gradients, loss, list(curve))
+    return "" if ratio is None else f"{ratio:.2f}"
+
+  def table(self, columns: Mapping[str, Text], cells: Iterable[str]) -> str:
+    """A table with a line for each problem and method."""
+    rows = [
+      [text(cell, arm) for text in columns.values()]
+      for cell in cells
+      for arm in self.arms(cell)
+    ]
+    return report.markdown_table([*columns], rows)
+
+  def tables(self, columns: Mapping[str, Text]) -> str:
+    """A table for each problem, with a line for each method."""
+    return "\n\n".join(
+      f"{cell}\n\n{self.table(columns, [cell])}" for cell in self.cells
+    )
+
   def curves(
     self, cell: str, arms: Iterable[str], field: str
   ) -> list[figures.Line]:
     """Curves of a field over the training, a line for each method."""
-    lines = []
-    for name in arms:
-      histories = [run.history for run in self.runs(cell, name)]
-      lines.append(
-        figures.mean_line(
-          name,
-          [point.epoch for point in histories[0]],
-          [[getattr(point, field) for point in h] for h in histories],
-        )
+    return [
+      figures.mean_line(
+        name,
+        [point.epoch for point in self.runs(cell, name)[0].history],
+        [[getattr(p, field) for p in r.history] for r in self.runs(cell, name)],
       )
-    return lines
+      for name in arms
+    ]
 
-  def point(
-    self, cell: str, arm: str, field: str = "train_loss"
-  ) -> tuple[float, float]:
-    """Gradients per example, and the mean of a field."""
-    gradients = self.mean(cell, arm, "gradients_per_example")
-    return gradients, self.mean(cell, arm, field)
-
-  def over_plain(self, cell: str, arm: str) -> str:
-    """The loss over that of plain with as many gradients, if known."""
-    curve = [self.point(cell, name) for name in LENGTHS]
-    ratio = comparison.over_plain(*self.point(cell, arm), curve)
-    return "" if ratio is None else f"{ratio:.2f}"
+  def over_training(self, cell: str, arms: Iterable[str]) -> figures.Figure:
+    """Loss and accuracy by epochs, of the first problem if it was not run."""
+    shown = cell if cell in self.cells else self.cells[0]
+    lines = functools.partial(self.curves, shown, arms)
+    return figures.Figure(
+      f"{shown}: mean and range over the seeds",
+      _loss_and_accuracy("", "epochs", "train loss", lines),
+    )
 
   def against_gradients(
     self, cell: str, arms: Iterable[str]
   ) -> list[figures.Panel]:
     """Loss and accuracy by gradients, with plain training of all lengths."""
+    names = {"plain, 1 to 3 times the epochs": [*LENGTHS]}
+    names |= {name: [name] for name in arms}
+    return _loss_and_accuracy(
+      *(cell, "gradients per example", "final train loss"),
+      lambda field: [
+        figures.Line(
+          label, figures.family(label), *self._points(cell, points, field)
+        )
+        for label, points in names.items()
+      ],
+    )
 
-    def panel(field: str, label: str, log_y: bool) -> figures.Panel:
-      points = [self.point(cell, name, field) for name in LENGTHS]
-      x, y = zip(*points, strict=True)
-      lines = [figures.Line("plain, 1 to 3 times the epochs", "plain", x, y)]
-      for name in arms:
-        x, y = self.point(cell, name, field)
-        lines.append(figures.Line(name, figures.family(name), [x], [y]))
-      return figures.Panel(
-        cell, "gradients per example", label, lines, log_y=log_y
-      )
+  def _points(
+    self, cell: str, arms: Iterable[str], field: str = "train_loss"
+  ) -> tuple[list[float], list[float]]:
+    """Gradients per example, and the means of a field."""
+    names = ("gradients_per_example", field)
+    x, y = ([self.mean(cell, arm, name) for arm in arms] for name in names)
+    return x, y
 
-    return [
-      panel("train_loss", "final train loss", True),
-      panel("validation_accuracy", "validation accuracy", False),
-    ]
 
-  def _verdict_runs(self, cell: str, arm: str) -> list[Run]:
-    lr = self.lr(cell, arm)
-    if lr is None:
-      return []
-    return self._found(cell, arm, lr, range(self._cells[cell].num_seeds))
-
-  def _found(
-    self, cell: str, arm: str, lr: float, seeds: Iterable[int]
-  ) -> list[Run]:
-    keys = [self._experiment(cell, arm, lr, seed) for seed in seeds]
-    return [self._runs[key] for key in keys if key in self._runs]
-
-  def _experiment(
-    self, cell: str, arm: str, lr: float, seed: int
-  ) -> Experiment:
-    template = self._all_arms[arm](self._cells[cell].template)
-    return template.replace(lr=lr, seed=seed)
+def _loss_and_accuracy(
+  title: str,
+  x: str,
+  loss: str,
+  lines: Callable[[str], Sequence[figures.Line]],
+) -> list[figures.Panel]:
+  """A panel for each of the two, with the lines of their fields."""
+  return [
+    figures.Panel(title, x, loss, lines("train_loss")),
+    figures.Panel(
+      *(title, x, "validation accuracy", lines("validation_accuracy")),
+      log_y=False,
+    ),
+  ]
 
 
 def _value(run: Run, field: str) -> float:
@@ -328,10 +353,15 @@ def _losses(runs: Iterable[Run], field: str = "train_loss") -> dict[int, float]:
   }
 
 
-def _sizes(by_cell: Mapping[str, str]) -> str:
+def _sizes(cells: Mapping[str, Cell]) -> str:
   """A list of the sizes, with the problems of each."""
   sizes: dict[str, list[str]] = {}
-  for name, size in by_cell.items():
+  for name, cell in cells.items():
+    e = cell.template
+    size = (
+      f"{e.train_examples} training examples, batches of {e.batch_size},"
+      f" {e.epochs} epochs, {cell.num_seeds} seeds"
+    )
     sizes.setdefault(size, []).append(name)
   if len(sizes) == 1:
     return f"All problems: {next(iter(sizes))}."
@@ -369,7 +399,7 @@ class Study:
       f"    {document['command']}",
       self.table(results),
       NOTES,
-      _sizes({name: self.cells[name].size for name in results.cells}),
+      _sizes({name: self.cells[name] for name in results.cells}),
     ]
     figure = self.figure and self.figure(results)
     return publishing.files(parts, figure)
@@ -380,11 +410,11 @@ class Study:
     @click.command(help=f"{self.title}.")
     @cli.data_dir_option
     @cli.cell_option(self.cells)
-    @click.option(
-      "--seeds", type=cli.positive, help="Seeds of a verdict; five at least."
+    @cli.options(
+      ("--seeds", cli.positive, None, "Seeds of a verdict; five at least."),
+      ("--epochs", cli.positive, None, "For a quick look."),
+      ("--examples", cli.positive, None, "For a quick look."),
     )
-    @click.option("--epochs", type=cli.positive, help="For a quick look.")
-    @click.option("--examples", type=cli.positive, help="For a quick look.")
     @cli.out_option(self.name)
     @cli.publish_option
     @click.pass_context
@@ -400,16 +430,16 @@ class Study:
     ) -> None:
       if publish and (epochs or examples or seeds):
         raise click.UsageError("--publish takes the sizes of the study.")
-      changes = {"epochs": epochs, "train_examples": examples}
-      chosen = {}
-      for name in cells or self.cells:
-        cell = self.cells[name]
-        kept = {k: v for k, v in changes.items() if v is not None}
-        chosen[name] = dataclasses.replace(
-          cell,
-          template=cell.template.replace(**kept),
-          num_seeds=seeds or cell.num_seeds,
+      sizes = {"epochs": epochs, "train_examples": examples}
+      changes = {name: size for name, size in sizes.items() if size}
+      chosen = {
+        name: dataclasses.replace(
+          self.cells[name],
+          template=self.cells[name].template.replace(**changes),
+          num_seeds=seeds or self.cells[name].num_seeds,
         )
+        for name in cells or self.cells
+      }
       study = dataclasses.replace(self, cells=chosen)
       runs = study.train(out, data_dir)
       study.report(runs, cli.command(ctx), publish)

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variance reduction by the order of the examples."""
 
+import functools
 import itertools
 import math
 
-from benchmarks.harness import comparison, report, study
+from benchmarks.harness import report, study
 
 PLAIN, CONTROL, LAST, WHOLE, SAGA = (
   *("plain", "random signs", "balanced, last layer"),
   *("balanced, whole gradient", "adaptive SAGA"),
 )
 LENGTHS = {"plain, 1.25x the epochs": 1.25, "plain, 1.5x the epochs": 1.5}
-
-
-ARMS: dict[str, study.Arm] = {
-  PLAIN: study.arm("plain"),
-  **study.plain_lengths(LENGTHS),
+ARMS = {
+  PLAIN: study.plain(1),
+  **{name: study.plain(length) for name, length in LENGTHS.items()},
   CONTROL: study.arm("balanced-order", form="random"),
   LAST: study.arm("balanced-order", form="last"),
   WHOLE: study.arm("balanced-order", form="whole"),
@@ -33,8 +32,10 @@ CELLS = study.cells(
 OURS = (CONTROL, LAST, WHOLE, SAGA)
 
 
-def _gradients_saved(results: study.Results, cell: str, name: str) -> str:
+def _length(results: study.Results, cell: str, name: str) -> str:
   """How much longer plain training reaches the loss, as far as was tried."""
+  if name not in OURS:
+    return ""
   curve = [(1.0, results.mean(cell, PLAIN))]
   curve += [(x, results.mean(cell, arm)) for arm, x in LENGTHS.items()]
   loss = results.mean(cell, name)
@@ -49,40 +50,26 @@ def _gradients_saved(results: study.Results, cell: str, name: str) -> str:
 
 def table(results: study.Results) -> str:
   """Losses, verdicts, and the length of plain training of the same loss."""
-  verdicts = results.verdicts([(name, PLAIN) for name in OURS])
-  parts = []
-  for cell in results.cells:
-    rows = [
-      [
-        name,
-        results.loss_text(cell, name),
-        verdicts.get((cell, name, PLAIN), ""),
-        _gradients_saved(results, cell, name) if name in OURS else "",
-        results.accuracy_text(cell, name),
-        f"{results.mean(cell, name, 'seconds'):.1f}",
-      ]
-      for name in ARMS
-    ]
-    columns = ("method", "final train loss", "against plain")
-    columns += ("plain's epochs for this loss", "accuracy (%)", "seconds")
-    parts.append(f"{cell}\n\n{report.markdown_table(columns, rows)}")
+  columns = {
+    "method": lambda cell, name: name,
+    "final train loss": results.loss_text,
+    "against plain": results.against(dict.fromkeys(OURS, PLAIN)),
+    "plain's epochs for this loss": functools.partial(_length, results),
+    "accuracy (%)": results.accuracy_text,
+    "seconds": lambda cell, name: f"{results.mean(cell, name, 'seconds'):.1f}",
+  }
   exact = [c for c in results.cells if CELLS[c].template.augment == "none"]
   rows = []
-  for name in OURS:
-    loss, seconds = (
-      comparison.geometric_mean(
-        [
-          results.mean(c, name, field) / results.mean(c, PLAIN, field)
-          for c in exact
-        ]
-      )
-      for field in ("train_loss", "seconds")
-    )
+  for name in OURS if exact else ():
+    loss = results.ratio(name, PLAIN, exact)
+    seconds = results.ratio(name, PLAIN, exact, "seconds")
     rows.append([name, f"{loss:.3f}", f"{seconds:.2f}"])
-  columns = ("method", "loss / plain's", "seconds / plain's")
-  parts += [
+  parts = [
+    results.tables(columns),
     "Geometric means over the problems without augmentation",
-    report.markdown_table(columns, rows),
+    report.markdown_table(
+      ("method", "loss / plain's", "seconds / plain's"), rows
+    ),
   ]
   return "\n\n".join(parts)
 

@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods at the same number of gradients: what else could be bought."""
 
-from benchmarks.harness import comparison, figures, report, study
-from benchmarks.harness.experiment import Experiment
+from benchmarks.harness import comparison, figures, study
 
-DOUBLE, TRIPLE = "plain, 2x the epochs", "plain, 3x the epochs"
-
-
-def _larger(template: Experiment) -> Experiment:
-  """As many updates as plain, each with three times the examples."""
-  return template.replace(
-    method="plain",
-    epochs=3 * template.epochs,
-    batch_size=3 * template.batch_size,
-  )
-
-
-ARMS: dict[str, study.Arm] = {
-  **study.plain_lengths(),
-  "plain, 3x the batch": _larger,
+PLAIN, DOUBLE, TRIPLE = study.LENGTHS
+ARMS = {
+  **study.LENGTHS,
+  # As many updates as plain.
+  "plain, 3x the batch": lambda e: study.LENGTHS[TRIPLE](
+    e.replace(batch_size=3 * e.batch_size)
+  ),
   "alpha-SVRG, linear from 0.75": study.arm("alpha-svrg", alpha0=0.75),
   "adaptive SVRG": study.arm("adaptive"),
   "adaptive SAGA": study.arm("adaptive-saga"),
@@ -35,58 +26,46 @@ RIVALS = {
   "plain, 3x the batch": TRIPLE,
   "alpha-SVRG, linear from 0.75": TRIPLE,
   "adaptive SVRG": TRIPLE,
-  "adaptive SAGA": "plain",
+  "adaptive SAGA": PLAIN,
   "STORM": DOUBLE,
   "MARS": DOUBLE,
-  "MARS, approximate": "plain",
+  "MARS, approximate": PLAIN,
 }
 
 
 def table(results: study.Results) -> str:
   """Each method against plain with as many gradients."""
-  verdicts = results.verdicts(list(RIVALS.items()))
-  parts = []
-  for cell in results.cells:
-    rows = [
-      [
-        name,
-        f"{results.point(cell, name)[0]:.1f}",
-        results.loss_text(cell, name),
-        results.accuracy_text(cell, name),
-        results.over_plain(cell, name),
-        RIVALS.get(name, ""),
-        verdicts.get((cell, name, RIVALS.get(name)), ""),
-      ]
-      for name in ARMS
-    ]
-    columns = (
-      *("method", "gradients per example", "final train loss"),
-      *("validation accuracy (%)", "/ plain's with as many gradients"),
-      *("rival", "against the rival"),
-    )
-    parts.append(f"{cell}\n\n{report.markdown_table(columns, rows)}")
+  against = results.against(RIVALS)
+  tables = results.tables(
+    {
+      "method": lambda cell, name: name,
+      "gradients per example": results.gradients_text,
+      "final train loss": results.loss_text,
+      "validation accuracy (%)": results.accuracy_text,
+      "/ plain's with as many gradients": results.over_plain_text,
+      "rival": lambda cell, name: RIVALS.get(name, ""),
+      "against the rival": against,
+    }
+  )
   count = comparison.count(
     [
-      text
-      for (_, name, _), text in verdicts.items()
+      against(cell, name)
+      for cell in results.cells
+      for name in RIVALS
       if not name.startswith("plain")
     ]
   )
-  parts.append(f"All of these against plain: {count}.")
-  return "\n\n".join(parts)
+  return f"{tables}\n\nAll of these against plain: {count}."
 
 
 def figure(results: study.Results) -> figures.Figure:
   """Loss against gradients."""
-  names = [name for name in ARMS if name not in study.LENGTHS]
-  return figures.Figure(
-    "Means over the seeds",
-    [
-      panel
-      for cell in results.cells
-      for panel in results.against_gradients(cell, names)
-    ],
-  )
+  panels = [
+    panel
+    for cell in results.cells
+    for panel in results.against_gradients(cell, RIVALS)
+  ]
+  return figures.Figure("Means over the seeds", panels)
 
 
 STUDY = study.Study(

@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive SAGA with additions, at the same number of gradients."""
 
-from benchmarks.harness import comparison, report, study
-from benchmarks.harness.experiment import Experiment
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.harness import report, study
 from benchmarks.methods import saga_variants
 
 BASE = "adaptive SAGA"
 
 
-def _variant(name: str) -> study.Arm:
-  settings = saga_variants.VARIANTS[name]
-
-  def make(template: Experiment) -> Experiment:
-    epochs = saga_variants.equal_epochs(settings, template.epochs)
-    return study.arm("saga-variant", changes={"epochs": epochs}, **settings)(
-      template
-    )
-
-  return make
+def _variant(settings: Mapping[str, Any]) -> study.Arm:
+  make = study.arm("saga-variant", **settings)
+  equal_epochs = saga_variants.equal_epochs
+  return lambda e: make(e.replace(epochs=equal_epochs(settings, e.epochs)))
 
 
-ARMS: dict[str, study.Arm] = {
+ARMS = {
   BASE: study.arm("adaptive-saga"),
   "plain, fixed batches": study.arm("plain-fixed"),
   "plain, fixed batches and order": study.arm("plain-fixed", fixed_order=True),
   "adaptive SAGA, fixed order": study.arm("adaptive-saga", fixed_order=True),
-  **{name: _variant(name) for name in saga_variants.VARIANTS},
+  **{
+    name: _variant(settings)
+    for name, settings in saga_variants.VARIANTS.items()
+  },
 }
 # At about the best learning rate of adaptive SAGA.
 CELLS = study.cells(
@@ -36,14 +35,12 @@ CELLS = study.cells(
 
 def table(results: study.Results) -> str:
   """Losses over that of adaptive SAGA, and verdicts against it."""
-  verdicts = results.verdicts([(name, BASE) for name in ARMS if name != BASE])
+  against = results.against({name: BASE for name in ARMS if name != BASE})
   rows = []
   for name in ARMS:
-    ratios = [
-      results.mean(c, name) / results.mean(c, BASE) for c in results.cells
-    ]
-    texts = [verdicts.get((cell, name, BASE), "") for cell in results.cells]
-    rows.append([name, f"{comparison.geometric_mean(ratios):.3f}", *texts])
+    ratio = results.ratio(name, BASE, results.cells)
+    texts = [against(cell, name) for cell in results.cells]
+    rows.append([name, f"{ratio:.3f}", *texts])
   columns = ["method", "loss / adaptive SAGA's, geometric mean", *results.cells]
   return report.markdown_table(columns, rows)
 

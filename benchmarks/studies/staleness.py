@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots that are renewed ever more rarely."""
 
-import functools
-
-from benchmarks.harness import figures, report, study
+from benchmarks.harness import figures, study
 
 EPOCHS = 16
 # The last one takes a single snapshot, at the start.
 EVERY = (1, 4, EPOCHS)
 METHODS = {
-  "SVRG": functools.partial(study.arm, "svrg"),
-  "alpha-SVRG, linear from 0.75": functools.partial(
-    study.arm, "alpha-svrg", alpha0=0.75
-  ),
-  "adaptive SVRG": functools.partial(study.arm, "adaptive"),
+  "SVRG": {"method": "svrg"},
+  "alpha-SVRG, linear from 0.75": {"method": "alpha-svrg", "alpha0": 0.75},
+  "adaptive SVRG": {"method": "adaptive"},
 }
-ARMS: dict[str, study.Arm] = {"plain": study.arm("plain")} | {
-  f"{name}, every {every}": make(changes={"snapshot_every": every})
-  for name, make in METHODS.items()
+ARMS = {"plain": study.arm("plain")} | {
+  f"{name}, every {every}": study.arm(
+    **settings, changes={"snapshot_every": every}
+  )
+  for name, settings in METHODS.items()
   for every in EVERY
 }
 # At about the best learning rate of plain.
@@ -28,22 +26,14 @@ CELLS = study.cells(
 
 def table(results: study.Results) -> str:
   """Losses by epochs between snapshots, and verdicts against plain."""
-  pairs = [(name, "plain") for name in ARMS if name != "plain"]
-  verdicts = results.verdicts(pairs)
-  rows = [
-    [
-      cell,
-      name,
-      results.loss_text(cell, name),
-      verdicts.get((cell, name, "plain"), ""),
-    ]
-    for cell in results.cells
-    for name in ARMS
-  ]
-  return report.markdown_table(
-    ["problem", "method, epochs between snapshots", "loss", "against plain"],
-    rows,
-  )
+  rivals = {name: "plain" for name in ARMS if name != "plain"}
+  columns = {
+    "problem": lambda cell, name: cell,
+    "method, epochs between snapshots": lambda cell, name: name,
+    "loss": results.loss_text,
+    "against plain": results.against(rivals),
+  }
+  return results.table(columns, results.cells)
 
 
 def figure(results: study.Results) -> figures.Figure:

@@ -38,10 +38,6 @@ class TestCompare:
     assert got == want
     assert got.num_seeds == 5
 
-  def test_no_seed_in_common(self):
-    with pytest.raises(ValueError, match="no seed in common"):
-      comparison.compare({0: 1.0}, {1: 1.0})
-
   def test_divergence_has_no_interval(self):
     ours = by_seed((1.0, math.inf, math.nan))
     got = comparison.compare(ours, by_seed((1.0, 1.0, math.inf)))

@@ -54,7 +54,7 @@ def test_every_field_tells_experiments_apart(field, tmp_path):
 
 def test_an_experiment_is_its_identity():
   given = EXPERIMENT.replace(model_settings={"widths": (1, 2)})
-  same = Experiment.from_identity(json.loads(json.dumps(given.identity())))
+  same = Experiment(**json.loads(json.dumps(given.identity())))
   assert same == given
   assert hash(same) == hash(given)
   assert same.name == given.name
@@ -64,7 +64,7 @@ def test_an_experiment_is_its_identity():
 def test_fields_that_are_added_later_have_their_defaults():
   identity = EXPERIMENT.identity()
   del identity["measure"]
-  assert Experiment.from_identity(identity) == EXPERIMENT
+  assert Experiment(**identity) == EXPERIMENT
 
 
 def test_a_number_that_is_not_finite_is_no_configuration():

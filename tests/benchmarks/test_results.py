@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.harness import figures, publishing
-from benchmarks.studies import report
 
 FOLDERS = sorted(p.parent for p in publishing.FOLDER.glob("*/runs.json"))
 README = publishing.FOLDER.parent / "README.md"
@@ -80,13 +79,13 @@ class TestReport:
     return copy
 
   def test_all(self, folder):
-    result = CliRunner().invoke(report.main, [])
+    result = CliRunner().invoke(publishing.main, [])
     assert result.exit_code == 0, result.output
     table = (FOLDERS[0] / "table.md").read_text("utf-8")
     assert (folder / "table.md").read_text("utf-8") == table
 
   def test_an_unknown_study(self, folder):
-    result = CliRunner().invoke(report.main, ["nothing"])
+    result = CliRunner().invoke(publishing.main, ["nothing"])
     assert result.exit_code == 2
     assert f"'nothing' is not one of {folder.name}." in result.output
 

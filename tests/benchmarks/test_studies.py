@@ -16,6 +16,7 @@ from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.models import MODELS
 
 STUDIES = (
+  "balanced_order",
   "coefficient",
   "equal_compute",
   "optimizers",
@@ -70,7 +71,7 @@ class TestStudies:
         experiment.train_examples, experiment.batch_size, experiment.epochs
       )
       methods.make(experiment.method, context, **experiment.method_settings)
-      assert Experiment.from_identity(experiment.identity()) == experiment
+      assert Experiment(**experiment.identity()) == experiment
 
   def test_report(self, name, untrained, tmp_path):
     """Each method is in the table; the file of the runs says it all."""
@@ -114,7 +115,8 @@ class TestStudies:
 
 ARMS = {"plain": study.arm("plain"), "SAGA": study.arm("saga")}
 CELL = study.Cell(
-  study.cell("mnist-5k", "logreg", "sgd", epochs=2).template, (0.1, 0.3, 1.0)
+  study.cell("mnist-5k", "logreg", "sgd", lr=0.1, epochs=2).template,
+  (0.1, 0.3, 1.0),
 )
 
 
@@ -179,6 +181,14 @@ def test_publishing_takes_the_sizes_of_the_study(untrained, tmp_path):
   assert result.exit_code == 2
   assert "--publish takes the sizes of the study" in result.output
   assert not untrained
+
+
+def test_one_problem_with_augmentation(untrained, tmp_path):
+  """There is no mean over the problems without it."""
+  args = ["--cell", "fashion-mnist-mlp2-adamw-shift-flip"]
+  args += ["--out", str(tmp_path)]
+  result = CliRunner().invoke(load("balanced_order").command(), args)
+  assert result.exit_code == 0, result.output
 
 
 @pytest.mark.standard_promotion
