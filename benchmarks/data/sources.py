@@ -57,22 +57,14 @@ Source = grain.sources.RandomAccessDataSource
 
 
 class ImageData(NamedTuple):
-  """A data set of images for classification.
-
-  Attributes:
-    train: the examples for training.
-    validation: the examples for validation.
-    num_classes: number of classes; labels are from 0 to ``num_classes - 1``.
-    num_channels: of each image: 1, or 3 for RGB.
-    fingerprint: what identifies the data. Of arrays, SHA-256 of all bytes; of
-      TensorFlow Datasets, name and version, and SHA-256 of the sizes of all
-      splits and shards.
-  """
+  """A data set of images for classification."""
 
   train: Source
   validation: Source
-  num_classes: int
-  num_channels: int
+  num_classes: int  # Labels are from 0 to `num_classes - 1`.
+  num_channels: int  # Of each image: 1, or 3 for RGB.
+  # Of arrays, SHA-256 of all bytes; of TensorFlow Datasets, name and version,
+  # and SHA-256 of the sizes of all splits and shards.
   fingerprint: str
 
 
@@ -105,16 +97,10 @@ class RecordSource:
 
   As in torchvision, which the authors use, transparency is dropped, and the
   orientation that a camera has noted is ignored.
-
-  Attributes:
-    name: what to call the source.
-    records: a data source of TensorFlow Datasets that leaves encoded what is
-      encoded.
-    num_channels: of the images.
   """
 
-  name: str
-  records: Any
+  name: str  # For messages.
+  records: Any  # A data source of TensorFlow Datasets that decodes no image.
   num_channels: int
 
   def __len__(self) -> int:
