@@ -23,7 +23,6 @@ where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 from pathlib import Path
 import shlex
@@ -183,7 +182,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
   except Exception as e:
     raise arrays.DataError(f"{folder}: {benchmarks.one_line(e)}.") from e
   splits = info.splits.values()
-  for path in itertools.chain.from_iterable(x.filepaths for x in splits):
+  for path in (path for split in splits for path in split.filepaths):
     if not path.exists():
       raise arrays.DataError(f"{path}: No such file or directory.")
   sizes = {x.name: [x.num_bytes, x.shard_lengths] for x in splits}
