@@ -29,26 +29,17 @@ class DataError(benchmarks.UserError, ValueError):
 class Dataset(NamedTuple):
   """A data set for classification.
 
-  Attributes:
-    train_images: of :func:`load` float32, one flattened image per row,
-      standardised, as the validation images are, by the mean and standard
-      deviation of all training pixels; of :func:`load_arrays` uint8, with or
-      without axes, in the order of ``image_shape``.
-    train_labels: from 0 to ``num_classes - 1``, int32 or uint8.
-    validation_images: like ``train_images``.
-    validation_labels: like ``train_labels``.
-    image_shape: channels, height and width of an image before it is flattened.
-    sha256: SHA-256 of the unscaled pixels and the labels, all as bytes, in the
-      order of the fields.
-    num_classes: number of classes.
+  Images of :func:`load` are float32, flattened, and standardised by the mean
+  and standard deviation of all training pixels; those of :func:`load_arrays`
+  are uint8, with or without axes.
   """
 
   train_images: np.ndarray
-  train_labels: np.ndarray
+  train_labels: np.ndarray  # From 0 to `num_classes - 1`, int32 or uint8.
   validation_images: np.ndarray
   validation_labels: np.ndarray
-  image_shape: tuple[int, int, int]
-  sha256: str
+  image_shape: tuple[int, int, int]  # Channels, height and width.
+  sha256: str  # Of the unscaled pixels and the labels, all as bytes, in order.
   num_classes: int = NUM_CLASSES
 
 

@@ -18,8 +18,8 @@ here a batch is mixed as a whole, so that the number of devices does not matter.
 """
 
 from collections.abc import Callable
-import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,42 +48,25 @@ _ERASED_RATIO = (0.3, 1 / 0.3)  # Height to width.
 _CROP_RATIO = (3 / 4, 4 / 3)  # Width to height.
 _ATTEMPTS = 10  # At a box that lies within the image.
 
-_Fill = int | tuple[int, ...]
 
+class Recipe(NamedTuple):
+  """The settings, by default those of the paper (its code, ``main.py``)."""
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """The settings, by default those of the paper (its code, ``main.py``).
-
-  Attributes:
-    image_size: height and width of the images that come out, in pixels.
-    num_channels: 3, or 1 for shades of grey.
-    num_classes: number of classes.
-    crop_scale: least and greatest share of the area in a random resized crop.
-    padding: black pixels on each side before the random crop of images of at
-      most 32 pixels.
-    flip: probability of a flip from left to right.
-    magnitude: mean strength of RandAugment, which is drawn for each operation
-      and clipped to 0 to 10; ``None`` turns it off.
-    erasing: probability that a box of an image is replaced by noise.
-    mixup: parameter of the beta distribution of mixup; 0 turns it off.
-    cutmix: the same for cutmix.
-    switch: probability of cutmix where both are on.
-    label_smoothing: how much of a target is spread evenly over all classes.
-  """
-
-  image_size: int
-  num_channels: int
+  image_size: int  # Height and width of the images that come out, in pixels.
+  num_channels: int  # 3, or 1 for shades of grey.
   num_classes: int
+  # Least and greatest share of the area in a random resized crop.
   crop_scale: tuple[float, float] = (0.08, 1.0)
-  padding: int = 4
-  flip: float = 0.5
+  padding: int = 4  # Black pixels on each side before the crop of small images.
+  flip: float = 0.5  # Probability of a flip from left to right.
+  # Mean strength of RandAugment, which is drawn for each operation and clipped
+  # to 0 to 10; `None` turns it off.
   magnitude: float | None = 9.0
-  erasing: float = 0.25
-  mixup: float = 0.8
-  cutmix: float = 1.0
-  switch: float = 0.5
-  label_smoothing: float = 0.1
+  erasing: float = 0.25  # Probability that noise replaces a box of an image.
+  mixup: float = 0.8  # Parameter of the beta distribution; 0 turns it off.
+  cutmix: float = 1.0  # The same for cutmix.
+  switch: float = 0.5  # Probability of cutmix where both are on.
+  label_smoothing: float = 0.1  # Share of a target spread over all classes.
 
 
 def _by_channel(recipe: Recipe, rgb: tuple[float, ...]) -> tuple[float, ...]:
@@ -91,14 +74,12 @@ def _by_channel(recipe: Recipe, rgb: tuple[float, ...]) -> tuple[float, ...]:
   return rgb if recipe.num_channels == 3 else (sum(rgb) / 3,)
 
 
-def _to_pillow(recipe: Recipe, image: np.ndarray) -> Image.Image:
-  return Image.fromarray(image if recipe.num_channels == 3 else image[..., 0])
+def _to_pillow(image: np.ndarray) -> Image.Image:
+  return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
 
 
-def _to_numpy(recipe: Recipe, image: Image.Image) -> np.ndarray:
-  return np.asarray(image).reshape(
-    recipe.image_size, recipe.image_size, recipe.num_channels
-  )
+def _to_numpy(image: Image.Image) -> np.ndarray:
+  return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _crop_box(
@@ -153,19 +134,11 @@ def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable:
   )
 
 
-def _by_table(new_value: Callable[[int, float], int]) -> Callable:
-  """An operation on each value of each channel, by the level's size."""
-
-  def operation(image: Image.Image, level: float, fill: _Fill) -> Image.Image:
-    table = [new_value(value, abs(level)) for value in range(256)]
-    return image.point(table * len(image.getbands()))
-
-  return operation
-
-
 # The operations of RandAugment. The level is the strength as a share of the
 # greatest; its sign is random, and matters where there are two directions.
-_OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
+_OPERATIONS: dict[
+  str, Callable[[Image.Image, float, tuple[int, ...]], Image.Image]
+] = {
   "auto_contrast": lambda image, level, fill: ImageOps.autocontrast(image),
   "equalize": lambda image, level, fill: ImageOps.equalize(image),
   "invert": lambda image, level, fill: ImageOps.invert(image),
@@ -173,12 +146,14 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
     30 * level, _BICUBIC, fillcolor=fill
   ),
   # At the greatest level no bit is left, which ImageOps.posterize refuses.
-  "posterize": _by_table(lambda v, level: v - v % 2 ** (4 + int(level * 4))),
+  "posterize": lambda image, level, fill: image.point(
+    lambda v: v - v % 2 ** (4 + int(abs(level) * 4))
+  ),
   "solarize": lambda image, level, fill: ImageOps.solarize(
     image, 256 - int(abs(level) * 256)
   ),
-  "solarize_add": _by_table(
-    lambda v, level: min(255, v + int(level * 110)) if v < 128 else v
+  "solarize_add": lambda image, level, fill: image.point(
+    lambda v: min(255, v + int(abs(level) * 110)) if v < 128 else v
   ),
   "color": _enhance(ImageEnhance.Color),
   "contrast": _enhance(ImageEnhance.Contrast),
@@ -194,15 +169,14 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, _Fill], Image.Image]] = {
 def _rand_augment(
   recipe: Recipe, rng: np.random.Generator, image: Image.Image
 ) -> Image.Image:
-  colors = [round(255 * x) for x in _by_channel(recipe, _IMAGENET_MEAN)]
-  fill = tuple(colors) if len(colors) > 1 else colors[0]
-  names = list(_OPERATIONS)
-  for i in rng.integers(len(names), size=_NUM_LAYERS).tolist():
+  fill = tuple(round(255 * x) for x in _by_channel(recipe, _IMAGENET_MEAN))
+  operations = list(_OPERATIONS.values())
+  for i in rng.integers(len(operations), size=_NUM_LAYERS).tolist():
     if rng.random() < _APPLIED:
       magnitude = rng.normal(recipe.magnitude, _MAGNITUDE_STD)
       level = min(max(magnitude, 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
       sign = 1 if rng.random() < 0.5 else -1
-      image = _OPERATIONS[names[i]](image, sign * level, fill)
+      image = operations[i](image, sign * level, fill)
   return image
 
 
@@ -210,12 +184,12 @@ def augment(
   recipe: Recipe, rng: np.random.Generator, image: np.ndarray
 ) -> np.ndarray:
   """Augments an image for training, on the host."""
-  result = _crop(recipe, rng, _to_pillow(recipe, image))
+  result = _crop(recipe, rng, _to_pillow(image))
   if rng.random() < recipe.flip:
     result = ImageOps.mirror(result)
   if recipe.magnitude is not None:
     result = _rand_augment(recipe, rng, result)
-  return _to_numpy(recipe, result)
+  return _to_numpy(result)
 
 
 def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
@@ -224,14 +198,14 @@ def resize(recipe: Recipe, image: np.ndarray) -> np.ndarray:
   Above 32 pixels the shorter side is scaled to 256/224 of the size, and the
   middle cut out; else the image is scaled as a whole.
   """
-  result, size = _to_pillow(recipe, image), recipe.image_size
+  result, size = _to_pillow(image), recipe.image_size
   if size <= _SMALL:
-    return _to_numpy(recipe, result.resize((size, size), _BICUBIC))
+    return _to_numpy(result.resize((size, size), _BICUBIC))
   short, target = min(result.size), int(size / _VALIDATION_CROP)
   width, height = (int(target * side / short) for side in result.size)
   left, top = round((width - size) / 2), round((height - size) / 2)
   result = result.resize((width, height), _BICUBIC)
-  return _to_numpy(recipe, result.crop((left, top, left + size, top + size)))
+  return _to_numpy(result.crop((left, top, left + size, top + size)))
 
 
 def standardise(recipe: Recipe, images: jax.Array) -> jax.Array:

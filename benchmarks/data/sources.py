@@ -23,7 +23,6 @@ where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 from pathlib import Path
 import shlex
@@ -57,22 +56,14 @@ Source = grain.sources.RandomAccessDataSource
 
 
 class ImageData(NamedTuple):
-  """A data set of images for classification.
-
-  Attributes:
-    train: the examples for training.
-    validation: the examples for validation.
-    num_classes: number of classes; labels are from 0 to ``num_classes - 1``.
-    num_channels: of each image: 1, or 3 for RGB.
-    fingerprint: what identifies the data. Of arrays, SHA-256 of all bytes; of
-      TensorFlow Datasets, name and version, and SHA-256 of the sizes of all
-      splits and shards.
-  """
+  """A data set of images for classification."""
 
   train: Source
   validation: Source
-  num_classes: int
-  num_channels: int
+  num_classes: int  # Labels are from 0 to `num_classes - 1`.
+  num_channels: int  # Of each image: 1, or 3 for RGB.
+  # Of arrays, SHA-256 of all bytes; of TensorFlow Datasets, name and version,
+  # and SHA-256 of the sizes of all splits and shards.
   fingerprint: str
 
 
@@ -105,16 +96,10 @@ class RecordSource:
 
   As in torchvision, which the authors use, transparency is dropped, and the
   orientation that a camera has noted is ignored.
-
-  Attributes:
-    name: what to call the source.
-    records: a data source of TensorFlow Datasets that leaves encoded what is
-      encoded.
-    num_channels: of the images.
   """
 
-  name: str
-  records: Any
+  name: str  # For messages.
+  records: Any  # A data source of TensorFlow Datasets that decodes no image.
   num_channels: int
 
   def __len__(self) -> int:
@@ -197,7 +182,7 @@ def _load_tfds(name: str, data_dir: Path) -> ImageData:
   except Exception as e:
     raise arrays.DataError(f"{folder}: {benchmarks.one_line(e)}.") from e
   splits = info.splits.values()
-  for path in itertools.chain.from_iterable(x.filepaths for x in splits):
+  for path in (path for split in splits for path in split.filepaths):
     if not path.exists():
       raise arrays.DataError(f"{path}: No such file or directory.")
   sizes = {x.name: [x.num_bytes, x.shard_lengths] for x in splits}

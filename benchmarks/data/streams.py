@@ -28,22 +28,14 @@ _BUFFER_SIZE = 2  # Batches ahead of the training, on the device.
 
 
 class Batch(NamedTuple):
-  """A batch.
+  """A batch."""
 
-  Attributes:
-    images: uint8 of the shape (batch, image_size, image_size, channels).
-    labels: int32 of the shape (batch,).
-    weights: float32 of the shape (batch,), 1, or 0 for padding.
-    index: int32, the number of the batch among fixed batches, else its
-      position in the epoch.
-    step: int32, the number of the step, from 0 on in the first epoch, from
-      which the draws on the device follow.
-  """
-
-  images: Any
-  labels: Any
-  weights: Any
+  images: Any  # Uint8, (batch, image_size, image_size, channels).
+  labels: Any  # Int32, (batch,).
+  weights: Any  # Float32, (batch,), 1, or 0 for padding.
+  # Int32, its number among fixed batches, else its position in the epoch.
   index: Any
+  # Int32, from 0 on in the first epoch; the draws on the device follow from it.
   step: Any
 
 
@@ -69,17 +61,11 @@ class Visits:
   of the batches is new in each epoch. No example is dropped: the batches are as
   even as can be, and short ones are filled up with examples of their own, which
   do not count.
-
-  Attributes:
-    num_examples: number of examples of the source.
-    batch_size: examples in a batch, of all processes.
-    seed: from which everything follows, not negative.
-    has_fixed_batches: whether the batches are fixed.
   """
 
-  num_examples: int
-  batch_size: int
-  seed: int
+  num_examples: int  # Of the source.
+  batch_size: int  # Of all processes.
+  seed: int  # From which everything follows, not negative.
   has_fixed_batches: bool = dataclasses.field(default=False, kw_only=True)
 
   @property
@@ -116,18 +102,7 @@ def _stream(
   sharding: NamedSharding | None,
   num_workers: int,
 ) -> grain.DatasetIterator[Batch]:
-  """Batches of steps.
-
-  Args:
-    source: the examples.
-    batch: from the number of a step to its indices, which of them count, and
-      the number of the batch.
-    transform: of an image of the example of this index at this step.
-    steps: the numbers of the steps.
-    batch_size: examples in a batch, of all processes.
-    sharding: of the examples of a batch; ``None`` for the default device.
-    num_workers: number of processes that read; this one does where it is 0.
-  """
+  """The batches of steps, each made by ``batch`` as by :meth:`Visits.batch`."""
   rows = np.arange(batch_size)
   if sharding is not None:  # Those that lie on devices of this process.
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
@@ -185,7 +160,11 @@ def train_batches(
   sharding: NamedSharding | None = None,
   num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-  """The batches of steps, augmented, read ahead."""
+  """The batches of steps, augmented, read ahead.
+
+  Batches are on the default device without ``sharding``; without workers, this
+  process reads.
+  """
 
   def augment(step: int, index: int, image: np.ndarray) -> np.ndarray:
     rng = _rng(visits.seed, step // visits.steps_per_epoch, index)
