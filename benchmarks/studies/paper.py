@@ -174,24 +174,25 @@ def template(
   scale: Scale,
   *,
   lr: float,
-  epochs: int | None = None,
-  warmup_epochs: int | None = None,
-  batch_size: int | None = None,
   drop_path: float = 0.0,
   dtype: str = "float32",
+  **sizes: int | None,
 ) -> Experiment:
-  """Returns a cell's experiment, but for method and seed."""
-  size = min(len(images.train), scale.train_examples or len(images.train))
-  validation = len(images.validation)
-  epochs = epochs or scale.epochs
-  if warmup_epochs is None:
-    warmup_epochs = scale.warmup_epochs
-  if warmup_epochs >= epochs:
+  """Returns a cell's experiment, but for method and seed.
+
+  ``sizes`` are fields of the scale to replace where they are not ``None``.
+  """
+  keeps_table = scale is not _FULL or model not in LARGE
+  given = {name: size for name, size in sizes.items() if size is not None}
+  scale = scale._replace(**given)
+  if scale.warmup_epochs >= scale.epochs:
     raise click.UsageError(
-      f"--warmup-epochs must be less than --epochs, {epochs}, got"
-      f" {warmup_epochs}."
+      f"--warmup-epochs must be less than --epochs, {scale.epochs}, got"
+      f" {scale.warmup_epochs}."
     )
-  batch_size = batch_size or scale.batch_size or default_batch_size(size)
+  size, validation = len(images.train), len(images.validation)
+  size = min(size, scale.train_examples or size)
+  batch_size = scale.batch_size or default_batch_size(size)
   distributed.check_batch_size(batch_size, size, jax.device_count())
   settings: dict[str, Any] = {**scale.changes.get(model, {}), "dtype": dtype}
   if drop_path:
@@ -206,7 +207,7 @@ def template(
     model=model,
     method="plain",
     optimizer="adamw",
-    epochs=epochs,
+    epochs=scale.epochs,
     batch_size=batch_size,
     lr=lr,
     feed="streams",
@@ -216,9 +217,9 @@ def template(
     ),
     image_size=scale.image_size,
     model_settings=settings,
-    warmup_epochs=warmup_epochs,
+    warmup_epochs=scale.warmup_epochs,
     final_lr_share=_LAST_LR / lr,
-    keeps_table=scale is not SCALES["full"] or model not in LARGE,
+    keeps_table=keeps_table,
     data_sha256=images.fingerprint,
   )
 
@@ -261,9 +262,8 @@ def tables(results: study.Results) -> str:
   table = TABLES["small" if is_small else "imagenet"]
   parts = []
   if any(e.image_size != _FULL.image_size for e in problems.values()):
-    parts += [
-      "\n".join(["Not the paper's scale:", *map(_size, problems.values())])
-    ]
+    sizes = "\n".join(map(_size, problems.values()))
+    parts.append(f"Not the paper's scale:\n{sizes}")
   parts.append(f"The paper's figures are of {table.source}.")
 
   def means(field: str, published: str, scale: float = 1) -> str:
