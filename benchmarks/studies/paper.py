@@ -43,9 +43,6 @@ LARGE = ("vit-base", "convnext-base")
 _LAST_LR = 1e-6
 _MIN_STEPS, _MAX_BATCH = 39, 4_096
 
-# Data set and model of a table's column.
-Cell = tuple[str, str]
-
 
 class Table(NamedTuple):
   """A table of the paper.
@@ -60,8 +57,8 @@ class Table(NamedTuple):
   accuracies: str  # Published validation accuracies in percent.
   source: str  # Where these are from.
 
-  def published(self, text: str) -> dict[Cell, tuple[str, ...]]:
-    """Returns the columns of ``losses`` or ``accuracies``."""
+  def published(self, text: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Returns columns of figures, by data set and architecture."""
     rows = map(str.split, text.strip().splitlines())
     cells = itertools.product(self.datasets, self.models)
     return dict(zip(cells, zip(*rows, strict=True), strict=True))

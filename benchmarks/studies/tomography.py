@@ -28,7 +28,7 @@ _BACKGROUND, _COUNTS = 0.5, 8.0  # Counts of the brightest bin: about 300.
 _SMOOTHNESS, _EDGE = 0.3, 0.1  # Of the prior.
 _RENEWALS = (0, 1, 2, 4, 8)  # Epochs at which the preconditioner is renewed.
 _MOMENTUM = 0.8
-_EPOCHS, _ITERATIONS, _RESTARTS = 40, 400, 3
+_ITERATIONS, _RESTARTS = 400, 3
 _START = 0.3  # Value of all pixels.
 # Whether it corrects, and has momentum.
 _METHODS = {
@@ -256,8 +256,15 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   return publishing.files(parts, figure)
 
 
-def run(epochs: int, iterations: int) -> dict[str, Any]:
-  """Solves by all methods."""
+@click.command()
+@cli.options(
+  ("--epochs", cli.positive, 40, ""),
+  ("--iterations", cli.positive, _ITERATIONS, ""),
+)
+@cli.out_option("tomography")
+@cli.publish_option
+def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
+  """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
   with jax.enable_x64(True):
     subsets = make_subsets()
     image, gradient_norm = _reference(subsets)
@@ -266,7 +273,7 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
     for name, parts in _METHODS.items():
       curves[name] = by_subsets(*parts, subsets, epochs)
   norm = np.linalg.norm(image)
-  return {
+  document = {
     "module": __name__,
     "command": "python -m benchmarks tomography",
     **store.environment(),
@@ -281,17 +288,5 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
       for name, curve in curves.items()
     },
   }
-
-
-@click.command()
-@cli.options(
-  ("--epochs", cli.positive, _EPOCHS, ""),
-  ("--iterations", cli.positive, _ITERATIONS, ""),
-)
-@cli.out_option("tomography")
-@cli.publish_option
-def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
-  """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
-  document = run(epochs, iterations)
   store.write_json(out / "runs.json", document)
   publishing.show("tomography", document, publish)

@@ -34,7 +34,7 @@ PROBLEMS: list[Key] = [
 # The paper's optimal coefficient, a line for each epoch and a column for each
 # problem: mean over the epoch without the snapshot, and over the last 15 % of
 # it. CIFAR-10, batches of 1024, digitised from the figures of its project page.
-_DIGITISED = """
+PAPER = """
 0.81/0.79 0.45/0.39 0.77/0.91 0.80/0.79 0.23/0.17 0.10/0.09
 0.95/0.95 0.84/0.79 0.88/0.82 0.89/0.89 0.70/0.60 0.63/0.54
 0.96/0.96 0.79/0.76 0.75/0.71 0.87/0.87 0.72/0.67 0.65/0.57
@@ -46,13 +46,6 @@ _DIGITISED = """
 0.96/0.95 0.67/0.63 0.56/0.51 0.91/0.91 0.61/0.59 0.53/0.47
 0.95/0.95 0.66/0.64 0.52/0.47 0.88/0.88 0.53/0.53 0.47/0.41
 """
-PAPER = dict(
-  zip(
-    PROBLEMS,
-    zip(*map(str.split, _DIGITISED.strip().splitlines()), strict=True),
-    strict=True,
-  )
-)
 
 # What was measured, a list for each quantity; see observers.Variance.
 Measured = Mapping[str, Sequence[float]]
@@ -89,12 +82,14 @@ def by_epoch(measured: Measured, field: str) -> list[tuple[float, float]]:
 
 def coefficient_table(found: Results) -> str:
   """Returns the best coefficient by epoch and the paper's, in Markdown."""
+  paper = [line.split() for line in PAPER.strip().splitlines()]
   names, columns = ["epoch"], []
   for key, methods in found.items():
     means = by_epoch(methods["adaptive"], "optimal_component")
     names += [" ".join(key), "paper"]
     columns.append([f"{whole:.2f} / {late:.2f}" for whole, late in means])
-    columns.append([text.replace("/", " / ") for text in PAPER[key]])
+    column = [line[PROBLEMS.index(key)] for line in paper]
+    columns.append([text.replace("/", " / ") for text in column])
   rows = itertools.zip_longest(*columns, fillvalue="")
   rows = itertools.islice(rows, len(columns[0]))
   lines = [[f"{epoch}", *row] for epoch, row in enumerate(rows, 1)]
