@@ -118,15 +118,17 @@ class Scale(NamedTuple):
   validation_examples: int | None = None
 
 
+# Arguments of the architectures for small images.
 _SMALL_PATCHES = {
-  "convnext-femto": {"patch_size": 2},
-  "convnext-base": {"patch_size": 2},
-  "vit-tiny": {"patch_size": 4},
-  "vit-base": {"patch_size": 4},
-  "swin-femto": {"patch_size": 2, "window": 4},
-  "mixer-s32": {"patch_size": 8},
-  "mixer-s16": {"patch_size": 4},
+  "convnext-femto": dict(patch_size=2),
+  "convnext-base": dict(patch_size=2),
+  "vit-tiny": dict(patch_size=4),
+  "vit-base": dict(patch_size=4),
+  "swin-femto": dict(patch_size=2, window=4),
+  "mixer-s32": dict(patch_size=8),
+  "mixer-s16": dict(patch_size=4),
 }
+# With few blocks and features, too.
 _NARROW = {
   "convnext-femto": dict(patch_size=4, depths=[1, 1, 2], widths=[24, 48, 96]),
   "convnext-base": dict(patch_size=4, depths=[1, 1, 3], widths=[32, 64, 128]),
