@@ -65,11 +65,7 @@ def results(runs: Iterable[Run]) -> Results:
 
 
 def by_epoch(measured: Measured, field: str) -> list[tuple[float, float]]:
-  """Summarises each epoch in two numbers, as the paper's values are given.
-
-  These are the mean over the epoch without the moment of the snapshot, and the
-  mean over its last 15 %, or the last measurement if there is none in them.
-  """
+  """Means of each epoch without its snapshot, and of its last 15 %."""
   means = []
   pairs = zip(measured["epoch"], measured[field], strict=True)
   for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
