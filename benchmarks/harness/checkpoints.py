@@ -47,7 +47,6 @@ class Checkpoints(contextlib.AbstractContextManager):
   ):
     self._folder = folder.absolute()
     self._every = every
-    self.is_resumed = resume
     self._identity = identity
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY

@@ -20,7 +20,6 @@ References:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -28,16 +27,11 @@ from typing import Any, NamedTuple
 
 import click
 import jax
+import numpy as np
 
 from benchmarks import cli, methods, models
 from benchmarks.data import sources
-from benchmarks.harness import (
-  distributed,
-  figures,
-  publishing,
-  report,
-  study,
-)
+from benchmarks.harness import distributed, figures, publishing, report, study
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.trainer import load
 
@@ -49,31 +43,23 @@ LARGE = ("vit-base", "convnext-base")
 _LAST_LR = 1e-6
 _MIN_STEPS, _MAX_BATCH = 39, 4_096
 
-# Data set and model of a table's column.
-Cell = tuple[str, str]
-
 
 class Table(NamedTuple):
   """A table of the paper.
 
-  Attributes:
-    datasets: its data sets.
-    models: its architectures.
-    losses: published train losses, a line for each of AdamW, SVRG and
-      alpha-SVRG, a column for each data set and architecture.
-    accuracies: published validation accuracies in percent.
-    source: where these are from.
+  Its figures have a line for each of AdamW, SVRG and alpha-SVRG, and a column
+  for each data set and architecture.
   """
 
   datasets: Sequence[str]
   models: Sequence[str]
-  losses: str
-  accuracies: str
-  source: str
+  losses: str  # Published train losses.
+  accuracies: str  # Published validation accuracies in percent.
+  source: str  # Where these are from.
 
-  def published(self, text: str) -> dict[Cell, tuple[str, ...]]:
-    """Returns the columns of ``losses`` or ``accuracies``."""
-    rows = [line.split() for line in text.strip().splitlines()]
+  def published(self, text: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Returns columns of figures, by data set and architecture."""
+    rows = map(str.split, text.strip().splitlines())
     cells = itertools.product(self.datasets, self.models)
     return dict(zip(cells, zip(*rows, strict=True), strict=True))
 
@@ -121,102 +107,57 @@ TABLES = {
 
 
 class Scale(NamedTuple):
-  """Full or reduced scale of the experiments.
+  """Full or reduced scale of the experiments."""
 
-  Attributes:
-    image_size: height and width of the images in pixels.
-    epochs: number of epochs.
-    warmup_epochs: number of epochs in which the learning rate rises.
-    changes: arguments of the architectures, by their names.
-    batch_size: examples of a batch; ``None`` for that of the full scale.
-    train_examples: how many are used; ``None`` for all.
-    validation_examples: how many are used; ``None`` for all.
-  """
-
-  image_size: int
+  image_size: int  # Height and width in pixels.
   epochs: int
-  warmup_epochs: int
-  changes: Mapping[str, Mapping[str, Any]] = {}
-  batch_size: int | None = None
-  train_examples: int | None = None
+  warmup_epochs: int  # In which the learning rate rises.
+  changes: Mapping[str, Mapping[str, Any]] = {}  # Arguments of architectures.
+  batch_size: int | None = None  # `None` for that of the full scale.
+  train_examples: int | None = None  # How many are used; `None` for all.
   validation_examples: int | None = None
 
 
-def _reduced(
-  depths: Sequence[int], base_depths: Sequence[int], narrow: int, wide: int
-) -> dict[str, dict[str, Any]]:
-  """Architectures for small images, by numbers of blocks and of features."""
-
-  def stages(first: int, depths: Sequence[int]) -> list[int]:
-    return [first * 2**stage for stage in range(len(depths))]
-
-  def convnext(width: int, depths: Sequence[int]) -> dict[str, Any]:
-    return {
-      "patch_size": 4,
-      "depths": list(depths),
-      "widths": stages(width, depths),
-    }
-
-  def vit(width: int, depths: Sequence[int], heads: int) -> dict[str, Any]:
-    return {
-      "patch_size": 8,
-      "width": width,
-      "depth": sum(depths),
-      "heads": heads,
-    }
-
-  mixer = {"width": wide, "depth": sum(depths)}
-  return {
-    "convnext-femto": convnext(narrow, depths),
-    "convnext-base": convnext(wide, base_depths),
-    "vit-tiny": vit(narrow, depths, 2),
-    "vit-base": vit(wide, base_depths, 4),
-    "swin-femto": {
-      "patch_size": 4,
-      "window": 4,
-      "depths": list(depths),
-      "width": narrow,
-      "heads": stages(1, depths),
-    },
-    "mixer-s32": {"patch_size": 8, **mixer},
-    "mixer-s16": {"patch_size": 4, **mixer},
-  }
-
-
+# Arguments of the architectures for small images.
+_SMALL_PATCHES = {
+  "convnext-femto": dict(patch_size=2),
+  "convnext-base": dict(patch_size=2),
+  "vit-tiny": dict(patch_size=4),
+  "vit-base": dict(patch_size=4),
+  "swin-femto": dict(patch_size=2, window=4),
+  "mixer-s32": dict(patch_size=8),
+  "mixer-s16": dict(patch_size=4),
+}
+# With few blocks and features, too.
+_NARROW = {
+  "convnext-femto": dict(patch_size=4, depths=[1, 1, 2], widths=[24, 48, 96]),
+  "convnext-base": dict(patch_size=4, depths=[1, 1, 3], widths=[32, 64, 128]),
+  "vit-tiny": dict(patch_size=8, width=24, depth=4, heads=2),
+  "vit-base": dict(patch_size=8, width=32, depth=5, heads=4),
+  "swin-femto": dict(
+    patch_size=4, window=4, depths=[1, 1, 2], width=24, heads=[1, 2, 4]
+  ),
+  "mixer-s32": dict(patch_size=8, width=32, depth=4),
+  "mixer-s16": dict(patch_size=4, width=32, depth=4),
+}
+_TINY = {
+  "convnext-femto": dict(patch_size=4, depths=[1], widths=[8]),
+  "convnext-base": dict(patch_size=4, depths=[1], widths=[12]),
+  "vit-tiny": dict(patch_size=8, width=8, depth=1, heads=2),
+  "vit-base": dict(patch_size=8, width=12, depth=1, heads=4),
+  "swin-femto": dict(patch_size=4, window=4, depths=[1], width=8, heads=[1]),
+  "mixer-s32": dict(patch_size=8, width=12, depth=1),
+  "mixer-s16": dict(patch_size=4, width=12, depth=1),
+}
 SCALES = {
   "full": Scale(224, 300, 50),
-  "32px": Scale(
-    *(32, 30, 5),
-    {
-      "convnext-femto": {"patch_size": 2},
-      "convnext-base": {"patch_size": 2},
-      "vit-tiny": {"patch_size": 4},
-      "vit-base": {"patch_size": 4},
-      "swin-femto": {"patch_size": 2, "window": 4},
-      "mixer-s32": {"patch_size": 8},
-      "mixer-s16": {"patch_size": 4},
-    },
-  ),
-  "cpu": Scale(
-    *(32, 8, 1, _reduced((1, 1, 2), (1, 1, 3), 24, 32)),
-    batch_size=100,
-    train_examples=3_000,
-    validation_examples=1_000,
-  ),
+  "32px": Scale(32, 30, 5, _SMALL_PATCHES),
+  "cpu": Scale(32, 8, 1, _NARROW, 100, 3_000, 1_000),
   # As many steps per epoch as the paper has, and its share of warm-up.
-  "long": Scale(
-    *(32, 100, 17, _reduced((1, 1, 2), (1, 1, 3), 24, 32)),
-    batch_size=32,
-    train_examples=1_280,
-    validation_examples=1_000,
-  ),
-  "smoke": Scale(
-    *(16, 2, 1, _reduced((1,), (1,), 8, 12)),
-    batch_size=20,
-    train_examples=60,
-    validation_examples=20,
-  ),
+  "long": Scale(32, 100, 17, _NARROW, 32, 1_280, 1_000),
+  "smoke": Scale(16, 2, 1, _TINY, 20, 60, 20),
 }
+_FULL = SCALES["full"]
 
 
 def default_batch_size(train_examples: int) -> int:
@@ -232,24 +173,25 @@ def template(
   scale: Scale,
   *,
   lr: float,
-  epochs: int | None = None,
-  warmup_epochs: int | None = None,
-  batch_size: int | None = None,
   drop_path: float = 0.0,
   dtype: str = "float32",
+  **sizes: int | None,
 ) -> Experiment:
-  """Returns a cell's experiment, but for method and seed."""
-  size = min(len(images.train), scale.train_examples or len(images.train))
-  validation = len(images.validation)
-  epochs = epochs or scale.epochs
-  if warmup_epochs is None:
-    warmup_epochs = scale.warmup_epochs
-  if warmup_epochs >= epochs:
+  """Returns a cell's experiment, but for method and seed.
+
+  ``sizes`` are fields of the scale to replace where they are not ``None``.
+  """
+  keeps_table = scale is not _FULL or model not in LARGE
+  given = {name: size for name, size in sizes.items() if size is not None}
+  scale = scale._replace(**given)
+  if scale.warmup_epochs >= scale.epochs:
     raise click.UsageError(
-      f"--warmup-epochs must be less than --epochs, {epochs}, got"
-      f" {warmup_epochs}."
+      f"--warmup-epochs must be less than --epochs, {scale.epochs}, got"
+      f" {scale.warmup_epochs}."
     )
-  batch_size = batch_size or scale.batch_size or default_batch_size(size)
+  size, validation = len(images.train), len(images.validation)
+  size = min(size, scale.train_examples or size)
+  batch_size = scale.batch_size or default_batch_size(size)
   distributed.check_batch_size(batch_size, size, jax.device_count())
   settings: dict[str, Any] = {**scale.changes.get(model, {}), "dtype": dtype}
   if drop_path:
@@ -264,7 +206,7 @@ def template(
     model=model,
     method="plain",
     optimizer="adamw",
-    epochs=epochs,
+    epochs=scale.epochs,
     batch_size=batch_size,
     lr=lr,
     feed="streams",
@@ -274,23 +216,17 @@ def template(
     ),
     image_size=scale.image_size,
     model_settings=settings,
-    warmup_epochs=warmup_epochs,
+    warmup_epochs=scale.warmup_epochs,
     final_lr_share=_LAST_LR / lr,
-    keeps_table=scale is not SCALES["full"] or model not in LARGE,
+    keeps_table=keeps_table,
     data_sha256=images.fingerprint,
   )
 
 
-def _arm(name: str, alpha0: float) -> study.Arm:
-  def make(e: Experiment) -> Experiment:
-    settings: dict[str, Any] = {}
-    if name == "alpha-svrg":
-      settings["alpha0"] = alpha0
-    elif name == "adaptive-saga" and not e.keeps_table:
-      settings["table_dtype"] = "bfloat16"
-    return e.replace(method=name, method_settings=settings)
-
-  return make
+def _adaptive_saga(template: Experiment) -> Experiment:
+  """With a table of bfloat16 where one of float32 does not fit."""
+  settings = {} if template.keeps_table else {"table_dtype": "bfloat16"}
+  return template.replace(method="adaptive-saga", method_settings=settings)
 
 
 def make_study(
@@ -304,32 +240,34 @@ def make_study(
     f"{e.model}, {e.dataset}": study.Cell(e, (e.lr,), num_seeds=seeds)
     for e in templates
   }
+  special = {
+    "alpha-svrg": study.arm("alpha-svrg", alpha0=alpha0),
+    "adaptive-saga": _adaptive_saga,
+  }
+  arms = {name: special.get(name, study.arm(name)) for name in names}
   return study.Study(
-    *("paper", "The paper's experiments", cells),
-    {name: _arm(name, alpha0) for name in names},
-    functools.partial(tables, cells),
-    figure,
+    *("paper", "The paper's experiments", cells, arms, tables, figure),
     has_curve=lambda experiment: True,
   )
 
 
-def tables(cells: Mapping[str, study.Cell], results: study.Results) -> str:
+def tables(results: study.Results) -> str:
   """Losses and accuracies next to the paper's, and verdicts, in Markdown."""
-  templates = {name: cells[name].template for name in results.cells}
-  is_small = all(e.model == "convnext-femto" for e in templates.values())
+  names = results.arms(results.cells[0])
+  rivals = [name for name in _RIVALS if name in names]
+  ours = [name for name in names if name not in _RIVALS]
+  problems = {c: results.runs(c, names[0])[0].experiment for c in results.cells}
+  is_small = all(e.model == "convnext-femto" for e in problems.values())
   table = TABLES["small" if is_small else "imagenet"]
-  names = results.arms(next(iter(templates)))
   parts = []
-  if any(e.image_size != SCALES["full"].image_size for e in templates.values()):
-    parts.append(describe(templates.values(), SCALES["full"]))
+  if any(e.image_size != _FULL.image_size for e in problems.values()):
+    sizes = "\n".join(map(_size, problems.values()))
+    parts.append(f"Not the paper's scale:\n{sizes}")
   parts.append(f"The paper's figures are of {table.source}.")
-  for title, field, scale, published in (
-    ("Train loss (augmented, mixed-up, last epoch)", "train_loss", 1, "losses"),
-    ("Train loss (images as they are, at the end)", "clean_train_loss", 1, ""),
-    ("Validation accuracy (%)", "validation_accuracy", 100, "accuracies"),
-  ):
-    theirs = table.published(getattr(table, published)) if published else {}
-    lines = [
+
+  def means(field: str, published: str, scale: float = 1) -> str:
+    theirs = table.published(published) if published else {}
+    rows = [
       [
         cell,
         *(
@@ -337,28 +275,34 @@ def tables(cells: Mapping[str, study.Cell], results: study.Results) -> str:
         ),
         " / ".join(theirs.get((e.dataset, e.model), ())),
       ]
-      for cell, e in templates.items()
+      for cell, e in problems.items()
     ]
     columns = ["cell", *names, "paper: plain / svrg / alpha-svrg"]
-    if not any(line[-1] for line in lines):
-      columns, lines = columns[:-1], [line[:-1] for line in lines]
-    parts += [title, report.markdown_table(columns, lines)]
-  rivals = [name for name in _RIVALS if name in names]
-  ours = [name for name in names if name not in _RIVALS]
-  for title, field in (
-    ("augmented and mixed up", "train_loss"),
-    ("as they are", "clean_train_loss"),
-  ):
+    if not any(row[-1] for row in rows):
+      columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return report.markdown_table(columns, rows)
+
+  def against(field: str) -> str:
     verdicts = results.verdicts([*itertools.product(ours, rivals)], field=field)
-    lines = [
+    rows = [
       [cell, name, *(verdicts[cell, name, rival] for rival in rivals)]
-      for cell, name in itertools.product(templates, ours)
+      for cell, name in itertools.product(problems, ours)
     ]
     columns = ["cell", "method", *(f"against {rival}" for rival in rivals)]
-    parts += [
-      f"Train loss, images {title}",
-      report.markdown_table(columns, lines),
-    ]
+    return report.markdown_table(columns, rows)
+
+  parts += [
+    "Train loss (augmented, mixed-up, last epoch)",
+    means("train_loss", table.losses),
+    "Train loss (images as they are, at the end)",
+    means("clean_train_loss", ""),
+    "Validation accuracy (%)",
+    means("validation_accuracy", table.accuracies, 100),
+    "Train loss, images augmented and mixed up",
+    against("train_loss"),
+    "Train loss, images as they are",
+    against("clean_train_loss"),
+  ]
   if "alpha-svrg" in names:
     parts += [
       "Train loss of alpha-SVRG over the training, augmented and mixed up",
@@ -367,30 +311,35 @@ def tables(cells: Mapping[str, study.Cell], results: study.Results) -> str:
   return "\n\n".join(parts)
 
 
+def _size(e: Experiment) -> str:
+  """Says in what a problem differs from the full scale."""
+  settings = ", ".join(f"{k} {v}" for k, v in e.model_settings.items())
+  return (
+    f"- {e.model}, {e.dataset}: {e.epochs} of {_FULL.epochs} epochs,"
+    f" {e.train_examples} images of {e.image_size} instead of"
+    f" {_FULL.image_size} pixels, batches of {e.batch_size}; {settings}"
+  )
+
+
 def crossings(results: study.Results, rivals: Sequence[str]) -> str:
   """Where the loss of alpha-SVRG crosses its rivals', in Markdown."""
-  lines = []
+  rows = []
   for cell, rival in itertools.product(results.cells, rivals):
-    ours, theirs = (
-      line.y
-      for line in results.curves(cell, ("alpha-svrg", rival), "train_loss")
-    )
-    ratios = [
-      math.nan if None in pair else pair[0] / pair[1]
-      for pair in zip(ours, theirs, strict=True)
-    ]
-    above = [i for i, ratio in enumerate(ratios, 1) if not ratio < 1]
+    curves = results.curves(cell, ("alpha-svrg", rival), "train_loss")
+    ours, theirs = (np.array(line.y, float) for line in curves)
+    ratios = ours / theirs
+    above = np.flatnonzero(~(ratios < 1)) + 1
     thirds = [math.ceil(len(ratios) * k / 3) - 1 for k in (1, 2, 3)]
-    lines.append(
+    rows.append(
       [
         *(cell, rival, f"{len(ratios) - len(above)} of {len(ratios)}"),
-        f"{above[-1]}" if above else "never above",
-        *(f"{ratios[i]:.4f}" for i in thirds),
+        f"{above[-1]}" if len(above) else "never above",
+        *(f"{ratio:.4f}" for ratio in ratios[thirds]),
       ]
     )
   columns = ["cell", "rival", "epochs below it", "last epoch above it"]
   columns += [f"loss / rival's at {x}" for x in ("1/3", "2/3", "the end")]
-  return report.markdown_table(columns, lines)
+  return report.markdown_table(columns, rows)
 
 
 def figure(results: study.Results) -> figures.Figure:
@@ -405,19 +354,6 @@ def figure(results: study.Results) -> figures.Figure:
   return figures.Figure(
     "Train loss of augmented images; mean and range over the seeds", panels
   )
-
-
-def describe(templates: Iterable[Experiment], full: Scale) -> str:
-  """Says in what experiments differ from the full scale."""
-  lines = []
-  for e in templates:
-    changes = ", ".join(f"{k} {v}" for k, v in e.model_settings.items())
-    lines.append(
-      f"- {e.model}, {e.dataset}: {e.epochs} of {full.epochs} epochs,"
-      f" {e.train_examples} images of {e.image_size} instead of"
-      f" {full.image_size} pixels, batches of {e.batch_size}; {changes}"
-    )
-  return "\n".join(["Not the paper's scale:", *lines])
 
 
 def render(document: Mapping[str, Any]) -> dict[str, str]:

@@ -2,14 +2,14 @@
 """Poisson tomography by subsets: ``python -m benchmarks tomography``.
 
 SVRG with a table of the gradients of fixed subsets of angles, as a chain of
-Optax parts: the correction, a diagonal preconditioner that is renewed at chosen
-epochs, and a projection after the step.
+Optax parts: the correction, a diagonal preconditioner, which is a learning rate
+for each pixel and renewed at chosen epochs, and a projection after the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import jax
@@ -28,7 +28,7 @@ _BACKGROUND, _COUNTS = 0.5, 8.0  # Counts of the brightest bin: about 300.
 _SMOOTHNESS, _EDGE = 0.3, 0.1  # Of the prior.
 _RENEWALS = (0, 1, 2, 4, 8)  # Epochs at which the preconditioner is renewed.
 _MOMENTUM = 0.8
-_EPOCHS, _ITERATIONS, _RESTARTS = 40, 400, 3
+_ITERATIONS, _RESTARTS = 400, 3
 _START = 0.3  # Value of all pixels.
 # Whether it corrects, and has momentum.
 _METHODS = {
@@ -49,23 +49,8 @@ over its norm. Seconds are those of the processor, on one core, without
 compilation, in float64; all methods share the code of the projections."""
 
 Subset = dict[str, jax.Array]
-
-
-class PreconditionerState(NamedTuple):
-  """State of :func:`precondition`: the factors, a tree like the parameters."""
-
-  diagonal: Any
-
-
-def precondition() -> optax.GradientTransformation:
-  """Multiplies updates by a diagonal, which ``optax.tree.set`` renews."""
-  return optax.GradientTransformation(
-    lambda params: PreconditionerState(jax.tree.map(jnp.ones_like, params)),
-    lambda updates, state, params=None: (
-      jax.tree.map(jnp.multiply, updates, state.diagonal),
-      state,
-    ),
-  )
+# Images, and the seconds of the processor until then.
+Curve = list[tuple[np.ndarray, float]]
 
 
 def phantom() -> np.ndarray:
@@ -151,29 +136,21 @@ def diagonal(image: jax.Array, subsets: Subset) -> jax.Array:
   return 1 / (of_data + 8 * _SMOOTHNESS / _EDGE)
 
 
-class Curve:
-  """Images, and seconds of the processor until then."""
-
-  def __init__(self):
-    self.images: list[np.ndarray] = []
-    self.seconds: list[float] = []
-    self._start = time.process_time()
-
-  def add(self, image: Any) -> None:
-    """Keeps an image."""
-    self.images.append(np.array(image))
-    self.seconds.append(time.process_time() - self._start)
+def _stopwatch() -> Callable[[Any], tuple[np.ndarray, float]]:
+  """Starts; returns a function from an image to it and the seconds since."""
+  start = time.process_time()
+  return lambda image: (np.array(image), time.process_time() - start)
 
 
 def by_subsets(
   has_correction: bool, has_momentum: bool, subsets: Subset, epochs: int
 ) -> Curve:
   """Steps through the subsets in random order."""
+  precondition = optax.inject_hyperparams(optax.scale_by_learning_rate)
   tx = optax.chain(
     optax_svrg.alpha_svrg(1.0) if has_correction else optax.identity(),
-    precondition(),
+    precondition(learning_rate=jnp.ones(SIZE**2)),
     optax.trace(_MOMENTUM, nesterov=True) if has_momentum else optax.identity(),
-    optax.scale_by_learning_rate(1.0),
   )
   grad_fn = jax.grad(loss)
   subset_of = lambda i: jax.tree.map(lambda x: x[i], subsets)
@@ -193,18 +170,18 @@ def by_subsets(
 
   def run(epochs: int) -> Curve:
     rng = np.random.default_rng(0)
-    curve = Curve()
+    curve, timed = [], _stopwatch()
     image, table = jnp.full(SIZE**2, _START), None
     state = tx.init(image)
     for number in range(epochs):
       if number in _RENEWALS:
-        state = optax.tree.set(state, diagonal=diagonal(image, subsets))
+        state = optax.tree.set(state, learning_rate=diagonal(image, subsets))
       if has_correction:
         mean, table = optax_svrg.gradient_table(grad_fn, image, batches)
         state = optax_svrg.take_snapshot(state, image, lambda _: mean)  # noqa: B023
       order = rng.permutation(NUM_SUBSETS)
       image, state = epoch(image, state, table, order)
-      curve.add(image)
+      curve.append(timed(image))
     return curve
 
   run(2)  # Compiles.
@@ -215,7 +192,7 @@ def by_lbfgs(subsets: Subset, iterations: int, image: np.ndarray) -> Curve:
   """SciPy's L-BFGS-B on a compiled gradient."""
   compiled = jax.jit(jax.value_and_grad(objective))
   jax.block_until_ready(compiled(image, subsets))
-  curve = Curve()
+  curve, timed = [], _stopwatch()
   scipy.optimize.minimize(
     compiled,
     image,
@@ -223,7 +200,7 @@ def by_lbfgs(subsets: Subset, iterations: int, image: np.ndarray) -> Curve:
     jac=True,
     method="L-BFGS-B",
     bounds=[(0, None)] * SIZE**2,
-    callback=curve.add,
+    callback=lambda image: curve.append(timed(image)),
     options={"maxiter": iterations, "maxfun": 10**6, "ftol": 0, "gtol": 1e-8},
   )
   return curve
@@ -233,7 +210,7 @@ def _reference(subsets: Subset) -> tuple[np.ndarray, float]:
   """The converged image, and the norm of its projected gradient."""
   image = np.full(SIZE**2, _START)
   for _ in range(_RESTARTS):
-    image = by_lbfgs(subsets, 2 * _ITERATIONS, image).images[-1]
+    image = by_lbfgs(subsets, 2 * _ITERATIONS, image)[-1][0]
   gradient = np.asarray(jax.grad(objective)(jnp.asarray(image), subsets))
   projected = np.where(image > 0, gradient, np.minimum(gradient, 0))
   return image, float(np.linalg.norm(projected))
@@ -279,8 +256,15 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   return publishing.files(parts, figure)
 
 
-def run(epochs: int, iterations: int) -> dict[str, Any]:
-  """Solves by all methods."""
+@click.command()
+@cli.options(
+  ("--epochs", cli.positive, 40, ""),
+  ("--iterations", cli.positive, _ITERATIONS, ""),
+)
+@cli.out_option("tomography")
+@cli.publish_option
+def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
+  """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
   with jax.enable_x64(True):
     subsets = make_subsets()
     image, gradient_norm = _reference(subsets)
@@ -289,32 +273,20 @@ def run(epochs: int, iterations: int) -> dict[str, Any]:
     for name, parts in _METHODS.items():
       curves[name] = by_subsets(*parts, subsets, epochs)
   norm = np.linalg.norm(image)
-  return {
+  document = {
     "module": __name__,
     "command": "python -m benchmarks tomography",
     **store.environment(),
     "gradient_norm": gradient_norm,
     "curves": {
       name: {
-        "seconds": [float(f"{s:.4g}") for s in curve.seconds],
+        "seconds": [float(f"{s:.4g}") for _, s in curve],
         "error": [
-          float(f"{np.linalg.norm(x - image) / norm:.4g}") for x in curve.images
+          float(f"{np.linalg.norm(x - image) / norm:.4g}") for x, _ in curve
         ],
       }
       for name, curve in curves.items()
     },
   }
-
-
-@click.command()
-@cli.options(
-  ("--epochs", cli.positive, _EPOCHS, ""),
-  ("--iterations", cli.positive, _ITERATIONS, ""),
-)
-@cli.out_option("tomography")
-@cli.publish_option
-def main(epochs: int, iterations: int, out: Path, publish: bool) -> None:
-  """Reconstructs an image by SVRG over subsets, and by L-BFGS-B."""
-  document = run(epochs, iterations)
   store.write_json(out / "runs.json", document)
   publishing.show("tomography", document, publish)

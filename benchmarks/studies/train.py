@@ -19,16 +19,9 @@ from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.trainer import Trainer
 
-# Fields and labels of the ordinate and the abscissa of each panel.
-_PANELS = (
-  ("train_loss", "train loss", "epoch", "epochs"),
-  ("validation_accuracy", "validation accuracy", "epoch", "epochs"),
-  (
-    *("train_loss", "train loss"),
-    *("gradients_per_example", "gradient evaluations per example"),
-  ),
-  ("variance_ratio", "variance, corrected / plain", "epoch", "epochs"),
-)
+# Histories of the finished runs of each method.
+Finished = Mapping[str, Sequence[Sequence[Point]]]
+
 _SNAPSHOTS = {"svrg", "alpha-svrg", "adaptive"}
 # Options that need one of some methods.
 _NEEDED = {
@@ -121,28 +114,50 @@ def main(
     checkpoints = Checkpoints(
       checkpoint_dir, checkpoint_every, identity, resume
     )
-  results = Results(out, names, {"argv": cli.argv(ctx), "identity": identity})
-  results.write()
-  wanted = experiments(options, dataset.sha256)
+  record = {"argv": cli.argv(ctx), "identity": identity, **store.environment()}
+  runs: list[Run] = []
+  finished = {name: [] for name in names}
+
+  def write() -> None:
+    results = {
+      "runs": [run.as_json() for run in runs],
+      "table": report.summarise(finished),
+    }
+    store.write_json(out / "results.json", {**record, **results})
+
+  write()
   is_interrupted = False
+  wanted = experiments(options, dataset.sha256)
   try:
-    with checkpoints or contextlib.nullcontext():
-      _train_all(wanted, dataset, results, checkpoints)
+    with (
+      checkpoints or contextlib.nullcontext(),
+      Progress(sum(experiment.epochs for experiment in wanted)) as progress,
+    ):
+      trainer = Trainer(wanted[0], dataset)
+      for run in map(Run, wanted):
+        runs.append(run)
+        if resume:
+          progress.say(_start(run, checkpoints))
+        trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
+        finished[run.method].append(run.history)
+        write()
   except KeyboardInterrupt:
     is_interrupted = True
-  results.write()
-  drawing = results.figure(
+  write()
+  drawing = figure(
     f"{options['dataset']}, {options['model']}, {options['optimizer']},"
     f" learning rate {options['lr']:g}, batches of {options['batch_size']};"
-    " mean and range over seeds"
+    " mean and range over seeds",
+    finished,
   )
   (out / "results.png").write_bytes(figures.draw(drawing, "png"))
-  report.print_table(results.table())
+  report.print_table(report.summarise(finished))
   click.echo(f"Written to {out}.")
   if is_interrupted:
-    click.echo(results.interruption())
+    counts = ", ".join(f"{name} {len(h)}" for name, h in finished.items())
+    click.echo(f"Interrupted {_end(runs)}. Finished runs: {counts}.")
     return cli.INTERRUPTED
-  if all(run.diverged for run in results.runs):
+  if all(run.diverged for run in runs):
     raise click.ClickException(
       f"All runs diverged; try a lower --lr than {options['lr']:g}."
     )
@@ -190,90 +205,59 @@ def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
   ]
 
 
-class Results:
-  """The runs so far of the methods ``names``, and what is made of them."""
+def _start(run: Run, checkpoints: Checkpoints) -> str:
+  """Says where a run goes on."""
+  at = checkpoints.position(run)
+  where = f"goes on after epoch {at.epoch}, step {at.step}"
+  if run.finished:
+    where = "is finished"
+  elif at == START:
+    where = "begins"
+  return f"{run.method}, seed {run.seed}, {where}."
 
-  def __init__(
-    self, folder: Path, names: Sequence[str], record: Mapping[str, Any]
-  ):
-    self.runs: list[Run] = []
-    self._folder, self._names, self._record = folder, names, record
 
-  def write(self) -> None:
-    """Writes the results so far."""
-    contents = {
-      **self._record,
-      **store.environment(),
-      "runs": [run.as_json() for run in self.runs],
-      "table": self.table(),
-    }
-    store.write_json(self._folder / "results.json", contents)
+def _end(runs: Sequence[Run]) -> str:
+  """Says where the training was interrupted."""
+  if not runs:
+    return "before the first run"
+  last = runs[-1]
+  # There is the state before the first epoch, too.
+  epochs = max(len(last.history) - 1, 0)
+  return (
+    f"in {last.method}, seed {last.seed}, after {epochs} of"
+    f" {last.experiment.epochs} epochs"
+  )
 
-  def interruption(self) -> str:
-    """Says what was interrupted and what the table is over."""
-    where = "before the first run"
-    if self.runs:
-      last = self.runs[-1]
-      # There is the state before the first epoch, too.
-      epochs = max(len(last.history) - 1, 0)
-      where = (
-        f"in {last.method}, seed {last.seed}, after {epochs} of"
-        f" {last.experiment.epochs} epochs"
+
+def figure(title: str, finished: Finished) -> figures.Figure:
+  """Loss, accuracy and variance ratio of the finished runs."""
+
+  def lines(y: str, x: str = "epoch") -> list[figures.Line]:
+    return [
+      figures.mean_line(
+        name,
+        [getattr(point, x) for point in histories[0]],
+        [[getattr(point, y) for point in h] for h in histories],
       )
-    finished = [f"{k} {len(runs)}" for k, runs in self._finished().items()]
-    return f"Interrupted {where}. Finished runs: {', '.join(finished)}."
+      for name, histories in finished.items()
+      if histories
+    ]
 
-  def table(self) -> list[dict[str, Any]]:
-    """Means over the finished runs of each method."""
-    return report.summarise(self._finished())
-
-  def figure(self, title: str) -> figures.Figure:
-    """Loss, accuracy and variance ratio of the finished runs."""
-    panels = []
-    found = {k: v for k, v in self._finished().items() if v}
-    for y, y_label, x, x_label in _PANELS:
-      lines = [
-        figures.mean_line(
-          name,
-          [getattr(point, x) for point in histories[0]],
-          [[getattr(point, y) for point in h] for h in histories],
-        )
-        for name, histories in found.items()
-      ]
-      is_ratio = y == "variance_ratio"
-      references = [(1 / 3, "1/3: worth three gradients per step")] * is_ratio
-      is_log = y != "validation_accuracy"
-      panels.append(
-        figures.Panel("", x_label, y_label, lines, False, is_log, references)
-      )
-    return figures.Figure(title, panels)
-
-  def _finished(self) -> dict[str, list[list[Point]]]:
-    """Histories of the finished runs of each method."""
-    return {
-      name: [r.history for r in self.runs if r.method == name and r.finished]
-      for name in self._names
-    }
-
-
-def _train_all(
-  wanted: Sequence[Experiment],
-  dataset: arrays.Dataset,
-  results: Results,
-  checkpoints: Checkpoints | None,
-) -> None:
-  """Adds a run for each experiment to the results, and trains it."""
-  with Progress(sum(experiment.epochs for experiment in wanted)) as shown:
-    trainer = Trainer(wanted[0], dataset)
-    for run in map(Run, wanted):
-      results.runs.append(run)
-      if checkpoints is not None and checkpoints.is_resumed:
-        at = checkpoints.position(run)
-        where = f"goes on after epoch {at.epoch}, step {at.step}"
-        if run.finished:
-          where = "is finished"
-        elif at == START:
-          where = "begins"
-        shown.say(f"{run.method}, seed {run.seed}, {where}.")
-      trainer.fit(run, on_epoch=shown, checkpoints=checkpoints)
-      results.write()
+  gradients = "gradient evaluations per example"
+  by_gradients = lines("train_loss", "gradients_per_example")
+  accuracies = lines("validation_accuracy")
+  ratio = "variance, corrected / plain"
+  worth = (1 / 3, "1/3: worth three gradients per step")
+  return figures.Figure(
+    title,
+    [
+      figures.Panel("", "epochs", "train loss", lines("train_loss")),
+      figures.Panel(
+        "", "epochs", "validation accuracy", accuracies, log_y=False
+      ),
+      figures.Panel("", gradients, "train loss", by_gradients),
+      figures.Panel(
+        "", "epochs", ratio, lines("variance_ratio"), references=[worth]
+      ),
+    ],
+  )

@@ -7,7 +7,6 @@ from click.testing import CliRunner
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from benchmarks.studies import tomography
@@ -50,15 +49,6 @@ def test_the_diagonal_is_a_bound(subsets, x64):
     v = jnp.asarray(rng.normal(size=image.shape))
     product = jax.jvp(lambda x: grad(x, subsets), (image,), (v,))[1]
     assert 0 < jnp.vdot(v, product) <= jnp.vdot(v, v / diagonal)
-
-
-def test_precondition(x64):
-  tx = optax.chain(tomography.precondition(), optax.scale(2.0))
-  state = tx.init(jnp.zeros(2))
-  updates, state = tx.update(jnp.ones(2), state)
-  np.testing.assert_array_equal(updates, [2, 2])
-  state = optax.tree.set(state, diagonal=jnp.array([3.0, 4.0]))
-  np.testing.assert_array_equal(tx.update(jnp.ones(2), state)[0], [6, 8])
 
 
 @pytest.mark.slow
