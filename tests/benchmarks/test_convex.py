@@ -77,8 +77,6 @@ def minima():
 )
 def test_solvers_minimise_the_same(name, key, minima, x64):
   solver, problem = solvers.SOLVERS[name], small(*key)
-  if solvers.versions()[solver.package] is None:
-    pytest.skip(f"{solver.package} is not installed")
   if not solver.accepts(problem):
     pytest.skip(f"{name} does not solve it")
   minimum, bound = minima[key]
@@ -155,12 +153,6 @@ def test_tables():
   table = files["table.md"]
   assert "| fit_linear | 12 | 1.2 [2.8] | 8.0x | 18 | 1.8 [3.2] |" in table
   assert "| nemos SVRG |  | not reached (1e-05) |" in table
-  lines = [line for line in table.splitlines() if line.startswith("| l2 |")]
-  assert f"| l2 | 4 times as fast as {solvers.BASELINE} to 1e-06 (" in lines[0]
-  assert lines[0].endswith("| open (1 of 1) | 8.0x |")
-  assert lines[1].endswith("| missed (0 of 1) | 3.6x |")
-  assert study._verdict([True] * 3 + [False], 3) == "met (3 of 4)"
-  assert lines[-1] == "| l2 | compilation in 1 s | missed (0 of 1) | 1.5 s |"
   (panel,) = json.loads(files["figure.json"])["panels"]
   assert [line["label"] for line in panel["lines"]] == [
     "fit_linear",

@@ -3,9 +3,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-import importlib.metadata
 import math
-import time
 from typing import Any, NamedTuple
 import warnings
 
@@ -21,7 +19,6 @@ from benchmarks.studies.convex.problems import Problem
 import optax_svrg
 
 BASELINE = "scikit-learn saga"
-_BATCH_SIZE = 8  # Of nemos.
 _MAX_NEWTON = 3_000  # Columns of a Hessian that is factorised.
 
 
@@ -32,32 +29,25 @@ class Found(NamedTuple):
     weights: where it has arrived.
     passes: products with the features and with their transpose, in passes over
       the data; ``None`` if it does not say.
-    compiling: seconds of the call that went into compilation, as far as it is
-      known from the call itself.
   """
 
   weights: np.ndarray
   passes: float | None
-  compiling: float = 0.0
 
 
 class Solver(NamedTuple):
   """A solver.
 
   Attributes:
-    package: the package that it is in.
     prepare: makes a call without arguments from a problem and an effort.
     efforts: numbers of iterations, or tolerances, in the order of the work.
     accepts: whether it can solve a problem.
-    is_stochastic: whether its steps are on batches of examples.
     uses_jax: whether its first call compiles.
   """
 
-  package: str
   prepare: Callable[[Problem, Any], Callable[[], Found]]
   efforts: Sequence[float]
   accepts: Callable[[Problem], bool] = lambda problem: True
-  is_stochastic: bool = True
   uses_jax: bool = False
 
 
@@ -149,80 +139,6 @@ def _scikit_learn(
   return run
 
 
-def _copt(name: str, problem: Problem, count: float) -> Callable[[], Found]:
-  import copt  # Optional.
-  import copt.penalty
-
-  passes = {"saga": 1, "svrg": 3}[name]
-  labels = problem.labels.astype(np.float64)
-  loss = copt.loss.LogLoss(problem.features, labels, alpha=problem.l2)
-  prox = None
-  if problem.l1:
-    prox = copt.penalty.L1Norm(problem.l1).prox_factory(problem.shape[0])
-
-  def run() -> Found:
-    times = [time.process_time()]
-    np.random.seed(0)
-    found = getattr(copt, f"minimize_{name}")(
-      loss.partial_deriv,
-      problem.features,
-      labels,
-      np.zeros(problem.shape[0]),
-      step_size=1 / (3 * loss.max_lipschitz),  # As in its examples.
-      alpha=problem.l2,
-      prox=prox,
-      max_iter=math.ceil(count / passes),
-      tol=0.0,
-      callback=lambda _: times.append(time.process_time()),
-    )
-    # The first iteration compiles; it is taken to be as long as the others.
-    first, *others = np.diff(times[: 1 + math.ceil(count / passes)])
-    compiling = max(0.0, float(first - np.mean(others)))
-    return Found(found.x[:, None], passes * len(times[1:]), compiling)
-
-  return run
-
-
-def _nemos(problem: Problem, count: float) -> Callable[[], Found]:
-  from nemos.solvers import ProxSVRG, SVRG  # Optional.
-
-  mean_loss = _mean_loss(problem.l2)
-  features, labels = map(jnp.asarray, problem[:2])
-  weights = jnp.zeros(problem.shape)
-  # It has a rule for Poisson models only, so it gets the step of ours.
-  chosen = np.random.default_rng(0).permutation(len(labels))[: 8 * _BATCH_SIZE]
-  batches = [(features[i], labels[i]) for i in np.split(chosen, 8)]
-  smoothness = optax_svrg.smoothness(
-    jax.grad(mean_loss), weights, batches, num_iters=5
-  )
-  options = {
-    "maxiter": math.ceil(count / 3),
-    "key": jax.random.key(0),
-    "stepsize": float(1 / smoothness),
-    "tol": 0.0,
-    "batch_size": _BATCH_SIZE,
-  }
-
-  def loss(w: jax.Array, features: jax.Array, labels: jax.Array) -> jax.Array:
-    return mean_loss(w, (features, labels))
-
-  def prox(w: jax.Array, l1: jax.Array, scaling: Any = 1.0) -> jax.Array:
-    return w - jnp.clip(w, -l1 * scaling, l1 * scaling)
-
-  l1 = [problem.l1] if problem.l1 else []
-  svrg = ProxSVRG(loss, prox, **options) if l1 else SVRG(loss, **options)
-  args = (weights, *l1, features, labels)
-
-  def run() -> Found:
-    start = time.process_time()
-    compiled = jax.jit(svrg.run).lower(*args).compile()
-    compiling = time.process_time() - start
-    found, state = compiled(*args)[:2]
-    return Found(np.asarray(found), 3.0 * int(state.iter_num) + 1, compiling)
-
-  return run
-
-
 @functools.lru_cache
 def _compiled_gradient(l2: float) -> Callable[..., Any]:
   return jax.jit(jax.value_and_grad(_mean_loss(l2)))
@@ -261,45 +177,33 @@ def _is_small_l2(problem: Problem) -> bool:
   return not problem.l1 and math.prod(problem.shape) <= _MAX_NEWTON
 
 
-_is_binary = lambda problem: problem.is_binary
 _PASSES = tuple(25 * 2**k for k in range(6))
-_partial = functools.partial
-_ours = _partial(Solver, "optax_svrg", uses_jax=True)
-_exact = _partial(Solver, "scikit-learn", is_stochastic=False)
 SOLVERS = {
-  "fit_linear": _ours(_fit_linear, [10 ** (-k / 2) for k in range(4, 18)]),
+  "fit_linear": Solver(
+    _fit_linear, [10 ** (-k / 2) for k in range(4, 18)], uses_jax=True
+  ),
   **{
-    f"minimize, {x}": _ours(
-      _partial(_minimize, x), [10.0**-k for k in range(3, 8)]
+    f"minimize, {method}": Solver(
+      functools.partial(_minimize, method),
+      [10.0**-k for k in range(3, 8)],
+      uses_jax=True,
     )
-    for x in ("saga", "svrg")
+    for method in ("saga", "svrg")
   },
-  BASELINE: Solver("scikit-learn", _partial(_scikit_learn, "saga"), _PASSES),
   **{
-    f"copt {x}": Solver("copt", _partial(_copt, x), _PASSES, _is_binary)
-    for x in ("saga", "svrg")
-  },
-  "nemos SVRG": Solver("nemos", _nemos, _PASSES),
-  **{
-    f"scikit-learn {x}": _exact(_partial(_scikit_learn, x), efforts, accepts)
-    for x, efforts, accepts in (
+    f"scikit-learn {name}": Solver(
+      functools.partial(_scikit_learn, name), efforts, accepts
+    )
+    for name, efforts, accepts in (
+      ("saga", _PASSES, lambda problem: True),
       ("lbfgs", _PASSES, lambda problem: not problem.l1),
       ("newton-cholesky", [4, 8, 16], _is_small_l2),
-      ("liblinear", [10.0**-k for k in range(1, 10)], _is_binary),
+      (
+        "liblinear",
+        [10.0**-k for k in range(1, 10)],
+        lambda problem: problem.is_binary,
+      ),
     )
   },
-  "SciPy L-BFGS, compiled gradient": Solver(
-    "scipy", _scipy, _PASSES, is_stochastic=False, uses_jax=True
-  ),
+  "SciPy L-BFGS, compiled gradient": Solver(_scipy, _PASSES, uses_jax=True),
 }
-
-
-def versions() -> dict[str, str | None]:
-  """The packages of the solvers, ``None`` where one is not installed."""
-  found: dict[str, str | None] = {}
-  for package in dict.fromkeys(solver.package for solver in SOLVERS.values()):
-    try:
-      found[package] = importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-      found[package] = None
-  return found
