@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SVRG with the coefficient estimated in other ways than the library's."""
+"""SVRG with the coefficient found in other ways than the library's."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -24,15 +25,14 @@ class CoefficientState(NamedTuple):
   Attributes:
     svrg: state of the library's transformation.
     seen: ``num_snapshots`` of ``svrg`` at the last update.
-    covariance: averages of the inner products of the control variate with the
-      gradient, one for each array of parameters or one for all, both centred.
-    variance: averages of those of the control variate with itself.
+    averages: of the inner products of the control variate with the gradient,
+      and with itself, both centred; one for each array of parameters or one
+      for all.
   """
 
   svrg: optax_svrg.SVRGState
   seen: jax.Array
-  covariance: jax.Array
-  variance: jax.Array
+  averages: jax.Array
 
 
 def transform(
@@ -51,22 +51,21 @@ def transform(
 
   def init_fn(params):
     state = svrg.init(params)
-    zeros = jnp.zeros(len(jax.tree.leaves(params)) if per_leaf else 1)
-    return CoefficientState(
-      state, jnp.zeros_like(state.num_snapshots), zeros, zeros
-    )
+    size = len(jax.tree.leaves(params)) if per_leaf else 1
+    zeros = jnp.zeros((2, size))
+    return CoefficientState(state, jnp.zeros_like(state.num_snapshots), zeros)
 
   def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
     before = state.svrg
-    control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
+    snapshot_grads = grad_fn(before.snapshot_params)
+    control = optax.tree.sub(snapshot_grads, before.mean_grads)
     centred = optax.tree.sub(updates, before.mean_grads)
     products = jnp.stack(
       [inner_products(x, control) for x in (centred, control)]
     )
-    old = jnp.stack([state.covariance, state.variance])
-    is_first = before.num_snapshots != state.seen
+    old = state.averages
     if not kept:
-      old = jnp.where(is_first, 0, old)
+      old = jnp.where(before.num_snapshots != state.seen, 0, old)
     new = decay * old + (1 - decay) * products
     covariance, variance = new if current else old
     known = variance > 0
@@ -74,14 +73,56 @@ def transform(
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
     # A coefficient for each array, or one for all.
-    updates, treedef = jax.tree.flatten(updates)
-    alphas = jnp.broadcast_to(alpha, len(updates))
-    controls = jax.tree.leaves(control)
-    corrected = [
-      g - a * c for g, a, c in zip(updates, alphas, controls, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, corrected), CoefficientState(
-      after, before.num_snapshots, *new
+    treedef = jax.tree.structure(updates)
+    alphas = jax.tree.unflatten(
+      treedef, jnp.broadcast_to(alpha, treedef.num_leaves)
     )
+    updates = corrected(updates, snapshot_grads, before.mean_grads, alphas)
+    return updates, CoefficientState(after, before.num_snapshots, new)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class OptimalState(NamedTuple):
+  """State of :func:`optimal_svrg`.
+
+  Attributes:
+    svrg: state of the library's transformation.
+    alphas: a coefficient for each component, set from outside.
+  """
+
+  svrg: optax_svrg.SVRGState
+  alphas: Any
+
+
+def optimal_svrg() -> optax.GradientTransformationExtraArgs:
+  """SVRG with a coefficient for each component, 1 until it is set."""
+  svrg = optax_svrg.alpha_svrg(1.0)
+
+  def init_fn(params):
+    return OptimalState(svrg.init(params), jax.tree.map(jnp.ones_like, params))
+
+  def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
+    s = grad_fn(state.svrg.snapshot_params)
+    updates = corrected(updates, s, state.svrg.mean_grads, state.alphas)
+    # For the record, as the paper draws it.
+    alpha = mean_of_live(state.alphas)
+    return updates, state._replace(svrg=state.svrg._replace(alpha=alpha))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def corrected(grads: Any, snapshot_grads: Any, mean: Any, alphas: Any) -> Any:
+  """The corrected gradient; coefficients that are NaN count as 0."""
+  return jax.tree.map(
+    lambda g, s, m, a: g - jnp.nan_to_num(a) * (s - m),
+    grads,
+    snapshot_grads,
+    mean,
+    alphas,
+  )
+
+
+def mean_of_live(alphas: Any) -> jax.Array:
+  """Mean over all components that have a coefficient, i.e. are not NaN."""
+  return jnp.nanmean(jax.flatten_util.ravel_pytree(alphas)[0])

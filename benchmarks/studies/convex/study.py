@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import jax
+import numpy as np
 
 from benchmarks import cli
 from benchmarks.harness import figures, publishing, report, store
@@ -93,18 +94,15 @@ def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
 
   Interpolates linearly in the logarithm of the gap.
   """
-  before = None
-  for value, gap in zip(record[field], record["gap"], strict=True):
-    if value is None:
-      return math.nan
-    log = math.log10(max(gap, 1e-16))
-    if gap <= tolerance:
-      if before is None:
-        return value
-      share = (before[1] - math.log10(tolerance)) / (before[1] - log)
-      return before[0] + share * (value - before[0])
-    before = value, log
-  return math.inf
+  values, gaps = record[field], record["gap"]
+  i = next((i for i, gap in enumerate(gaps) if gap <= tolerance), None)
+  if i is None:
+    return math.inf
+  if values[i] is None:
+    return math.nan
+  around = slice(max(0, i - 1), i + 1)
+  logs = -np.log10(np.maximum(gaps[around], 1e-16))
+  return float(np.interp(-math.log10(tolerance), logs, values[around]))
 
 
 def _cell_table(cell: Mapping[str, Any]) -> str:
