@@ -39,33 +39,29 @@ class Solver(NamedTuple):
   """A solver.
 
   Attributes:
-    prepare: makes a call without arguments from a problem and an effort.
+    solve: solves a problem with an effort.
     efforts: numbers of iterations, or tolerances, in the order of the work.
     accepts: whether it can solve a problem.
     uses_jax: whether its first call compiles.
   """
 
-  prepare: Callable[[Problem, Any], Callable[[], Found]]
+  solve: Callable[[Problem, Any], Found]
   efforts: Sequence[float]
   accepts: Callable[[Problem], bool] = lambda problem: True
   uses_jax: bool = False
 
 
-def _fit_linear(problem: Problem, tol: float) -> Callable[[], Found]:
+def _fit_linear(problem: Problem, tol: float) -> Found:
   loss = (
     optax.losses.sigmoid_binary_cross_entropy
     if problem.is_binary
     else optax.losses.softmax_cross_entropy_with_integer_labels
   )
   x, y, l2, l1 = problem
-
-  def run() -> Found:
-    fit = optax_svrg.fit_linear(
-      loss, x, y, l2=l2, l1=l1, intercept=False, tol=tol
-    )
-    return Found(np.asarray(fit.weights), fit.num_epochs)
-
-  return run
+  fit = optax_svrg.fit_linear(
+    loss, x, y, l2=l2, l1=l1, intercept=False, tol=tol
+  )
+  return Found(np.asarray(fit.weights), fit.num_epochs)
 
 
 # Cached: programs are compiled for each function object.
@@ -86,20 +82,16 @@ def _mean_loss(l2: float) -> Callable[..., jax.Array]:
   return loss
 
 
-def _minimize(method: str, problem: Problem, tol: float) -> Callable[[], Found]:
+def _minimize(method: str, problem: Problem, tol: float) -> Found:
   start, data = jnp.zeros(problem.shape), (problem.features, problem.labels)
   prox = optax_svrg.prox_l1(problem.l1) if problem.l1 else None
   loss = _mean_loss(problem.l2)
-
-  def run() -> Found:
-    result = optax_svrg.minimize(
-      loss, start, data, method=method, prox=prox, tol=tol
-    )
-    passes = result.num_epochs + len(result.history)
-    passes += _passes_of_estimates(result.num_epochs, len(problem.labels))
-    return Found(np.asarray(result.params), passes)
-
-  return run
+  result = optax_svrg.minimize(
+    loss, start, data, method=method, prox=prox, tol=tol
+  )
+  passes = result.num_epochs + len(result.history)
+  passes += _passes_of_estimates(result.num_epochs, len(problem.labels))
+  return Found(np.asarray(result.params), passes)
 
 
 def _passes_of_estimates(num_epochs: int, num_examples: int) -> float:
@@ -112,9 +104,7 @@ def _passes_of_estimates(num_epochs: int, num_examples: int) -> float:
   return passes
 
 
-def _scikit_learn(
-  solver: str, problem: Problem, count: float
-) -> Callable[[], Found]:
+def _scikit_learn(solver: str, problem: Problem, count: float) -> Found:
   """Iterations; for liblinear, which counts none, the tolerance."""
   is_count = solver != "liblinear"
   strength = problem.l2 + problem.l1
@@ -127,16 +117,12 @@ def _scikit_learn(
     max_iter=int(count) if is_count else 10_000,
     random_state=0,
   )
-
-  def run() -> Found:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", ConvergenceWarning)
-      model.fit(problem.features, problem.labels)
-    is_first_order = solver in ("saga", "lbfgs")
-    passes = float(model.n_iter_[0]) if is_first_order else None
-    return Found(model.coef_.T, passes)
-
-  return run
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    model.fit(problem.features, problem.labels)
+  is_first_order = solver in ("saga", "lbfgs")
+  passes = float(model.n_iter_[0]) if is_first_order else None
+  return Found(model.coef_.T, passes)
 
 
 @functools.lru_cache
@@ -144,7 +130,7 @@ def _compiled_gradient(l2: float) -> Callable[..., Any]:
   return jax.jit(jax.value_and_grad(_mean_loss(l2)))
 
 
-def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
+def _scipy(problem: Problem, count: float) -> Found:
   """L-BFGS; with l1, L-BFGS-B on positive and negative parts of weights."""
   value_and_grad = _compiled_gradient(problem.l2)
   data = tuple(map(jnp.asarray, problem[:2]))
@@ -158,19 +144,16 @@ def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
     value, grad = smooth(parts[:size] - parts[size:])
     return value + l1 * parts.sum(), np.concatenate([grad + l1, l1 - grad])
 
-  def run() -> Found:
-    found = scipy.optimize.minimize(
-      split if l1 else smooth,
-      np.zeros(2 * size if l1 else size),
-      jac=True,
-      method="L-BFGS-B",
-      bounds=[(0, None)] * (2 * size) if l1 else None,
-      options={"maxiter": int(count), "maxfun": 10**6, "ftol": 0, "gtol": 0},
-    )
-    w = found.x[:size] - found.x[size:] if l1 else found.x
-    return Found(w, float(found.nfev))
-
-  return run
+  found = scipy.optimize.minimize(
+    split if l1 else smooth,
+    np.zeros(2 * size if l1 else size),
+    jac=True,
+    method="L-BFGS-B",
+    bounds=[(0, None)] * (2 * size) if l1 else None,
+    options={"maxiter": int(count), "maxfun": 10**6, "ftol": 0, "gtol": 0},
+  )
+  w = found.x[:size] - found.x[size:] if l1 else found.x
+  return Found(w, float(found.nfev))
 
 
 def _is_small_l2(problem: Problem) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds and passes to the optimum: ``python -m benchmarks convex``."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import importlib.metadata
 import json
 import math
@@ -56,14 +56,13 @@ def trace(
   record: dict[str, Any] = {"compiling": 0.0}
   record |= {name: [] for name in ("passes", "seconds", "gap")}
   for effort in solver.efforts:
-    call = solver.prepare(problem, effort)
     compiles = solver.uses_jax and not record["gap"]
     if compiles:
       jax.clear_caches()
-    found, seconds = _timed(call)
+    found, seconds = _timed(solver, problem, effort)
     if compiles or seconds < _SHORT:
       first = seconds
-      found, again = _timed(call)
+      found, again = _timed(solver, problem, effort)
       seconds = min(first, again)
       if compiles:
         record["compiling"] = first - seconds
@@ -76,17 +75,19 @@ def trace(
   return record
 
 
-def _timed(call: Callable[[], solvers.Found]) -> tuple[solvers.Found, float]:
+def _timed(
+  solver: solvers.Solver, problem: problems.Problem, effort: float
+) -> tuple[solvers.Found, float]:
   start = time.process_time()
-  found = call()
+  found = solver.solve(problem, effort)
   return found, time.process_time() - start
 
 
 def reference(problem: problems.Problem) -> problems.Value:
   """The minimum, by ``fit_linear``, and how well it is known."""
   tol = 1e-12 if problem.l1 else 1e-9
-  call = solvers.SOLVERS["fit_linear"].prepare(problem, tol)
-  return problems.evaluate(problem, call().weights)
+  found = solvers.SOLVERS["fit_linear"].solve(problem, tol)
+  return problems.evaluate(problem, found.weights)
 
 
 def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
