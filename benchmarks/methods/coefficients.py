@@ -25,14 +25,15 @@ class CoefficientState(NamedTuple):
   Attributes:
     svrg: state of the library's transformation.
     seen: ``num_snapshots`` of ``svrg`` at the last update.
-    averages: of the inner products of the control variate with the gradient,
-      and with itself, both centred; one for each array of parameters or one
-      for all.
+    covariance: averages of the inner products of the control variate with the
+      gradient, one for each array of parameters or one for all, both centred.
+    variance: averages of those of the control variate with itself.
   """
 
   svrg: optax_svrg.SVRGState
   seen: jax.Array
-  averages: jax.Array
+  covariance: jax.Array
+  variance: jax.Array
 
 
 def transform(
@@ -51,21 +52,22 @@ def transform(
 
   def init_fn(params):
     state = svrg.init(params)
-    size = len(jax.tree.leaves(params)) if per_leaf else 1
-    zeros = jnp.zeros((2, size))
-    return CoefficientState(state, jnp.zeros_like(state.num_snapshots), zeros)
+    zeros = jnp.zeros(len(jax.tree.leaves(params)) if per_leaf else 1)
+    return CoefficientState(
+      state, jnp.zeros_like(state.num_snapshots), zeros, zeros
+    )
 
   def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
     before = state.svrg
-    snapshot_grads = grad_fn(before.snapshot_params)
-    control = optax.tree.sub(snapshot_grads, before.mean_grads)
+    control = optax.tree.sub(grad_fn(before.snapshot_params), before.mean_grads)
     centred = optax.tree.sub(updates, before.mean_grads)
     products = jnp.stack(
       [inner_products(x, control) for x in (centred, control)]
     )
-    old = state.averages
+    old = jnp.stack([state.covariance, state.variance])
+    is_first = before.num_snapshots != state.seen
     if not kept:
-      old = jnp.where(before.num_snapshots != state.seen, 0, old)
+      old = jnp.where(is_first, 0, old)
     new = decay * old + (1 - decay) * products
     covariance, variance = new if current else old
     known = variance > 0
@@ -73,12 +75,15 @@ def transform(
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
     # A coefficient for each array, or one for all.
-    treedef = jax.tree.structure(updates)
-    alphas = jax.tree.unflatten(
-      treedef, jnp.broadcast_to(alpha, treedef.num_leaves)
+    updates, treedef = jax.tree.flatten(updates)
+    alphas = jnp.broadcast_to(alpha, len(updates))
+    controls = jax.tree.leaves(control)
+    made = [
+      g - a * c for g, a, c in zip(updates, alphas, controls, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, made), CoefficientState(
+      after, before.num_snapshots, *new
     )
-    updates = corrected(updates, snapshot_grads, before.mean_grads, alphas)
-    return updates, CoefficientState(after, before.num_snapshots, new)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
