@@ -107,12 +107,14 @@ class ArrayFeed:
       states = method.transform.init(params), tx.init(params)
       return TrainState(params, states, program.nothing_observed())
 
-    draw_order = jax.jit(functools.partial(self._order, context, method))
-    next_order = jax.jit(functools.partial(self._next_order, context, method))
+    draw_order = jax.jit(
+      functools.partial(self._order, context, method), donate_argnums=1
+    )
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
     steps = self._steps(experiment, method, num_steps)
-    args = state, self._train, (draw_order(keys), keys)
+    _, order = jax.eval_shape(draw_order, keys, state.opt_state[0])
+    args = state, self._train, (order, keys)
     steps = _compile(steps, (*args, np.float32(0), np.zeros(2, np.int32)), (0,))
     take = None
     if method.coefficient is not None:
@@ -121,11 +123,8 @@ class ArrayFeed:
 
     def begin(state, seed, epoch, with_snapshot):
       keys = self._keys(experiment, seed, epoch)
-      order = draw_order(keys)
-      if method.next_order is not None:
-        own, examples = next_order(state.opt_state[0], keys)
-        state = state._replace(opt_state=(own, state.opt_state[1]))
-        order = order._replace(examples=examples)
+      own, order = draw_order(keys, state.opt_state[0])
+      state = state._replace(opt_state=(own, state.opt_state[1]))
       if with_snapshot:
         opt_state = take(
           state.opt_state, state.params, self._train, self._passed, keys
@@ -249,15 +248,20 @@ class ArrayFeed:
     keys = (jax.random.fold_in(key, i) for i in (epoch, experiment.epochs))
     return Keys(*(np.asarray(jax.random.key_data(key)) for key in keys))
 
-  def _order(self, context: Context, method: Method, keys: Keys) -> Order:
-    """Draws which examples are in each step of an epoch."""
+  def _order(
+    self, context: Context, method: Method, keys: Keys, own: Any
+  ) -> tuple[Any, Order]:
+    """Draws which examples are in each step, also by a method's own state."""
     size, steps = context.batch_size, method.num_steps(context)
     keys = Keys(*map(jax.random.wrap_key_data, keys))
     if not method.has_fixed_batches:
       order = jax.random.permutation(keys.epoch, self.num_examples)
+      if method.next_order is not None:
+        own = method.next_order(own, order, steps)
+        order = own.order
       # The remainder of the epoch is dropped, as the authors do by default.
       indices = order[: steps * size].reshape(steps, size)
-      return Order(indices, None, jnp.arange(steps))
+      return own, Order(indices, None, jnp.arange(steps))
     batches = np.array_split(np.arange(self.num_examples), steps)
     longest = max(map(len, batches))
     # Short batches are filled with what does not count.
@@ -266,21 +270,11 @@ class ArrayFeed:
     members = jax.random.permutation(keys.batches, self.num_examples)
     key = keys.batches if method.has_fixed_order else keys.epoch
     order = jax.random.permutation(key, steps)
-    return Order(
+    return own, Order(
       members[padded][order],
       None if is_real.all() else jnp.asarray(is_real)[order],
       order,
     )
-
-  def _next_order(
-    self, context: Context, method: Method, own: Any, keys: Keys
-  ) -> tuple[Any, jax.Array]:
-    """The order that a method chooses, step by step."""
-    size, steps = context.batch_size, method.num_steps(context)
-    key = jax.random.wrap_key_data(keys.epoch)
-    drawn = jax.random.permutation(key, self.num_examples)
-    own, order = method.next_order(own, drawn, steps)
-    return own, order[: steps * size].reshape(steps, size)
 
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any

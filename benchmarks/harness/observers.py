@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from benchmarks.harness.program import TrainState
-from benchmarks.methods import Method, optimal
+from benchmarks.methods import coefficients, Method
 import optax_svrg
 
 
@@ -67,7 +67,7 @@ class Variance:
     for name, value in measured.items():
       found = self.result["variance"].setdefault(name, [])
       found.append(float(f"{value:.6g}"))
-    if isinstance(before, optimal.OptimalState):
+    if isinstance(before, coefficients.OptimalState):
       before = before._replace(alphas=alphas)
     return state._replace(opt_state=(before, opt_state))
 
@@ -99,8 +99,8 @@ def _variance(
     lambda a: jnp.clip(a, -2, 2),
     optax_svrg.optimal_alpha(grads, snapshot_grads),
   )
-  if isinstance(state, optimal.OptimalState):
-    alphas, alpha = best, optimal.mean_of_live(best)
+  if isinstance(state, coefficients.OptimalState):
+    alphas, alpha = best, coefficients.mean_of_live(best)
   else:
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
     _, after = method.transform.update(
@@ -109,13 +109,13 @@ def _variance(
     alpha = optax.tree.get(after, "alpha")
     alphas = jax.tree.map(lambda _: alpha, params)
   corrected = optax_svrg.gradient_variance(
-    jax.vmap(optimal.corrected, (0, 0, None, None))(
+    jax.vmap(coefficients.corrected, (0, 0, None, None))(
       grads, snapshot_grads, optax.tree.get(state, "mean_grads"), alphas
     )
   )
   measured |= {
     "alpha": alpha,
-    "optimal_component": optimal.mean_of_live(best),
+    "optimal_component": coefficients.mean_of_live(best),
     "optimal_tree": optax_svrg.optimal_alpha(grads, snapshot_grads, per="tree"),
     "variance_ratio": corrected.total_variance / plain.total_variance,
   }

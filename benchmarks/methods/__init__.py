@@ -9,7 +9,6 @@ import optax
 from benchmarks.methods import (
   balanced,
   coefficients,
-  optimal,
   recursive,
   saga_variants,
   snapshots,
@@ -69,7 +68,7 @@ METHODS: dict[str, Callable[..., Method]] = {
   ),
   "snapshots": snapshots.method,
   # The coefficients are set by an observer.
-  "optimal": lambda context: Method(optimal.optimal_svrg(), _ALWAYS),
+  "optimal": lambda context: Method(coefficients.optimal_svrg(), _ALWAYS),
   "storm": recursive.storm,
   "mars": recursive.mars,
   "balanced-order": balanced.method,

@@ -24,8 +24,6 @@ import optax
 import benchmarks
 from benchmarks.methods.method import Context, Method
 
-FORMS = ("last", "whole", "random")
-
 # Of each layer, inputs with a 1 for the bias, ``[B, in + 1]``, and derivatives
 # by the outputs, ``[B, out]``.
 Factors = Sequence[tuple[jax.Array, jax.Array]]
@@ -104,28 +102,30 @@ def signs_of(
     sign = jnp.where(product[i] > 0, -1.0, 1.0)
     return signs.at[i].set(sign), product + sign * gram[i]
 
-  return jax.lax.fori_loop(0, len(start), step, (jnp.zeros_like(start), start))[
-    0
-  ]
+  signs, _ = jax.lax.fori_loop(
+    0, len(start), step, (jnp.zeros_like(start), start)
+  )
+  return signs
 
 
-def transform(
-  num_examples: int, form: str
-) -> optax.GradientTransformationExtraArgs:
-  """Leaves the gradient as it is, and finds the signs of its examples."""
+def method(context: Context, form: str = "last") -> Method:
+  """A balanced order by last layer or whole gradient, or by random signs.
+
+  Leaves the gradient as it is, and finds the signs of its examples.
+  """
 
   def init_fn(params: optax.Params) -> BalancedState:
     layers = params.get("mlp", {}).get("layers", {})
     kept = list(layers.values()) if form == "whole" else [*layers.values()][-1:]
-    zeros = [
-      jnp.zeros((len(x["kernel"]) + 1, x["kernel"].shape[1])) for x in kept
+    sums = [
+      [jnp.zeros((len(x["kernel"]) + 1, x["kernel"].shape[1])) for x in kept]
+      for _ in range(3)
     ]
-    copies = [jax.tree.map(jnp.copy, zeros) for _ in range(3)]
     return BalancedState(
-      jnp.arange(num_examples, dtype=jnp.int32),
-      jnp.zeros(num_examples, jnp.int8),
+      jnp.arange(context.num_examples, dtype=jnp.int32),
+      jnp.zeros(context.num_examples, jnp.int8),
       jnp.zeros([], jnp.int32),
-      *copies,
+      *sums,
     )
 
   def update_fn(
@@ -160,22 +160,22 @@ def transform(
       total=total,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  transform = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return Method(transform, next_order=next_order)
 
 
 def next_order(
   state: BalancedState, drawn: jax.Array, num_steps: int
-) -> tuple[BalancedState, jax.Array]:
-  """The order of the epoch that begins, or of the one under way.
+) -> BalancedState:
+  """Returns the state with the order of the epoch that begins.
+
+  Or of the one under way, which stays as it is. Examples that the last epoch
+  has left out come first.
 
   Args:
-    state: the state; it is updated at the beginning of an epoch.
+    state: the state.
     drawn: a random order for the first epoch.
     num_steps: number of steps of an epoch.
-
-  Returns:
-    The state and the order. Examples that the last epoch has left out come
-    first.
   """
   n = len(drawn)
   position = jnp.arange(n)
@@ -183,20 +183,13 @@ def next_order(
   place = jnp.where(state.signs == 0, position, place)
   balanced = state.order[jnp.argsort(place)]
   is_first, is_over = state.step == 0, state.step == num_steps
-  order = jnp.where(is_over, balanced, state.order)
-  order = jnp.where(is_first, drawn, order).astype(jnp.int32)
   seen = jnp.maximum((state.signs != 0).sum(), 1)
   begun = BalancedState(
-    order,
+    jnp.where(is_first, drawn, balanced).astype(jnp.int32),
     jnp.zeros_like(state.signs),
     jnp.zeros_like(state.step),
     optax.tree.zeros_like(state.signed),
     optax.tree.scale(1 / seen, state.total),
     optax.tree.zeros_like(state.total),
   )
-  return optax.tree.where(is_first | is_over, begun, state), order
-
-
-def method(context: Context, form: str = "last") -> Method:
-  """A balanced order by last layer or whole gradient, or by random signs."""
-  return Method(transform(context.num_examples, form), next_order=next_order)
+  return optax.tree.where(is_first | is_over, begun, state)

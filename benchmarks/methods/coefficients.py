@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SVRG with the coefficient estimated in other ways than the library's."""
+"""SVRG with the coefficient found in other ways than the library's."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -77,11 +78,56 @@ def transform(
     updates, treedef = jax.tree.flatten(updates)
     alphas = jnp.broadcast_to(alpha, len(updates))
     controls = jax.tree.leaves(control)
-    corrected = [
+    made = [
       g - a * c for g, a, c in zip(updates, alphas, controls, strict=True)
     ]
-    return jax.tree.unflatten(treedef, corrected), CoefficientState(
+    return jax.tree.unflatten(treedef, made), CoefficientState(
       after, before.num_snapshots, *new
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class OptimalState(NamedTuple):
+  """State of :func:`optimal_svrg`.
+
+  Attributes:
+    svrg: state of the library's transformation.
+    alphas: a coefficient for each component, set from outside.
+  """
+
+  svrg: optax_svrg.SVRGState
+  alphas: Any
+
+
+def optimal_svrg() -> optax.GradientTransformationExtraArgs:
+  """SVRG with a coefficient for each component, 1 until it is set."""
+  svrg = optax_svrg.alpha_svrg(1.0)
+
+  def init_fn(params):
+    return OptimalState(svrg.init(params), jax.tree.map(jnp.ones_like, params))
+
+  def update_fn(updates, state, params=None, *, grad_fn, **extra_args):
+    s = grad_fn(state.svrg.snapshot_params)
+    updates = corrected(updates, s, state.svrg.mean_grads, state.alphas)
+    # For the record, as the paper draws it.
+    alpha = mean_of_live(state.alphas)
+    return updates, state._replace(svrg=state.svrg._replace(alpha=alpha))
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def corrected(grads: Any, snapshot_grads: Any, mean: Any, alphas: Any) -> Any:
+  """The corrected gradient; coefficients that are NaN count as 0."""
+  return jax.tree.map(
+    lambda g, s, m, a: g - jnp.nan_to_num(a) * (s - m),
+    grads,
+    snapshot_grads,
+    mean,
+    alphas,
+  )
+
+
+def mean_of_live(alphas: Any) -> jax.Array:
+  """Mean over all components that have a coefficient, i.e. are not NaN."""
+  return jnp.nanmean(jax.flatten_util.ravel_pytree(alphas)[0])

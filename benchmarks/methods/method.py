@@ -53,8 +53,8 @@ class Method(NamedTuple):
       instead of being drawn in each epoch.
     has_fixed_order: whether fixed batches have the same order in each epoch.
     next_order: from the transformation's state, a random order of the examples
-      and the number of steps to the state and the order of an epoch; ``None``
-      for the random one.
+      and the number of steps to the state at the start of an epoch, with the
+      field ``order``; ``None`` for the random one.
   """
 
   transform: optax.GradientTransformation

@@ -21,7 +21,6 @@ class RecursiveState(NamedTuple):
   """State of the estimators.
 
   Attributes:
-    step: number of updates made.
     extra_gradients: number of gradients of a batch computed in addition to
       those of the steps.
     params: parameters of the step before.
@@ -29,7 +28,6 @@ class RecursiveState(NamedTuple):
       computed, its plain gradient.
   """
 
-  step: jax.Array
   extra_gradients: jax.Array
   params: optax.Params
   last: optax.Updates
@@ -46,22 +44,21 @@ def _estimator(
   """
 
   def init_fn(params):
-    zero = jnp.zeros([], jnp.int32)
     return RecursiveState(
-      zero, zero, jax.tree.map(jnp.copy, params), optax.tree.zeros_like(params)
+      jnp.zeros([], jnp.int32),
+      jax.tree.map(jnp.copy, params),
+      optax.tree.zeros_like(params),
     )
 
   def update_fn(updates, state, params, *, grad_fn, **extra_args):
-    before = grad_fn(state.params) if is_exact else state.last
+    count, copied = state.extra_gradients, jax.tree.map(jnp.copy, params)
+    if not is_exact:
+      made = jax.tree.map(estimate, updates, state.last, state.last)
+      return made, RecursiveState(count, copied, updates)
+    before = grad_fn(state.params)
     made = jax.tree.map(estimate, updates, before, state.last)
-    first = state.step == 0
-    made = optax.tree.where(first, updates, made) if is_exact else made
-    return made, RecursiveState(
-      state.step + 1,
-      state.extra_gradients + int(is_exact),
-      jax.tree.map(jnp.copy, params),
-      made if is_exact else updates,
-    )
+    made = optax.tree.where(count == 0, updates, made)
+    return made, RecursiveState(count + 1, copied, made)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -79,10 +80,8 @@ def transform(
     """Keeps the components of the largest variance."""
     table = entries(state.saga, num_batches)
     variances = jax.tree.map(lambda t: t.var(axis=0), table)
-    threshold = jnp.quantile(
-      jnp.concatenate([v.ravel() for v in jax.tree.leaves(variances)]),
-      1 - share,
-    )
+    flat, _ = jax.flatten_util.ravel_pytree(variances)
+    threshold = jnp.quantile(flat, 1 - share)
     return jax.tree.map(lambda v: v > threshold, variances)
 
   def update_fn(
@@ -93,12 +92,8 @@ def transform(
       return state._replace(extra_gradients=state.extra_gradients + 1)
 
     if filled_first:
-      state = jax.lax.cond(
-        state.step == 0,
-        lambda state: jax.lax.fori_loop(0, num_batches, revisit, state),
-        lambda state: state,
-        state,
-      )
+      missing = jnp.where(state.step == 0, num_batches, 0)
+      state = jax.lax.fori_loop(0, missing, revisit, state)
     for _ in range(refreshed):
       state = revisit(jnp.argmin(state.visited), state)
     if share < 1:

@@ -29,25 +29,24 @@ STRATEGIES: dict[str, Mapping[str, Any]] = {
 
 
 class SnapshotsState(NamedTuple):
-  """State of :func:`transform`.
+  """State of :func:`method`.
 
   Attributes:
-    step: number of updates made.
     extra_gradients: number of gradients of a batch computed in addition to
       those of the steps.
     svrg: state of the transformation.
     table: gradients of the batches at the snapshot; empty if not kept.
   """
 
-  step: jax.Array
   extra_gradients: jax.Array
   svrg: Any
   table: Any
 
 
-def transform(
-  svrg: optax.GradientTransformationExtraArgs,
+def method(
   context: Context,
+  alpha: float | None = None,
+  max_alpha: float = 1.0,
   every: int = 1,
   by_chance: bool = False,
   start: float = 0.0,
@@ -55,12 +54,13 @@ def transform(
   share: float = 1.0,
   growth: float = 1.0,
   keeps_table: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Method:
   """SVRG that takes its snapshots by itself.
 
   Args:
-    svrg: the transformation.
     context: the training.
+    alpha: the coefficient; ``None`` for the one that is estimated.
+    max_alpha: upper bound of the estimate.
     every: epochs between snapshots.
     by_chance: whether a snapshot is taken before any step, once per epoch on
       average (loopless SVRG), instead of at the start of epochs.
@@ -71,6 +71,10 @@ def transform(
     growth: factor of the share from epoch to epoch, up to all batches.
     keeps_table: whether the gradients of all batches are kept for the steps.
   """
+  if alpha is None:
+    svrg = optax_svrg.adaptive_svrg(max_alpha=max_alpha)
+  else:
+    svrg = optax_svrg.alpha_svrg(alpha)
   num_steps = context.steps_per_epoch
 
   def decide(step, key):
@@ -86,21 +90,20 @@ def transform(
   def init_fn(params):
     zeros = lambda p: jnp.zeros((num_steps, *p.shape), p.dtype)
     return SnapshotsState(
-      step=jnp.zeros([], jnp.int32),
       extra_gradients=jnp.zeros([], jnp.int32),
       svrg=svrg.init(params),
       table=jax.tree.map(zeros, params) if keeps_table else (),
     )
 
-  def take(state, params, key, batch_grad_fn):
+  def take(before, params, key, batch_grad_fn):
     """Takes a snapshot; also returns the table and the number of gradients."""
     if keeps_table:
       grads = lambda i: batch_grad_fn(params, i)
       table = jax.lax.map(grads, jnp.arange(num_steps))
       mean = jax.tree.map(lambda t: t.mean(axis=0), table)
-      taken = optax_svrg.take_snapshot(state.svrg, params, lambda _: mean)
+      taken = optax_svrg.take_snapshot(before, params, lambda _: mean)
       return taken, table, jnp.int32(num_steps)
-    taken_share = jnp.minimum(share * growth ** (state.step // num_steps), 1)
+    taken_share = jnp.minimum(share * growth ** (before.count // num_steps), 1)
     size = jnp.ceil(taken_share * num_steps).astype(jnp.int32)
     order = jax.random.permutation(key, num_steps)
 
@@ -111,21 +114,22 @@ def transform(
       zeros = optax.tree.zeros_like(params)
       return optax.tree.scale(1 / size, jax.lax.fori_loop(0, size, add, zeros))
 
-    return optax_svrg.take_snapshot(state.svrg, params, mean_grad_fn), (), size
+    return optax_svrg.take_snapshot(before, params, mean_grad_fn), (), size
 
   def update_fn(
     updates, state, params, *, grad_fn, batch_index, batch_grad_fn, **extra_args
   ):
+    before = state.svrg
     # The same in all trainings.
-    key = jax.random.fold_in(jax.random.key(0), state.step)
-    enabled, due = decide(state.step, key)
+    key = jax.random.fold_in(jax.random.key(0), before.count)
+    enabled, due = decide(before.count, key)
     # As before the first snapshot: no gradient there is computed.
-    number = jnp.where(enabled, state.svrg.num_snapshots, 0)
-    state = state._replace(svrg=state.svrg._replace(num_snapshots=number))
+    number = jnp.where(enabled, before.num_snapshots, 0)
+    before = before._replace(num_snapshots=number)
     before, table, extra_gradients = jax.lax.cond(
       due,
-      lambda: take(state, params, key, batch_grad_fn),
-      lambda: (state.svrg, state.table, jnp.int32(0)),
+      lambda: take(before, params, key, batch_grad_fn),
+      lambda: (before, state.table, jnp.int32(0)),
     )
     if keeps_table:
       entry = jax.tree.map(lambda t: t[batch_index], table)
@@ -136,21 +140,7 @@ def transform(
       extra_gradients += (before.num_snapshots > 0).astype(jnp.int32)
       corrected, after = svrg.update(updates, before, params, grad_fn=grad_fn)
     return corrected, SnapshotsState(
-      state.step + 1, state.extra_gradients + extra_gradients, after, table
+      state.extra_gradients + extra_gradients, after, table
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def method(
-  context: Context,
-  alpha: float | None = None,
-  max_alpha: float = 1.0,
-  **settings: Any,
-) -> Method:
-  """SVRG with a snapshot strategy, see :func:`transform`."""
-  if alpha is None:
-    svrg = optax_svrg.adaptive_svrg(max_alpha=max_alpha)
-  else:
-    svrg = optax_svrg.alpha_svrg(alpha)
-  return Method(transform(svrg, context, **settings))
+  return Method(optax.GradientTransformationExtraArgs(init_fn, update_fn))

@@ -77,15 +77,13 @@ def minima():
 )
 def test_solvers_minimise_the_same(name, key, minima, x64):
   solver, problem = solvers.SOLVERS[name], small(*key)
-  if solvers.versions()[solver.package] is None:
-    pytest.skip(f"{solver.package} is not installed")
   if not solver.accepts(problem):
     pytest.skip(f"{name} does not solve it")
   minimum, bound = minima[key]
   assert bound < 1e-9
   gaps = []
   for effort in (solver.efforts[0], solver.efforts[:4][-1]):
-    found = solver.prepare(problem, effort)()
+    found = solver.solve(problem, effort)
     gaps.append(problems.evaluate(problem, found.weights).value - minimum)
     assert found.passes is None or found.passes > 0
   assert min(gaps) > -1e-13 - bound
@@ -114,20 +112,21 @@ def test_trace_goes_on_until_the_gap_is_reached(monkeypatch):
   problem = small()
   efforts = []
 
-  def prepare(problem, effort):
+  def solve(problem, effort):
     efforts.append(effort)
-    return lambda: solvers.Found(np.full(problem.shape, 10.0**-effort), effort)
+    return solvers.Found(np.full(problem.shape, 10.0**-effort), effort)
 
-  solver = solvers.Solver("numpy", prepare, [1, 2, 5, 9, 12])
+  solver = solvers.Solver(solve, [1, 2, 5, 9, 12])
   monkeypatch.setattr(
     problems,
     "evaluate",
     lambda problem, w: problems.Value(float(w[0, 0]), 0.0),
   )
   found = study.trace(problem, solver, 0.0)
-  assert efforts == [1, 2, 5, 9]
+  # Calls this short are repeated.
+  assert efforts == [1, 1, 2, 2, 5, 5, 9, 9]
   np.testing.assert_allclose(found["gap"], [0.1, 1e-2, 1e-5, 1e-9])
-  assert found["passes"] == efforts
+  assert found["passes"] == [1, 2, 5, 9]
   assert min(found["seconds"]) >= 0
 
 
@@ -155,12 +154,6 @@ def test_tables():
   table = files["table.md"]
   assert "| fit_linear | 12 | 1.2 [2.8] | 8.0x | 18 | 1.8 [3.2] |" in table
   assert "| nemos SVRG |  | not reached (1e-05) |" in table
-  lines = [line for line in table.splitlines() if line.startswith("| l2 |")]
-  assert f"| l2 | 4 times as fast as {solvers.BASELINE} to 1e-06 (" in lines[0]
-  assert lines[0].endswith("| open (1 of 1) | 8.0x |")
-  assert lines[1].endswith("| missed (0 of 1) | 3.6x |")
-  assert study._verdict([True] * 3 + [False], 3) == "met (3 of 4)"
-  assert lines[-1] == "| l2 | compilation in 1 s | missed (0 of 1) | 1.5 s |"
   (panel,) = json.loads(files["figure.json"])["panels"]
   assert [line["label"] for line in panel["lines"]] == [
     "fit_linear",

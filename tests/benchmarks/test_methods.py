@@ -410,12 +410,13 @@ class TestBalancedOrder:
     grads = np.stack(
       [grad(params, *pair) for pair in zip(images, labels, strict=True)]
     )
-    transform = balanced.transform(12, form)
+    context = methods.Context(num_examples=12, batch_size=6, epochs=2)
+    transform = methods.make("balanced-order", context, form=form).transform
     state = transform.init(params)
     signed = mean = np.zeros(grads.shape[1])
     for _ in range(2):
       drawn = jnp.arange(12)[::-1]
-      state, order = balanced.next_order(state, drawn, num_steps=2)
+      state = balanced.next_order(state, drawn, num_steps=2)
       seen = []
       for _ in range(2):
         _, state = transform.update({}, state, params, factors_fn=factors_fn)
@@ -425,23 +426,24 @@ class TestBalancedOrder:
       flat = np.concatenate([np.ravel(x) for x in state.signed])
       np.testing.assert_allclose(flat, signed, rtol=1e-4, atol=1e-5)
       mean, signed = grads.mean(axis=0), np.zeros_like(mean)
-    after, order = balanced.next_order(state, drawn, num_steps=2)
+    after = balanced.next_order(state, drawn, num_steps=2)
     front = [i for i, sign in zip(state.order, seen, strict=True) if sign > 0]
     back = [i for i, sign in zip(state.order, seen, strict=True) if sign < 0]
-    np.testing.assert_array_equal(order, front + back[::-1])
-    assert sorted(order.tolist()) == list(range(12))
+    np.testing.assert_array_equal(after.order, front + back[::-1])
+    assert sorted(after.order.tolist()) == list(range(12))
     # An epoch that is resumed keeps its order.
     _, state = transform.update({}, after, params, factors_fn=factors_fn)
-    _, kept = balanced.next_order(state, drawn, num_steps=2)
-    np.testing.assert_array_equal(kept, order)
+    kept = balanced.next_order(state, drawn, num_steps=2)
+    np.testing.assert_array_equal(kept.order, after.order)
 
   def test_what_was_left_out_comes_first(self):
     params = {"mlp": {"layers": {0: {"kernel": jnp.ones((2, 3))}}}}
-    state = balanced.transform(5, "last").init(params)
+    context = methods.Context(num_examples=5, batch_size=2, epochs=1)
+    state = methods.make("balanced-order", context).transform.init(params)
     state = state._replace(
       order=jnp.array([4, 3, 2, 1, 0]),
       signs=jnp.array([1, -1, -1, 1, 0], jnp.int8),
       step=jnp.int32(2),
     )
-    _, order = balanced.next_order(state, jnp.arange(5), num_steps=2)
-    assert order.tolist() == [0, 4, 1, 2, 3]
+    after = balanced.next_order(state, jnp.arange(5), num_steps=2)
+    assert after.order.tolist() == [0, 4, 1, 2, 3]

@@ -116,8 +116,9 @@ class TestArrays:
         *(jax.random.key_data(jax.random.key(i)) for i in (epoch, 7))
       )
       in_order = method._replace(has_fixed_order=True)
-      fixed.add(tuple(feed._order(context, in_order, keys)[2].tolist()))
-      indices, is_real, order = feed._order(context, method, keys)
+      _, (*_, order) = feed._order(context, in_order, keys, None)
+      fixed.add(tuple(order.tolist()))
+      _, (indices, is_real, order) = feed._order(context, method, keys, None)
       mask = np.ones(indices.shape, bool) if is_real is None else is_real
       indices, mask, order = map(np.asarray, (indices, mask, order))
       orders.add(tuple(order.tolist()))

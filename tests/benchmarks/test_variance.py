@@ -15,7 +15,7 @@ from benchmarks.harness import observers
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.trainer import Trainer
-from benchmarks.methods import optimal
+from benchmarks.methods import coefficients
 from benchmarks.studies import variance
 import optax_svrg
 
@@ -169,7 +169,7 @@ def test_measuring_changes_nothing(dataset):
 
 
 def test_coefficients_that_are_set_from_outside():
-  tx = optimal.optimal_svrg()
+  tx = coefficients.optimal_svrg()
   params = {"w": jnp.array([1.0, 2.0, 3.0])}
   state = tx.init(params)
   state = optax_svrg.take_snapshot(state, params, lambda p: {"w": p["w"] / 2})

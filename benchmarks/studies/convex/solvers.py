@@ -3,9 +3,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-import importlib.metadata
 import math
-import time
 from typing import Any, NamedTuple
 import warnings
 
@@ -21,7 +19,6 @@ from benchmarks.studies.convex.problems import Problem
 import optax_svrg
 
 BASELINE = "scikit-learn saga"
-_BATCH_SIZE = 8  # Of nemos.
 _MAX_NEWTON = 3_000  # Columns of a Hessian that is factorised.
 
 
@@ -32,50 +29,39 @@ class Found(NamedTuple):
     weights: where it has arrived.
     passes: products with the features and with their transpose, in passes over
       the data; ``None`` if it does not say.
-    compiling: seconds of the call that went into compilation, as far as it is
-      known from the call itself.
   """
 
   weights: np.ndarray
   passes: float | None
-  compiling: float = 0.0
 
 
 class Solver(NamedTuple):
   """A solver.
 
   Attributes:
-    package: the package that it is in.
-    prepare: makes a call without arguments from a problem and an effort.
+    solve: solves a problem with an effort.
     efforts: numbers of iterations, or tolerances, in the order of the work.
     accepts: whether it can solve a problem.
-    is_stochastic: whether its steps are on batches of examples.
     uses_jax: whether its first call compiles.
   """
 
-  package: str
-  prepare: Callable[[Problem, Any], Callable[[], Found]]
+  solve: Callable[[Problem, Any], Found]
   efforts: Sequence[float]
   accepts: Callable[[Problem], bool] = lambda problem: True
-  is_stochastic: bool = True
   uses_jax: bool = False
 
 
-def _fit_linear(problem: Problem, tol: float) -> Callable[[], Found]:
+def _fit_linear(problem: Problem, tol: float) -> Found:
   loss = (
     optax.losses.sigmoid_binary_cross_entropy
     if problem.is_binary
     else optax.losses.softmax_cross_entropy_with_integer_labels
   )
   x, y, l2, l1 = problem
-
-  def run() -> Found:
-    fit = optax_svrg.fit_linear(
-      loss, x, y, l2=l2, l1=l1, intercept=False, tol=tol
-    )
-    return Found(np.asarray(fit.weights), fit.num_epochs)
-
-  return run
+  fit = optax_svrg.fit_linear(
+    loss, x, y, l2=l2, l1=l1, intercept=False, tol=tol
+  )
+  return Found(np.asarray(fit.weights), fit.num_epochs)
 
 
 # Cached: programs are compiled for each function object.
@@ -96,20 +82,16 @@ def _mean_loss(l2: float) -> Callable[..., jax.Array]:
   return loss
 
 
-def _minimize(method: str, problem: Problem, tol: float) -> Callable[[], Found]:
+def _minimize(method: str, problem: Problem, tol: float) -> Found:
   start, data = jnp.zeros(problem.shape), (problem.features, problem.labels)
   prox = optax_svrg.prox_l1(problem.l1) if problem.l1 else None
   loss = _mean_loss(problem.l2)
-
-  def run() -> Found:
-    result = optax_svrg.minimize(
-      loss, start, data, method=method, prox=prox, tol=tol
-    )
-    passes = result.num_epochs + len(result.history)
-    passes += _passes_of_estimates(result.num_epochs, len(problem.labels))
-    return Found(np.asarray(result.params), passes)
-
-  return run
+  result = optax_svrg.minimize(
+    loss, start, data, method=method, prox=prox, tol=tol
+  )
+  passes = result.num_epochs + len(result.history)
+  passes += _passes_of_estimates(result.num_epochs, len(problem.labels))
+  return Found(np.asarray(result.params), passes)
 
 
 def _passes_of_estimates(num_epochs: int, num_examples: int) -> float:
@@ -122,9 +104,7 @@ def _passes_of_estimates(num_epochs: int, num_examples: int) -> float:
   return passes
 
 
-def _scikit_learn(
-  solver: str, problem: Problem, count: float
-) -> Callable[[], Found]:
+def _scikit_learn(solver: str, problem: Problem, count: float) -> Found:
   """Iterations; for liblinear, which counts none, the tolerance."""
   is_count = solver != "liblinear"
   strength = problem.l2 + problem.l1
@@ -137,90 +117,12 @@ def _scikit_learn(
     max_iter=int(count) if is_count else 10_000,
     random_state=0,
   )
-
-  def run() -> Found:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", ConvergenceWarning)
-      model.fit(problem.features, problem.labels)
-    is_first_order = solver in ("saga", "lbfgs")
-    passes = float(model.n_iter_[0]) if is_first_order else None
-    return Found(model.coef_.T, passes)
-
-  return run
-
-
-def _copt(name: str, problem: Problem, count: float) -> Callable[[], Found]:
-  import copt  # Optional.
-  import copt.penalty
-
-  passes = {"saga": 1, "svrg": 3}[name]
-  labels = problem.labels.astype(np.float64)
-  loss = copt.loss.LogLoss(problem.features, labels, alpha=problem.l2)
-  prox = None
-  if problem.l1:
-    prox = copt.penalty.L1Norm(problem.l1).prox_factory(problem.shape[0])
-
-  def run() -> Found:
-    times = [time.process_time()]
-    np.random.seed(0)
-    found = getattr(copt, f"minimize_{name}")(
-      loss.partial_deriv,
-      problem.features,
-      labels,
-      np.zeros(problem.shape[0]),
-      step_size=1 / (3 * loss.max_lipschitz),  # As in its examples.
-      alpha=problem.l2,
-      prox=prox,
-      max_iter=math.ceil(count / passes),
-      tol=0.0,
-      callback=lambda _: times.append(time.process_time()),
-    )
-    # The first iteration compiles; it is taken to be as long as the others.
-    first, *others = np.diff(times[: 1 + math.ceil(count / passes)])
-    compiling = max(0.0, float(first - np.mean(others)))
-    return Found(found.x[:, None], passes * len(times[1:]), compiling)
-
-  return run
-
-
-def _nemos(problem: Problem, count: float) -> Callable[[], Found]:
-  from nemos.solvers import ProxSVRG, SVRG  # Optional.
-
-  mean_loss = _mean_loss(problem.l2)
-  features, labels = map(jnp.asarray, problem[:2])
-  weights = jnp.zeros(problem.shape)
-  # It has a rule for Poisson models only, so it gets the step of ours.
-  chosen = np.random.default_rng(0).permutation(len(labels))[: 8 * _BATCH_SIZE]
-  batches = [(features[i], labels[i]) for i in np.split(chosen, 8)]
-  smoothness = optax_svrg.smoothness(
-    jax.grad(mean_loss), weights, batches, num_iters=5
-  )
-  options = {
-    "maxiter": math.ceil(count / 3),
-    "key": jax.random.key(0),
-    "stepsize": float(1 / smoothness),
-    "tol": 0.0,
-    "batch_size": _BATCH_SIZE,
-  }
-
-  def loss(w: jax.Array, features: jax.Array, labels: jax.Array) -> jax.Array:
-    return mean_loss(w, (features, labels))
-
-  def prox(w: jax.Array, l1: jax.Array, scaling: Any = 1.0) -> jax.Array:
-    return w - jnp.clip(w, -l1 * scaling, l1 * scaling)
-
-  l1 = [problem.l1] if problem.l1 else []
-  svrg = ProxSVRG(loss, prox, **options) if l1 else SVRG(loss, **options)
-  args = (weights, *l1, features, labels)
-
-  def run() -> Found:
-    start = time.process_time()
-    compiled = jax.jit(svrg.run).lower(*args).compile()
-    compiling = time.process_time() - start
-    found, state = compiled(*args)[:2]
-    return Found(np.asarray(found), 3.0 * int(state.iter_num) + 1, compiling)
-
-  return run
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    model.fit(problem.features, problem.labels)
+  is_first_order = solver in ("saga", "lbfgs")
+  passes = float(model.n_iter_[0]) if is_first_order else None
+  return Found(model.coef_.T, passes)
 
 
 @functools.lru_cache
@@ -228,7 +130,7 @@ def _compiled_gradient(l2: float) -> Callable[..., Any]:
   return jax.jit(jax.value_and_grad(_mean_loss(l2)))
 
 
-def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
+def _scipy(problem: Problem, count: float) -> Found:
   """L-BFGS; with l1, L-BFGS-B on positive and negative parts of weights."""
   value_and_grad = _compiled_gradient(problem.l2)
   data = tuple(map(jnp.asarray, problem[:2]))
@@ -242,64 +144,49 @@ def _scipy(problem: Problem, count: float) -> Callable[[], Found]:
     value, grad = smooth(parts[:size] - parts[size:])
     return value + l1 * parts.sum(), np.concatenate([grad + l1, l1 - grad])
 
-  def run() -> Found:
-    found = scipy.optimize.minimize(
-      split if l1 else smooth,
-      np.zeros(2 * size if l1 else size),
-      jac=True,
-      method="L-BFGS-B",
-      bounds=[(0, None)] * (2 * size) if l1 else None,
-      options={"maxiter": int(count), "maxfun": 10**6, "ftol": 0, "gtol": 0},
-    )
-    w = found.x[:size] - found.x[size:] if l1 else found.x
-    return Found(w, float(found.nfev))
-
-  return run
+  found = scipy.optimize.minimize(
+    split if l1 else smooth,
+    np.zeros(2 * size if l1 else size),
+    jac=True,
+    method="L-BFGS-B",
+    bounds=[(0, None)] * (2 * size) if l1 else None,
+    options={"maxiter": int(count), "maxfun": 10**6, "ftol": 0, "gtol": 0},
+  )
+  w = found.x[:size] - found.x[size:] if l1 else found.x
+  return Found(w, float(found.nfev))
 
 
 def _is_small_l2(problem: Problem) -> bool:
   return not problem.l1 and math.prod(problem.shape) <= _MAX_NEWTON
 
 
-_is_binary = lambda problem: problem.is_binary
 _PASSES = tuple(25 * 2**k for k in range(6))
-_partial = functools.partial
-_ours = _partial(Solver, "optax_svrg", uses_jax=True)
-_exact = _partial(Solver, "scikit-learn", is_stochastic=False)
 SOLVERS = {
-  "fit_linear": _ours(_fit_linear, [10 ** (-k / 2) for k in range(4, 18)]),
+  "fit_linear": Solver(
+    _fit_linear, [10 ** (-k / 2) for k in range(4, 18)], uses_jax=True
+  ),
   **{
-    f"minimize, {x}": _ours(
-      _partial(_minimize, x), [10.0**-k for k in range(3, 8)]
+    f"minimize, {method}": Solver(
+      functools.partial(_minimize, method),
+      [10.0**-k for k in range(3, 8)],
+      uses_jax=True,
     )
-    for x in ("saga", "svrg")
+    for method in ("saga", "svrg")
   },
-  BASELINE: Solver("scikit-learn", _partial(_scikit_learn, "saga"), _PASSES),
   **{
-    f"copt {x}": Solver("copt", _partial(_copt, x), _PASSES, _is_binary)
-    for x in ("saga", "svrg")
-  },
-  "nemos SVRG": Solver("nemos", _nemos, _PASSES),
-  **{
-    f"scikit-learn {x}": _exact(_partial(_scikit_learn, x), efforts, accepts)
-    for x, efforts, accepts in (
+    f"scikit-learn {name}": Solver(
+      functools.partial(_scikit_learn, name), efforts, accepts
+    )
+    for name, efforts, accepts in (
+      ("saga", _PASSES, lambda problem: True),
       ("lbfgs", _PASSES, lambda problem: not problem.l1),
       ("newton-cholesky", [4, 8, 16], _is_small_l2),
-      ("liblinear", [10.0**-k for k in range(1, 10)], _is_binary),
+      (
+        "liblinear",
+        [10.0**-k for k in range(1, 10)],
+        lambda problem: problem.is_binary,
+      ),
     )
   },
-  "SciPy L-BFGS, compiled gradient": Solver(
-    "scipy", _scipy, _PASSES, is_stochastic=False, uses_jax=True
-  ),
+  "SciPy L-BFGS, compiled gradient": Solver(_scipy, _PASSES, uses_jax=True),
 }
-
-
-def versions() -> dict[str, str | None]:
-  """The packages of the solvers, ``None`` where one is not installed."""
-  found: dict[str, str | None] = {}
-  for package in dict.fromkeys(solver.package for solver in SOLVERS.values()):
-    try:
-      found[package] = importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-      found[package] = None
-  return found

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds and passes to the optimum: ``python -m benchmarks convex``."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 import jax
+import numpy as np
 
 from benchmarks import cli
 from benchmarks.harness import figures, publishing, report, store
@@ -18,8 +20,6 @@ from benchmarks.studies.convex import problems, solvers
 TOLERANCES = (1e-6, 1e-8)
 _LIMIT = 30.0  # Seconds of a call after which more work is not tried.
 _SHORT = 1.0  # Seconds of a call that is repeated against noise.
-_NEMOS, _SCIPY = "nemos SVRG", "SciPy L-BFGS, compiled gradient"
-_NUM_DATA = len(problems.CELLS) // 2  # Problems of each penalty.
 NOTES = """\
 Mean logistic loss without an intercept, in float64, from zero, with an l2 or an
 l1 penalty of strength 0.001. The gap is the objective less the minimum, which
@@ -32,20 +32,21 @@ Every solver is called with more and more iterations, or smaller and smaller
 tolerances, and the numbers are interpolated between two calls, linearly in the
 logarithm of the gap. `not reached`: in 800 passes, 1,000 of ours, or 30 s.
 
-`minimize` and `fit_linear` choose their steps themselves. nemos, whose rule is
-for Poisson models, gets one over the largest curvature of eight batches, and
-batches of 8; copt, for two classes only, 1/(3 L) as in its examples.
-scikit-learn's newton-cholesky is left out where its Hessian has more than 3,000
-columns, liblinear where there are more than two classes. For l1, SciPy's
-L-BFGS-B has the positive and negative parts of weights."""
-REASONS = """\
-Why targets are missed. **Compilation**: `fit_linear` compiles an epoch of
-SAGA, the derivatives of the outputs, and a direction of Newton's method, once
-for each loss and shape, which takes longer than small problems do; for these it
-leaves LLVM's optimisation out. **Passes**: an evaluation after each block of
-epochs and the products of Newton's method count, and are often the cheaper way
-to less time. **l1 alone**: the Hessian is singular, so that steps of Newton's
-method are short, or damped, until it is known which weights are 0."""
+`minimize` and `fit_linear` choose their steps themselves. scikit-learn's
+newton-cholesky is left out where its Hessian has more than 3,000 columns,
+liblinear where there are more than two classes. For l1, SciPy's L-BFGS-B has
+the positive and negative parts of weights. Rows of nemos and copt, which are no
+longer run: nemos, whose rule is for Poisson models, got a step of one over the
+largest curvature of eight batches, and batches of 8; copt, for two classes
+only, 1/(3 L) as in its examples.
+
+Where `fit_linear` is slow. **Compilation**: it compiles an epoch of SAGA, the
+derivatives of the outputs, and a direction of Newton's method, once for each
+loss and shape, which takes longer than small problems do; for these it leaves
+LLVM's optimisation out. **Passes**: an evaluation after each block of epochs
+and the products of Newton's method count, and are often the cheaper way to less
+time. **l1 alone**: the Hessian is singular, so that steps of Newton's method
+are short, or damped, until it is known which weights are 0."""
 
 
 def trace(
@@ -55,15 +56,13 @@ def trace(
   record: dict[str, Any] = {"compiling": 0.0}
   record |= {name: [] for name in ("passes", "seconds", "gap")}
   for effort in solver.efforts:
-    call = solver.prepare(problem, effort)
     compiles = solver.uses_jax and not record["gap"]
     if compiles:
       jax.clear_caches()
-    found, seconds = _timed(call)
-    record["compiling"] = max(record["compiling"], found.compiling)
+    found, seconds = _timed(solver, problem, effort)
     if compiles or seconds < _SHORT:
       first = seconds
-      found, again = _timed(call)
+      found, again = _timed(solver, problem, effort)
       seconds = min(first, again)
       if compiles:
         record["compiling"] = first - seconds
@@ -76,17 +75,19 @@ def trace(
   return record
 
 
-def _timed(call: Callable[[], solvers.Found]) -> tuple[solvers.Found, float]:
+def _timed(
+  solver: solvers.Solver, problem: problems.Problem, effort: float
+) -> tuple[solvers.Found, float]:
   start = time.process_time()
-  found = call()
-  return found, time.process_time() - start - found.compiling
+  found = solver.solve(problem, effort)
+  return found, time.process_time() - start
 
 
 def reference(problem: problems.Problem) -> problems.Value:
   """The minimum, by ``fit_linear``, and how well it is known."""
   tol = 1e-12 if problem.l1 else 1e-9
-  call = solvers.SOLVERS["fit_linear"].prepare(problem, tol)
-  return problems.evaluate(problem, call().weights)
+  found = solvers.SOLVERS["fit_linear"].solve(problem, tol)
+  return problems.evaluate(problem, found.weights)
 
 
 def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
@@ -94,26 +95,23 @@ def reach(record: Mapping[str, Any], tolerance: float, field: str) -> float:
 
   Interpolates linearly in the logarithm of the gap.
   """
-  before = None
-  for value, gap in zip(record[field], record["gap"], strict=True):
-    if value is None:
-      return math.nan
-    log = math.log10(max(gap, 1e-16))
-    if gap <= tolerance:
-      if before is None:
-        return value
-      share = (before[1] - math.log10(tolerance)) / (before[1] - log)
-      return before[0] + share * (value - before[0])
-    before = value, log
-  return math.inf
+  values, gaps = record[field], record["gap"]
+  i = next((i for i, gap in enumerate(gaps) if gap <= tolerance), None)
+  if i is None:
+    return math.inf
+  if values[i] is None:
+    return math.nan
+  around = slice(max(0, i - 1), i + 1)
+  logs = -np.log10(np.maximum(gaps[around], 1e-16))
+  return float(np.interp(-math.log10(tolerance), logs, values[around]))
 
 
 def _cell_table(cell: Mapping[str, Any]) -> str:
   records, lines, columns = cell["solvers"], [], ["solver"]
   for tolerance in TOLERANCES:
     columns += [f"passes to {tolerance:.0e}", "seconds", "saga's / these"]
-  for name in filter(records.__contains__, solvers.SOLVERS):
-    record, line = records[name], [name]
+  for name, record in records.items():
+    line = [name]
     for tolerance in TOLERANCES:
       passes = reach(record, tolerance, "passes")
       seconds = reach(record, tolerance, "seconds")
@@ -131,95 +129,14 @@ def _cell_table(cell: Mapping[str, Any]) -> str:
   return report.markdown_table(columns, lines)
 
 
-def _verdict(met: Sequence[bool], needed: int = _NUM_DATA) -> str:
-  """Returns whether a target is met; open while problems are missing."""
-  count, missing = sum(met), _NUM_DATA - len(met)
-  verdict = "met" if count >= needed else "missed"
-  if verdict == "missed" and count + missing >= needed:
-    verdict = "open"
-  return f"{verdict} ({count} of {len(met)})"
-
-
-def targets(cells: Mapping[str, Mapping[str, Any]]) -> str:
-  """The targets, and what came out, for the problems of each penalty."""
-  lines = []
-  for penalty in ("l2", "l1"):
-    chosen = {k: v["solvers"] for k, v in cells.items() if k.endswith(penalty)}
-    if chosen:
-      lines += [[penalty, *line] for line in _targets(chosen)]
-  return report.markdown_table(
-    ["penalty", "target of fit_linear", "", "by problem"], lines
-  )
-
-
-def _targets(chosen: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-  """Lines for the problems of a penalty: target, verdict, and numbers."""
-  factors = [2 if name.startswith("digits") else 4 for name in chosen]
-  lines = []
-  for tolerance in TOLERANCES:
-    for added in ("", " with compilation"):
-      got = _speedups(chosen, solvers.BASELINE, tolerance, bool(added))
-      text = f"4 times as fast as {solvers.BASELINE} to {tolerance:.0e}{added}"
-      met = [g >= f for g, f in zip(got, factors, strict=True)]
-      lines.append([f"{text} (digits: 2 times)", _verdict(met), _texts(got)])
-  for rival, needed in ((_NEMOS, _NUM_DATA), (_SCIPY, 3)):
-    got = _speedups(chosen, rival, 1e-6)
-    text = f"faster than {rival} to 1e-06 on {needed} problems"
-    lines.append([text, _verdict([g > 1 for g in got], needed), _texts(got)])
-  for tolerance in TOLERANCES:
-    got = [_pass_ratio(records, tolerance) for records in chosen.values()]
-    text = f"fewest passes of the stochastic solvers to {tolerance:.0e}"
-    lines.append([text, _verdict([g >= 1 for g in got]), _texts(got)])
-  seconds = [records["fit_linear"]["compiling"] for records in chosen.values()]
-  text = ", ".join(f"{s:.1f} s" for s in seconds)
-  verdict = _verdict([s <= 1 for s in seconds])
-  return [*lines, ["compilation in 1 s", verdict, text]]
-
-
-def _speedups(
-  chosen: Mapping[str, Mapping[str, Any]],
-  rival: str,
-  tolerance: float,
-  with_compilation: bool = False,
-) -> list[float]:
-  """Seconds of a rival over those of ours, NaN where it is not installed."""
-
-  def seconds(record: Mapping[str, Any]) -> float:
-    added = record["compiling"] if with_compilation else 0.0
-    return reach(record, tolerance, "seconds") + added
-
-  return [
-    seconds(records[rival]) / seconds(records["fit_linear"])
-    if rival in records
-    else math.nan
-    for records in chosen.values()
-  ]
-
-
-def _pass_ratio(records: Mapping[str, Any], tolerance: float) -> float:
-  """Fewest passes of the other stochastic solvers over those of ours."""
-  passes = {
-    name: reach(record, tolerance, "passes")
-    for name, record in records.items()
-    if solvers.SOLVERS[name].is_stochastic
-  }
-  ours = passes.pop("fit_linear")
-  return min(passes.values()) / ours
-
-
-def _texts(values: Sequence[float]) -> str:
-  """Ratios; a dash where the rival does not reach the gap."""
-  return ", ".join(f"{v:#.2g}x" if math.isfinite(v) else "-" for v in values)
-
-
 _DRAWN = {
   "fit_linear": "saga",
   "minimize, saga": "saga",
   "minimize, svrg": "svrg",
   solvers.BASELINE: "plain",
-  _NEMOS: "plain",
+  "nemos SVRG": "plain",  # As published; it is no longer run.
   "scikit-learn lbfgs": "other",
-  _SCIPY: "other",
+  "SciPy L-BFGS, compiled gradient": "other",
 }
 
 
@@ -244,7 +161,8 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   cells = document["cells"]
   parts = [
     "# Convex problems: seconds and passes to the optimum",
-    *(f"    {document['command']}", NOTES, targets(cells), REASONS),
+    f"    {document['command']}",
+    NOTES,
   ]
   for name, cell in cells.items():
     rows, columns, outputs = cell["shape"]
@@ -263,12 +181,9 @@ def _complete(
   if "minimum" not in cell:
     cell["shape"] = [len(problem.labels), *problem.shape]
     cell["minimum"], cell["bound"] = reference(problem)
-  installed = solvers.versions()
   records = cell.setdefault("solvers", {})
   for solver_name, solver in solvers.SOLVERS.items():
-    if installed[solver.package] is None:
-      click.echo(f"{solver_name}: {solver.package} is not installed", err=True)
-    elif solver_name not in records and solver.accepts(problem):
+    if solver_name not in records and solver.accepts(problem):
       records[solver_name] = trace(problem, solver, cell["minimum"])
       click.echo(f"{name}: {solver_name}", err=True)
       yield
@@ -296,7 +211,10 @@ def main(
     "module": __name__,
     "command": "python -m benchmarks convex",
     **store.environment(),
-    "packages": solvers.versions(),
+    "packages": {
+      name: importlib.metadata.version(name)
+      for name in ("scikit-learn", "scipy")
+    },
   }
   for name in cells or problems.CELLS:
     if needs_data(name) and not data_dir:
