@@ -151,7 +151,5 @@ def _sha256(state: Any) -> str:
   """Of all numbers, which every process has in full."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      leaf = leaf.addressable_data(0)
-    digest.update(np.asarray(leaf).tobytes())
+    digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
   return digest.hexdigest()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of commands that train on the devices of several processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -11,18 +11,8 @@ import jax
 from benchmarks import cli
 
 
-def _initialize(
-  distributed: bool,
-  coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-) -> None:
+def _initialize(distributed: bool, given: Mapping[str, Any]) -> None:
   """Joins the processes of a cluster; ``None`` for what is to be detected."""
-  given = {
-    "--coordinator": coordinator,
-    "--num-processes": num_processes,
-    "--process-id": process_id,
-  }
   missing = [name for name, value in given.items() if value is None]
   if not distributed:
     for name in (name for name in given if name not in missing):
@@ -32,10 +22,10 @@ def _initialize(
     raise click.UsageError(
       f"{', '.join(given)} go together, {', '.join(missing)} is missing."
     )
-  if not missing and process_id >= num_processes:
+  if not missing and given["--process-id"] >= given["--num-processes"]:
     raise click.UsageError(
-      f"--process-id must be less than --num-processes, {num_processes}, got"
-      f" {process_id}."
+      "--process-id must be less than --num-processes,"
+      f" {given['--num-processes']}, got {given['--process-id']}."
     )
   try:
     jax.distributed.initialize(*given.values())
@@ -64,9 +54,10 @@ def options(command: Callable) -> Callable:
     ("--process-id", click.IntRange(min=0), None, ""),
   )
   @functools.wraps(command)
-  def with_cluster(**kwargs: Any) -> Any:
-    names = ("distributed", "coordinator", "num_processes", "process_id")
-    _initialize(*map(kwargs.pop, names))
+  def with_cluster(distributed: bool, **kwargs: Any) -> Any:
+    names = ("coordinator", "num_processes", "process_id")
+    given = {f"--{k.replace('_', '-')}": kwargs.pop(k) for k in names}
+    _initialize(distributed, given)
     return command(**kwargs)
 
   return with_cluster

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable, Sequence
 import functools
 import itertools
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks.data import arrays, sources
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Point, Run
-from benchmarks.harness.observers import OBSERVERS
+from benchmarks.harness.observers import OBSERVERS, Variance
 from benchmarks.harness.program import OPTIMIZERS, Program, TrainState
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
@@ -78,19 +77,28 @@ class Trainer:
       return
     # All is compiled before the clock starts.
     method, program = self._compiled(experiment.replace(seed=0, lr=0.0))
+    num_steps = method.num_steps(self.feed.context(experiment))
     init_key, _ = jax.random.split(jax.random.key(experiment.seed))
     state = program.init(self.feed.init(init_key))
-    training = _Training(self.feed, run, method, program, state)
     if run.history:
-      training.state = checkpoints.restore(state)
+      state = checkpoints.restore(state)
     elif experiment.feed == "arrays":
-      training.record(0)
-    # So that no process waits for another one for ever.
+      self._record(run, state, 0, num_steps)
+    observers = [
+      OBSERVERS[name](self.feed.loss, method, num_steps, **settings)
+      for name, settings in experiment.measure.items()
+    ]
     epochs = range(run.last.epoch if run.history else 0, experiment.epochs)
+    # So that no process waits for another one for ever.
     for epoch in optax_svrg.lockstep(epochs):
-      training.epoch(epoch)
+      state = self._train(run, method, program, observers, state, epoch)
+      if epoch + 1 == experiment.epochs:
+        run.finished = True
+        run.measured |= self.feed.finish(_evaluated(experiment, state))
+        for observer in observers:
+          run.measured |= observer.result
       if checkpoints is not None:
-        checkpoints.save(run, training.state)
+        checkpoints.save(run, state)
       on_epoch(run, run.last)
 
   def _compile(self, experiment: Experiment) -> tuple[methods.Method, Program]:
@@ -99,104 +107,80 @@ class Trainer:
     method = methods.make(experiment.method, context, **settings)
     return method, self.feed.program(experiment, method)
 
-
-class _Training:
-  """A run under way."""
-
-  def __init__(
+  def _train(
     self,
-    feed: ArrayFeed | StreamFeed,
     run: Run,
     method: methods.Method,
     program: Program,
+    observers: Sequence[Variance],
     state: TrainState,
-  ):
-    self._feed, self._run, self._method = feed, run, method
-    self._program, self.state = program, state
-    self._num_steps = method.num_steps(feed.context(run.experiment))
-    self._observers = [
-      OBSERVERS[name](feed.loss, method, self._num_steps, **settings)
-      for name, settings in run.experiment.measure.items()
-    ]
-    self._seconds, self._evaluations = 0.0, 0
-    if run.history:
-      self._seconds = run.last.seconds
-      self._evaluations = round(
-        run.last.gradients_per_example * feed.num_examples
-      )
-
-  def epoch(self, epoch: int) -> None:
+    epoch: int,
+  ) -> TrainState:
     """Trains an epoch, and records it."""
-    experiment, program = self._run.experiment, self._program
-    takes_snapshot = self._takes_snapshot(epoch)
-    self.state = self.state._replace(
-      observed=optax.tree.zeros_like(self.state.observed)
+    experiment, num_examples = run.experiment, self.feed.num_examples
+    num_steps = method.num_steps(self.feed.context(experiment))
+    takes_snapshot = False
+    if epoch % experiment.snapshot_every == 0:
+      # If a step uses it until the next one.
+      end = min(epoch + experiment.snapshot_every, experiment.epochs)
+      takes_snapshot = method.uses_snapshot(epoch * num_steps, end * num_steps)
+    state = state._replace(observed=optax.tree.zeros_like(state.observed))
+    begun = time.perf_counter()
+    state, batches = program.begin(
+      state, experiment.seed, epoch, takes_snapshot
     )
-    with self._clock():
-      self.state, batches = program.begin(
-        self.state, experiment.seed, epoch, takes_snapshot
-      )
-    seen = program.batches(batches) if self._observers else None
-    stops = {0, self._num_steps}.union(*(o.stops for o in self._observers))
+    seconds = time.perf_counter() - begun
+    seen = program.batches(batches) if observers else None
+    stops = {0, num_steps}.union(*(observer.stops for observer in observers))
     for start, stop in itertools.pairwise(sorted(stops)):
-      for observer in self._observers:
+      for observer in observers:
         if start in observer.stops:
-          self.state = observer.look(epoch, start, seen, self.state)
-      with self._clock():
-        self.state = program.advance(
-          self.state, batches, experiment.lr, start, stop
-        )
-        jax.block_until_ready(self.state)
-    num_examples = self._feed.num_examples
+          state = observer.look(epoch, start, seen, state)
+      begun = time.perf_counter()
+      state = program.advance(state, batches, experiment.lr, start, stop)
+      jax.block_until_ready(state)
+      seconds += time.perf_counter() - begun
     count = num_examples
-    if not self._method.has_fixed_batches:
-      count = self._num_steps * experiment.batch_size
-    extra = int(self.state.observed.extra_gradients) * experiment.batch_size
-    self._evaluations += count + extra + takes_snapshot * num_examples
-    self.record(epoch + 1)
-    if epoch + 1 == experiment.epochs:
-      self._run.finished = True
-      self._run.measured |= self._feed.finish(self._evaluated)
-      for observer in self._observers:
-        self._run.measured |= observer.result
+    if not method.has_fixed_batches:
+      count = num_steps * experiment.batch_size
+    count += takes_snapshot * num_examples
+    count += int(state.observed.extra_gradients) * experiment.batch_size
+    self._record(run, state, epoch + 1, num_steps, count, seconds)
+    return state
 
-  def record(self, epoch: int) -> None:
-    """Adds the state after this number of epochs to the history."""
-    observed, steps = self.state.observed, self._num_steps
+  def _record(
+    self,
+    run: Run,
+    state: TrainState,
+    epoch: int,
+    num_steps: int,
+    evaluations: int = 0,
+    seconds: float = 0.0,
+  ) -> None:
+    """Adds the state after an epoch, and what it took, to the history."""
+    observed, num_examples = state.observed, self.feed.num_examples
+    if run.history:
+      seconds += run.last.seconds
+      evaluations += round(run.last.gradients_per_example * num_examples)
     ratio = None
     if observed.plain_moment > 0:
       ratio = float(observed.corrected_moment / observed.plain_moment)
     measured = {
-      "train_loss": float(observed.loss) / steps,
-      **self._feed.measure(self._evaluated),
+      "train_loss": float(observed.loss) / num_steps,
+      **self.feed.measure(_evaluated(run.experiment, state)),
     }
-    self._run.history.append(
+    run.history.append(
       Point(
         epoch,
         **measured,
-        gradients_per_example=self._evaluations / self._feed.num_examples,
-        seconds=self._seconds,
-        alpha=float(observed.alpha / steps) if epoch else None,
+        gradients_per_example=evaluations / num_examples,
+        seconds=seconds,
+        alpha=float(observed.alpha / num_steps) if epoch else None,
         variance_ratio=ratio,
       )
     )
 
-  @property
-  def _evaluated(self) -> optax.Params:
-    optimizer = OPTIMIZERS[self._run.experiment.optimizer]
-    return optimizer.evaluated(self.state.opt_state[1], self.state.params)
 
-  def _takes_snapshot(self, epoch: int) -> bool:
-    """True if a step uses the snapshot that an epoch may begin with."""
-    experiment, steps = self._run.experiment, self._num_steps
-    if epoch % experiment.snapshot_every:
-      return False
-    stop = min(epoch + experiment.snapshot_every, experiment.epochs)
-    return self._method.uses_snapshot(epoch * steps, stop * steps)
-
-  @contextlib.contextmanager
-  def _clock(self) -> Iterator[None]:
-    """Adds the time spent to that of the run."""
-    start = time.perf_counter()
-    yield
-    self._seconds += time.perf_counter() - start
+def _evaluated(experiment: Experiment, state: TrainState) -> optax.Params:
+  optimizer = OPTIMIZERS[experiment.optimizer]
+  return optimizer.evaluated(state.opt_state[1], state.params)
