@@ -143,7 +143,9 @@ class Trainer:
     count = num_examples
     if not method.has_fixed_batches:
       count = num_steps * experiment.batch_size
-    count += takes_snapshot * num_examples
+    # With "streams", a pass is over the batches of the epoch.
+    passed = num_examples if experiment.feed == "arrays" else count
+    count += takes_snapshot * passed
     count += int(state.observed.extra_gradients) * experiment.batch_size
     self._record(run, state, epoch + 1, num_steps, count, seconds)
     return state
