@@ -5,17 +5,15 @@ from collections.abc import Callable, Mapping
 import functools
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import models
 from benchmarks.data import arrays
 from benchmarks.harness import program
 from benchmarks.harness.experiment import Experiment
-from benchmarks.harness.program import Observed, Program, TrainState
+from benchmarks.harness.program import Program, TrainState
 from benchmarks.methods import balanced, Context, Method
 import optax_svrg
 
@@ -23,19 +21,13 @@ _PIECE_SIZE = 128  # Examples evaluated at once, which fit into a cache.
 _cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
-class Keys(NamedTuple):
-  """Random keys, or their data."""
-
-  epoch: Any  # For the order of the examples and for augmentation.
-  batches: Any  # For fixed batches, the same in all epochs.
-
-
-class Order(NamedTuple):
+class Epoch(NamedTuple):
   """The examples of each step of an epoch."""
 
-  examples: Any  # Their indices, step by step.
+  examples: jax.Array  # Their indices, step by step.
   is_real: Any  # Which of them count, ``None`` for all.
-  batch_index: Any  # The number of each batch.
+  batch_index: jax.Array  # The number of each batch.
+  key: jax.Array  # For augmentation.
 
 
 class Batch(NamedTuple):
@@ -46,50 +38,31 @@ class Batch(NamedTuple):
   is_real: Any = None  # Which of them count, ``None`` for all.
 
 
-class ArrayFeed:
+class ArrayFeed(program.Feed):
   """Makes the programs of an experiment on arrays."""
 
   def __init__(self, experiment: Experiment, dataset: arrays.Dataset):
-    self._common = experiment
     dataset = arrays.first(
       dataset, experiment.train_examples, experiment.validation_examples
     )
     if experiment.label_noise:
       dataset = arrays.with_wrong_labels(dataset, experiment.label_noise)
     self._image_shape = dataset.image_shape
-    self.num_examples = len(dataset.train_labels)
-    self._make_model = models.maker(
-      experiment.model,
+    super().__init__(
+      experiment,
+      len(dataset.train_labels),
       dataset.image_shape,
       dataset.num_classes,
-      experiment.model_settings,
     )
-    self._train, validation = jax.device_put(
-      (
-        (dataset.train_images, dataset.train_labels),
-        (dataset.validation_images, dataset.validation_labels),
-      )
-    )
-    self._graphdef = nnx.graphdef(self._make_model(nnx.Rngs(0)))
-    self._passed = _whole_and_rest(self.num_examples, experiment.batch_size)
-    self._evaluated = tuple(
-      (x, _whole_and_rest(len(x[1]), _PIECE_SIZE))
-      for x in (self._train, validation)
-    )
-    params = self.init(jax.random.key(0))
-    self._evaluate = _compile(self._evaluate_fn, (params, *self._evaluated))
-    self.nothing_observed = jax.jit(program.nothing_observed)
+    parts = jax.device_put(dataset[:4])
+    self._train, self._validation = parts[:2], parts[2:]
+    args = self.init(jax.random.key(0)), self._train, self._validation
+    self._evaluate = _compile(self._evaluate_fn, args)
     self._grad = jax.grad(self.loss)
 
-  def init(self, key: jax.Array) -> optax.Params:
-    """Draws initial parameters."""
-    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
-
-  def measure(
-    self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> dict[str, float]:
+  def measure(self, params: optax.Params) -> Mapping[str, float]:
     """Returns fields of :class:`Point`, over all examples."""
-    found = self._evaluate(params, *self._evaluated)
+    found = self._evaluate(params, self._train, self._validation)
     return {name: float(value) for name, value in found.items()}
 
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
@@ -107,59 +80,46 @@ class ArrayFeed:
       states = method.transform.init(params), tx.init(params)
       return TrainState(params, states, program.nothing_observed())
 
-    draw_order = jax.jit(
-      functools.partial(self._order, context, method), donate_argnums=1
+    draw = jax.jit(
+      functools.partial(self._draw, context, method), donate_argnums=0
     )
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
+    _, epoch = jax.eval_shape(draw, state.opt_state[0], *keys)
     steps = self._steps(experiment, method, num_steps)
-    _, order = jax.eval_shape(draw_order, keys, state.opt_state[0])
-    args = state, self._train, (order, keys)
-    steps = _compile(steps, (*args, np.float32(0), np.zeros(2, np.int32)), (0,))
+    args = state, self._train, epoch, np.float32(0), np.zeros(2, np.int32)
+    steps = _compile(steps, args, (0,))
     take = None
     if method.coefficient is not None:
-      args = state.opt_state, state.params, self._train, self._passed, keys
+      args = state.opt_state, state.params, self._train, epoch.key
       take = _compile(self._snapshot, args, (0,))
 
     def begin(state, seed, epoch, with_snapshot):
-      keys = self._keys(experiment, seed, epoch)
-      own, order = draw_order(keys, state.opt_state[0])
-      state = state._replace(opt_state=(own, state.opt_state[1]))
+      own, opt_state = state.opt_state
+      own, epoch = draw(own, *self._keys(experiment, seed, epoch))
+      opt_state = own, opt_state
       if with_snapshot:
-        opt_state = take(
-          state.opt_state, state.params, self._train, self._passed, keys
-        )
-        state = state._replace(opt_state=opt_state)
-      return state, (order, keys)
+        opt_state = take(opt_state, state.params, self._train, epoch.key)
+      return state._replace(opt_state=opt_state), epoch
 
     def advance(state, epoch, lr, start, stop):
       bounds = np.array([start, stop], np.int32)
       return steps(state, self._train, epoch, np.float32(lr), bounds)
 
-    batches = functools.partial(jax.jit(self._batches), self._train)
-    pass_examples = num_examples = self.num_examples
-    if not method.has_fixed_batches:
-      num_examples = num_steps * experiment.batch_size
-    return Program(
-      init, begin, advance, batches, num_steps, num_examples, pass_examples
-    )
+    @jax.jit
+    def batches(train, epoch):
+      batch = lambda members: self._batch(train, *members, epoch.key)
+      return jax.lax.map(batch, epoch[:2])
 
-  def context(self, experiment: Experiment) -> Context:
-    """Returns what a method is made for."""
-    return Context(self.num_examples, experiment.batch_size, experiment.epochs)
+    return Program(
+      init, begin, advance, functools.partial(batches, self._train)
+    )
 
   def loss(self, params: optax.Params, batch: Batch) -> jax.Array:
     """Returns the mean cross-entropy of the examples that count."""
-    model = nnx.merge(self._graphdef, params)
-    logits = model(arrays.unflatten(batch.images, self._image_shape))
-    return _cross_entropy(logits, batch.labels).mean(where=batch.is_real)
-
-  def _factors(
-    self, params: optax.Params, batch: Batch, whole: bool
-  ) -> balanced.Factors:
-    model = nnx.merge(self._graphdef, params)
     images = arrays.unflatten(batch.images, self._image_shape)
-    return balanced.factors(model, images, batch.labels, whole)
+    logits = self._model(params)(images)
+    return _cross_entropy(logits, batch.labels).mean(where=batch.is_real)
 
   def _steps(
     self, experiment: Experiment, method: Method, num_steps: int
@@ -167,37 +127,38 @@ class ArrayFeed:
     """Makes what trains from a step of the epoch up to another one."""
 
     def steps(state, train, epoch, lr, start_and_stop):
-      order, keys = epoch
       optimizer = program.optimizer(experiment, num_steps, lr)
 
       def batch_at(position):
-        examples, is_real, _ = jax.tree.map(lambda x: x[position], order)
-        return self._batch(train, examples, is_real, keys)
+        members = jax.tree.map(lambda x: x[position], epoch[:2])
+        return self._batch(train, *members, epoch.key)
 
       def batch_grad_fn(params, batch_index):
         """The gradient of any batch, for methods that look at others, too."""
-        position = jnp.argmax(order.batch_index == batch_index)
+        position = jnp.argmax(epoch.batch_index == batch_index)
         return self._grad(params, batch_at(position))
 
       def step(i, state):
         batch = batch_at(i)
         grad_fn = lambda params: self._grad(params, batch)
+
+        def factors_fn(params, whole):
+          images = arrays.unflatten(batch.images, self._image_shape)
+          model = self._model(params)
+          return balanced.factors(model, images, batch.labels, whole)
+
         grads = grad_fn(state.params)
-        after, corrected = program.update(
+        return program.update(
           method,
           optimizer,
           state,
           grads,
+          functools.partial(program.observe, grads),
           grad_fn=grad_fn,
-          batch_index=order.batch_index[i],
+          batch_index=epoch.batch_index[i],
           batch_grad_fn=batch_grad_fn,
-          factors_fn=lambda params, whole: self._factors(params, batch, whole),
+          factors_fn=factors_fn,
         )
-        seen = program.observe(
-          grads, corrected, state.opt_state[0], after.opt_state[0]
-        )
-        observed = jax.tree.map(jnp.add, state.observed, seen)
-        return after._replace(observed=observed)
 
       # Not a scan: whatever the steps, it is this very program.
       return jax.lax.fori_loop(*start_and_stop, step, state)
@@ -205,114 +166,95 @@ class ArrayFeed:
     return steps
 
   def _snapshot(
-    self, opt_state: Any, params: Any, train: Any, passed: list, keys: Keys
+    self, opt_state: Any, params: Any, train: Any, key: jax.Array
   ) -> Any:
     """Moves the snapshot to the present parameters."""
+    size = self._common.batch_size
+    full = self.num_examples - self.num_examples % size
+    indices = np.split(np.arange(self.num_examples, dtype=np.int32), [full])
 
     def piece_grad(params, piece):
       """The mean over a piece, batch by batch."""
-      batches = _in_batches(piece, self._common.batch_size)
+      batches = piece.reshape(-1, min(size, len(piece)))
 
       def add(total, examples):
-        batch = self._batch(train, examples, None, keys)
+        batch = self._batch(train, examples, None, key)
         return optax.tree.add(total, self._grad(params, batch)), None
 
       total, _ = jax.lax.scan(add, optax.tree.zeros_like(params), batches)
       return optax.tree.scale(1 / len(batches), total)
 
+    pieces = [piece for piece in indices if len(piece)]
     return optax_svrg.take_snapshot(
       opt_state,
       params,
-      lambda p: optax_svrg.mean_gradient(piece_grad, p, passed),
+      lambda p: optax_svrg.mean_gradient(piece_grad, p, pieces),
     )
 
-  def _batches(self, train: Any, epoch: tuple[Order, Keys]) -> Batch:
-    """All batches of an epoch, with a leading axis."""
-    order, keys = epoch
-    batch = lambda x: self._batch(train, *x, keys)
-    return jax.lax.map(batch, (order.examples, order.is_real))
-
   def _batch(
-    self, train: Any, indices: jax.Array, is_real: Any, keys: Keys
+    self, train: Any, indices: jax.Array, is_real: Any, key: jax.Array
   ) -> Batch:
     """Examples, augmented as this epoch has it."""
     images, labels = (x[indices] for x in train)
-    key = jax.random.wrap_key_data(keys.epoch)
     augment = self._common.augment
     images = arrays.augment(augment, key, indices, images, self._image_shape)
     return Batch(images, labels, is_real)
 
-  def _keys(self, experiment: Experiment, seed: int, epoch: int) -> Keys:
-    """The data of the keys of an epoch, the same for all methods."""
+  def _keys(
+    self, experiment: Experiment, seed: int, epoch: int
+  ) -> list[jax.Array]:
+    """Of an epoch and of the fixed batches, the same for all methods."""
     _, key = jax.random.split(jax.random.key(seed))
-    keys = (jax.random.fold_in(key, i) for i in (epoch, experiment.epochs))
-    return Keys(*(np.asarray(jax.random.key_data(key)) for key in keys))
+    return [jax.random.fold_in(key, i) for i in (epoch, experiment.epochs)]
 
-  def _order(
-    self, context: Context, method: Method, keys: Keys, own: Any
-  ) -> tuple[Any, Order]:
-    """Draws which examples are in each step, also by a method's own state."""
+  def _draw(
+    self,
+    context: Context,
+    method: Method,
+    own: Any,
+    key: jax.Array,
+    fixed_key: jax.Array,
+  ) -> tuple[Any, Epoch]:
+    """Draws an epoch; ``own`` is the state of the method."""
     size, steps = context.batch_size, method.num_steps(context)
-    keys = Keys(*map(jax.random.wrap_key_data, keys))
     if not method.has_fixed_batches:
-      order = jax.random.permutation(keys.epoch, self.num_examples)
+      order = jax.random.permutation(key, self.num_examples)
       if method.next_order is not None:
         own = method.next_order(own, order, steps)
         order = own.order
       # The remainder of the epoch is dropped, as the authors do by default.
       indices = order[: steps * size].reshape(steps, size)
-      return own, Order(indices, None, jnp.arange(steps))
+      return own, Epoch(indices, None, jnp.arange(steps), key)
     batches = np.array_split(np.arange(self.num_examples), steps)
     longest = max(map(len, batches))
     # Short batches are filled with what does not count.
     padded = np.stack([np.resize(b, longest) for b in batches])
     is_real = np.arange(longest) < np.array([[len(b)] for b in batches])
-    members = jax.random.permutation(keys.batches, self.num_examples)
-    key = keys.batches if method.has_fixed_order else keys.epoch
-    order = jax.random.permutation(key, steps)
-    return own, Order(
-      members[padded][order],
-      None if is_real.all() else jnp.asarray(is_real)[order],
-      order,
-    )
+    members = jax.random.permutation(fixed_key, self.num_examples)
+    order_key = fixed_key if method.has_fixed_order else key
+    order = jax.random.permutation(order_key, steps)
+    real = None if is_real.all() else jnp.asarray(is_real)[order]
+    return own, Epoch(members[padded][order], real, order, key)
 
   def _evaluate_fn(
     self, params: optax.Params, train: Any, validation: Any
   ) -> dict[str, jax.Array]:
-    model = nnx.merge(self._graphdef, params)
+    model = self._model(params)
 
-    def mean(fn: Callable, store: Any, pieces: list) -> jax.Array:
-      """Of a function of one example."""
+    def evaluated(example):
+      image, label = example
+      logits = model(arrays.unflatten(image, self._image_shape))[0]
+      return _cross_entropy(logits, label), logits.argmax() == label
 
-      def values(indices):
-        images, labels = (x[indices] for x in store)
-        logits = model(arrays.unflatten(images, self._image_shape))
-        return jax.vmap(fn)(logits, labels)
-
-      return jnp.concatenate(
-        [
-          jax.lax.map(values, _in_batches(piece, _PIECE_SIZE)).ravel()
-          for piece in pieces
-        ]
-      ).mean()
-
-    is_right = lambda logits, label: logits.argmax() == label
+    (train_loss, _), (loss, accuracy) = (
+      [x.mean() for x in jax.lax.map(evaluated, part, batch_size=_PIECE_SIZE)]
+      for part in (train, validation)
+    )
     return {
-      "train_loss": mean(_cross_entropy, *train),
-      "validation_accuracy": mean(is_right, *validation),
-      "validation_loss": mean(_cross_entropy, *validation),
+      "train_loss": train_loss,
+      "validation_accuracy": accuracy,
+      "validation_loss": loss,
     }
-
-
-def _whole_and_rest(num_examples: int, size: int) -> list[jax.Array]:
-  """Indices of all examples that fill batches, and of the remainder."""
-  full = num_examples - num_examples % size
-  indices = np.arange(num_examples, dtype=np.int32)
-  return [jnp.asarray(part) for part in np.split(indices, [full]) if len(part)]
-
-
-def _in_batches(indices: jax.Array, size: int) -> jax.Array:
-  return indices.reshape(-1, min(size, len(indices)))
 
 
 def _compile(fn: Callable, args: tuple, donate: tuple[int, ...] = ()) -> Any:

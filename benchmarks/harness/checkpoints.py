@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,31 +22,15 @@ from benchmarks.harness.store import StoreError, write_json
 _IDENTITY = "training.json"
 
 
-class Position(NamedTuple):
-  """Progress of a run."""
-
-  epoch: int = 0  # Number of epochs trained.
-  step: int = 0  # Number of steps trained of the next one.
-  evaluations: int = 0  # Gradients of examples evaluated in the epochs trained.
-  seconds: float = 0.0  # Time spent in training.
-
-
-START = Position()
-
-
 class Checkpoints(contextlib.AbstractContextManager):
-  """The checkpoints of a training, of one run at a time.
+  """The checkpoints of a training, of one run at a time, by epoch.
 
-  There is one each ``every`` steps, by default at the end of each epoch, and at
-  the end of a run. With ``resume``, the folder must hold the training of this
-  identity, the JSON that its results follow from; otherwise, it must be empty.
+  With ``resume``, the folder must hold the training of this identity, the JSON
+  that its results follow from; otherwise, it must be empty.
   """
 
-  def __init__(
-    self, folder: Path, every: int | None, identity: Any, resume: bool
-  ):
+  def __init__(self, folder: Path, identity: Any, resume: bool):
     self._folder = folder.absolute()
-    self._every = every
     self._identity = identity
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY
@@ -67,8 +51,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         raise benchmarks.UserError(f"--checkpoint-dir {e}") from e
     ocp.multihost.sync_global_processes("checkpoints")
 
-  def position(self, run: Run) -> Position:
-    """Returns the saved progress of a run, and fills in its history."""
+  def load(self, run: Run) -> None:
+    """Fills in what is saved of a run, but for its state."""
     folder = self._folder / f"{run.method}-{run.seed}"
     # A second manager would collide with the first one's removal of what an
     # interrupted run has left, which goes on in the background.
@@ -81,48 +65,33 @@ class Checkpoints(contextlib.AbstractContextManager):
           max_to_keep=2,
           cleanup_tmp_directories=True,
         ),
-        item_names=("state", "progress"),
+        item_names=("state", "run"),
       )
     if self._manager.latest_step() is None:
-      return START
-    saved = self._load("progress", ocp.args.JsonRestore())
+      return
+    saved = self._load("run", ocp.args.JsonRestore())
     found, wanted = saved.get("experiment"), run.experiment.identity()
-    if saved.get("identity") != self._identity or found != wanted:
-      raise self._error(
-        "is of another training, or of another run:"
-        f" {difference(found, wanted)}."
-      )
+    if found != wanted:
+      raise self._error(f"is of another run: {difference(found, wanted)}.")
     run.history[:] = [point_from_json(point) for point in saved["history"]]
     run.finished, run.measured = saved["finished"], saved["measured"]
     self._checksum = saved["sha256"]
-    return Position(**saved["position"])
 
   def restore(self, target: Any) -> Any:
-    """Returns the state at the position of the run."""
+    """Returns the state of the run that was loaded."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
     state = self._load("state", ocp.args.StandardRestore(abstract))
     if _sha256(state) != self._checksum:
       raise self._error("is damaged: its checksum does not fit.")
     return state
 
-  def is_due(self, at: Position, num_steps: int) -> bool:
-    """Returns whether to save at a position."""
-    done = at.epoch * num_steps + at.step
-    return done % (self._every or num_steps) == 0
-
-  def save(self, run: Run, state: Any, at: Position, num_steps: int) -> None:
+  def save(self, run: Run, state: Any) -> None:
     """Saves the run."""
-    progress = {
-      "identity": self._identity,
-      **run.as_json(),
-      "position": at._asdict(),
-      "sha256": _sha256(state),
-    }
+    saved = {**run.as_json(), "sha256": _sha256(state)}
     self._manager.save(
-      at.epoch * num_steps + at.step,
+      run.last.epoch,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        progress=ocp.args.JsonSave(progress),
+        state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(saved)
       ),
       force=True,
     )
@@ -181,7 +150,5 @@ def _sha256(state: Any) -> str:
   """Of all numbers, which every process has in full."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      leaf = leaf.addressable_data(0)
-    digest.update(np.asarray(leaf).tobytes())
+    digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
   return digest.hexdigest()

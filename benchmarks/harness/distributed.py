@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of commands that train on the devices of several processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import jax
@@ -11,47 +11,34 @@ import jax
 from benchmarks import cli
 
 
-class Distributed(NamedTuple):
-  """Options to join the processes of a cluster; ``None`` to detect them."""
-
-  distributed: bool  # Whether there is one.
-  coordinator: str | None  # Address of process 0.
-  num_processes: int | None
-  process_id: int | None
-
-  def initialize(self) -> None:
-    """Joins them."""
-    given = {
-      "--coordinator": self.coordinator,
-      "--num-processes": self.num_processes,
-      "--process-id": self.process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if not self.distributed:
-      for name in (name for name in given if name not in missing):
-        raise click.UsageError(f"{name} needs --distributed.")
-      return
-    if 0 < len(missing) < len(given):
-      raise click.UsageError(
-        f"{', '.join(given)} go together, {', '.join(missing)} is missing."
-      )
-    if not missing and self.process_id >= self.num_processes:
-      raise click.UsageError(
-        "--process-id must be less than --num-processes,"
-        f" {self.num_processes}, got {self.process_id}."
-      )
-    try:
-      jax.distributed.initialize(*self[1:])
-    except (RuntimeError, ValueError) as error:
-      reason = str(error).partition("\n")[0].rstrip(".")
-      raise click.UsageError(
-        f"--distributed: {reason}. Where the cluster is not detected, give"
-        f" {', '.join(given)}."
-      ) from error
+def _initialize(distributed: bool, given: Mapping[str, Any]) -> None:
+  """Joins the processes of a cluster; ``None`` for what is to be detected."""
+  missing = [name for name, value in given.items() if value is None]
+  if not distributed:
+    for name in (name for name in given if name not in missing):
+      raise click.UsageError(f"{name} needs --distributed.")
+    return
+  if 0 < len(missing) < len(given):
+    raise click.UsageError(
+      f"{', '.join(given)} go together, {', '.join(missing)} is missing."
+    )
+  if not missing and given["--process-id"] >= given["--num-processes"]:
+    raise click.UsageError(
+      "--process-id must be less than --num-processes,"
+      f" {given['--num-processes']}, got {given['--process-id']}."
+    )
+  try:
+    jax.distributed.initialize(*given.values())
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).partition("\n")[0].rstrip(".")
+    raise click.UsageError(
+      f"--distributed: {reason}. Where the cluster is not detected, give"
+      f" {', '.join(given)}."
+    ) from error
 
 
 def options(command: Callable) -> Callable:
-  """The options of a :class:`Distributed`, the argument ``cluster``."""
+  """Options to join the processes of a cluster before the command runs."""
 
   @cli.options(
     (
@@ -67,11 +54,13 @@ def options(command: Callable) -> Callable:
     ("--process-id", click.IntRange(min=0), None, ""),
   )
   @functools.wraps(command)
-  def with_distributed(**kwargs: Any) -> Any:
-    cluster = Distributed(*map(kwargs.pop, Distributed._fields))
-    return command(cluster=cluster, **kwargs)
+  def with_cluster(distributed: bool, **kwargs: Any) -> Any:
+    names = ("coordinator", "num_processes", "process_id")
+    given = {f"--{k.replace('_', '-')}": kwargs.pop(k) for k in names}
+    _initialize(distributed, given)
+    return command(**kwargs)
 
-  return with_distributed
+  return with_cluster
 
 
 def check_batch_size(

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from benchmarks import models
 from benchmarks.harness.experiment import Experiment
-from benchmarks.methods import Method
+from benchmarks.methods import Context, Method
 
 # Of two axes, but no matrices.
 _NOT_DECAYED = ("bias", "class_token", "positions")
@@ -41,28 +43,16 @@ def is_decayed(params: optax.Params) -> Any:
   )
 
 
-class AveragedState(NamedTuple):
-  """State of an optimizer whose weights are averaged."""
+def averaged(decay: float) -> optax.GradientTransformation:
+  """Keeps an exponential moving average of the weights, as its state."""
 
-  inner: Any
-  average: optax.Params
-
-
-def averaged(
-  inner: optax.GradientTransformation, decay: float
-) -> optax.GradientTransformation:
-  """Adds an exponential moving average of the weights."""
-
-  def init_fn(params):
-    return AveragedState(inner.init(params), jax.tree.map(jnp.copy, params))
-
-  def update_fn(updates, state, params):
-    updates, after = inner.update(updates, state.inner, params)
+  def update_fn(updates, average, params):
     moved = optax.apply_updates(params, updates)
-    average = optax.incremental_update(moved, state.average, 1 - decay)
-    return updates, AveragedState(after, average)
+    return updates, optax.incremental_update(moved, average, 1 - decay)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.copy, params), update_fn
+  )
 
 
 _DECAYED = {"weight_decay": 0.05, "mask": is_decayed}
@@ -91,9 +81,9 @@ OPTIMIZERS = {
     evaluated=optax.contrib.schedule_free_eval_params,
   ),
   "adamw-ema": Optimizer(
-    lambda lr: averaged(_adamw(lr), 0.99),
+    lambda lr: optax.chain(_adamw(lr), averaged(0.99)),
     lr=0.003,
-    evaluated=lambda state, params: state.average,
+    evaluated=lambda state, params: state[-1],
   ),
 }
 
@@ -142,19 +132,43 @@ class Program(NamedTuple):
       rate, and two steps of the epoch to the state after training from the one
       up to the other.
     batches: from the second result of ``begin`` to the batches of the epoch,
-      with a leading axis; ``None`` where they do not fit into memory.
-    num_steps: number of steps of an epoch.
-    num_examples: number of examples in them.
-    pass_examples: number of examples of the pass of a snapshot.
+      with a leading axis; ``None`` where they do not fit into memory, and
+      ``advance`` trains whole epochs.
   """
 
   init: Callable[[optax.Params], TrainState]
   begin: Callable[[TrainState, int, int, bool], tuple[TrainState, Any]]
   advance: Callable[[TrainState, Any, float, int, int], TrainState]
-  batches: Callable[[Any], Any] | None
-  num_steps: int
-  num_examples: int
-  pass_examples: int
+  batches: Callable[[Any], Any] | None = None
+
+
+class Feed:
+  """What feeds have in common: the model, and numbers of examples."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    num_examples: int,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    **settings: Any,
+  ):
+    self._common = experiment
+    self.num_examples = num_examples
+    settings = {**experiment.model_settings, **settings}
+    self._make_model = models.maker(
+      experiment.model, image_shape, num_classes, settings
+    )
+    model = nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0)))
+    self._model = functools.partial(nnx.merge, nnx.graphdef(model))
+
+  def init(self, key: jax.Array) -> optax.Params:
+    """Draws initial parameters."""
+    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
+
+  def context(self, experiment: Experiment) -> Context:
+    """Returns what a method is made for."""
+    return Context(self.num_examples, experiment.batch_size, experiment.epochs)
 
 
 def optimizer(
@@ -165,16 +179,15 @@ def optimizer(
   warmup = total // 10
   if experiment.warmup_epochs is not None:
     warmup = experiment.warmup_epochs * num_steps
-  unit = {
-    "constant": lambda: optax.constant_schedule(1.0),
-    "cosine": lambda: optax.warmup_cosine_decay_schedule(
+  unit = optax.constant_schedule(1.0)
+  if experiment.schedule == "cosine":
+    unit = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=1.0,
       warmup_steps=warmup,
       decay_steps=total,
       end_value=experiment.final_lr_share,
-    ),
-  }[experiment.schedule]()
+    )
   return OPTIMIZERS[experiment.optimizer].make(lambda step: lr * unit(step))
 
 
@@ -189,52 +202,52 @@ def update(
   optimizer: optax.GradientTransformation,
   state: TrainState,
   grads: optax.Updates,
+  observe: Callable[[optax.Updates, Any, Any], Observed],
   **extra_args: Any,
-) -> tuple[TrainState, optax.Updates]:
-  """Makes one step."""
+) -> TrainState:
+  """Makes one step.
+
+  ``observe`` gets the corrected gradient, and the method's states before and
+  after.
+  """
   # Without variance reduction, they are accepted and ignored.
   transform = optax.with_extra_args_support(method.transform)
   before, opt_state = state.opt_state
   corrected, after = transform.update(grads, before, state.params, **extra_args)
   updates, opt_state = optimizer.update(corrected, opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  return TrainState(params, (after, opt_state), state.observed), corrected
+  seen = observe(corrected, before, after)
+  observed = jax.tree.map(jnp.add, state.observed, seen)
+  return TrainState(params, (after, opt_state), observed)
 
 
 def observe(
-  grads: optax.Updates, corrected: optax.Updates, before: Any, state: Any
+  grads: optax.Updates, corrected: optax.Updates, before: Any, after: Any
 ) -> Observed:
   """Reads off a step and its correction, from the method's states around it."""
+  seen = nothing_observed()
+  mean_grads = optax.tree.get(before, "mean_grads")
+  if mean_grads is not None:
+    # The coefficient that this very step has used.
+    alpha = optax.tree.get(after, "alpha")
+    snapshots = optax.tree.get(before, "num_snapshots")
+    if snapshots is None:
+      extra_gradients = seen.extra_gradients
+      known = optax.tree.get(before, "is_filled").all()
+    else:
+      known = snapshots > 0
+      # An estimate needs the second gradient even where it is 0.
+      estimated = optax.tree.get(after, "estimate") is not None
+      extra_gradients = (known if estimated else alpha != 0).astype(int)
+    moments = (
+      optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
+      for g in (grads, corrected)
+    )
+    moments = (jnp.where(known, moment, 0) for moment in moments)
+    seen = Observed(seen.loss, extra_gradients, alpha, *moments)
   # A method that computes further gradients by itself counts them by itself.
-  counted = optax.tree.get(state, "extra_gradients")
+  counted = optax.tree.get(after, "extra_gradients")
   if counted is not None:
     counted -= optax.tree.get(before, "extra_gradients")
-  mean_grads = optax.tree.get(before, "mean_grads")
-  if mean_grads is None:
-    extra_gradients = jnp.zeros((), int) if counted is None else counted
-    return nothing_observed()._replace(
-      extra_gradients=extra_gradients.astype(int)
-    )
-  # The coefficient that this very step has used.
-  alpha = optax.tree.get(state, "alpha")
-  snapshots = optax.tree.get(before, "num_snapshots")
-  if snapshots is None:
-    extra_gradients = jnp.asarray(0)
-    known = optax.tree.get(before, "is_filled").all()
-  else:
-    known = snapshots > 0
-    # An estimate needs the second gradient even where it is 0.
-    estimated = optax.tree.get(state, "estimate") is not None
-    extra_gradients = (known if estimated else alpha != 0).astype(int)
-  if counted is not None:
-    extra_gradients = counted
-  moments = [
-    optax.tree.norm(optax.tree.sub(g, mean_grads), squared=True)
-    for g in (grads, corrected)
-  ]
-  return Observed(
-    jnp.zeros(()),
-    extra_gradients,
-    alpha,
-    *(jnp.where(known, moment, 0) for moment in moments),
-  )
+    seen = seen._replace(extra_gradients=counted)
+  return seen

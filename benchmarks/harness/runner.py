@@ -41,7 +41,7 @@ def run_all(
       if checkpoint_dir is not None:
         folder = checkpoint_dir / experiment.name
         identity = experiment.identity()
-        saved = Checkpoints(folder, None, identity, folder.exists())
+        saved = Checkpoints(folder, identity, folder.exists())
       with saved or contextlib.nullcontext():
         trainer.fit(run, on_epoch=progress, checkpoints=saved)
       store.put(run)

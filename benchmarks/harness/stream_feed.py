@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on streams: images read ahead, augmented by the paper's recipe."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 import functools
 from typing import Any, NamedTuple
 
@@ -14,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks import models
 from benchmarks.data import recipe, sources, streams
 from benchmarks.harness import program
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.program import Observed, Program, TrainState
-from benchmarks.methods import Context, Method
+from benchmarks.methods import Method
 import optax_svrg
 
 _AXIS = "data"
@@ -34,22 +32,6 @@ class Mixed(NamedTuple):
   weights: jax.Array  # Float32, (batch,), 1, or 0 for padding.
   index: jax.Array  # Int32, see :class:`streams.Batch`.
   drop_key: jax.Array  # Of stochastic depth.
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-  """Batches of an epoch, the same ones each time they are iterated."""
-
-  steps: range  # The numbers of their steps, counted over all epochs.
-  # Makes those from one step on and up to another.
-  stream: Callable[[int, int], Iterable[streams.Batch]]
-  mix: Callable[[streams.Batch], Mixed]  # Makes the draws of a batch.
-
-  def __len__(self) -> int:
-    return len(self.steps)
-
-  def __iter__(self) -> Iterator[Mixed]:
-    return map(self.mix, self.stream(self.steps.start, self.steps.stop))
 
 
 class _Subset:
@@ -70,7 +52,7 @@ class _Subset:
     return self._source[int(self._indices[index])]
 
 
-class StreamFeed:
+class StreamFeed(program.Feed):
   """Makes the programs of an experiment on streams."""
 
   def __init__(
@@ -80,32 +62,23 @@ class StreamFeed:
     remat: bool = False,
     num_workers: int = 0,
   ):
-    self._common = experiment
     self._num_workers = num_workers
     self._train = _Subset(images.train, experiment.train_examples)
     self._validation = _Subset(
       images.validation, experiment.validation_examples
     )
-    self.num_examples = len(self._train)
-    self._recipe = recipe.Recipe(
-      experiment.image_size, images.num_channels, images.num_classes
+    size = experiment.image_size
+    shape = images.num_channels, size, size
+    super().__init__(
+      experiment, len(self._train), shape, images.num_classes, remat=remat
     )
+    self._recipe = recipe.Recipe(size, images.num_channels, images.num_classes)
     self._mesh = jax.make_mesh(
       (jax.device_count(),), (_AXIS,), axis_types=(AxisType.Auto,)
     )
     self._divided = NamedSharding(self._mesh, P(_AXIS))
     self._replicated = NamedSharding(self._mesh, P())
-    size = experiment.image_size
-    self._make_model = models.maker(
-      experiment.model,
-      (images.num_channels, size, size),
-      images.num_classes,
-      {**experiment.model_settings, "remat": remat},
-    )
-    model = nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0)))
-    self._graphdef, shapes = nnx.split(model, nnx.Param)
-    self._shapes = nnx.as_pure(shapes)
-    self.init = jax.jit(self._init, out_shardings=self._replicated)
+    self.init = jax.jit(super().init, out_shardings=self._replicated)
     # By itself, so that it is compiled once for all methods.
     self._mix = jax.jit(
       self._mix_fn,
@@ -117,32 +90,16 @@ class StreamFeed:
       jax.value_and_grad(self.loss), out_shardings=self._replicated
     )
     self._evaluate = jax.jit(self._evaluate_fn)
-    self.nothing_observed = jax.jit(
-      program.nothing_observed, out_shardings=self._replicated
-    )
 
-  def measure(
-    self, params: optax.Params, observed: Observed | None, num_steps: int
-  ) -> dict[str, float] | None:
-    """Returns fields of :class:`Point`; ``None`` before the first step.
-
-    The loss is the paper's train loss: of augmented and mixed-up batches.
-    """
-    if observed is None:
-      return None
-    _, accuracy = self._mean(params, self._validation)
-    loss = float(observed.loss) / num_steps
-    return {"train_loss": loss, "validation_accuracy": accuracy}
+  def measure(self, params: optax.Params) -> Mapping[str, float]:
+    """Returns the fields of :class:`Point` that are not of the steps."""
+    return {"validation_accuracy": self._mean(params, self._validation)[1]}
 
   def finish(self, params: optax.Params) -> Mapping[str, Any]:
     """Returns the loss over the training images as they are."""
     loss, _ = self._mean(params, self._train)
     num_params = optax.tree.size(params)
     return {"clean_train_loss": loss, "num_params": num_params}
-
-  def context(self, experiment: Experiment) -> Context:
-    """Returns what a method is made for."""
-    return Context(self.num_examples, experiment.batch_size, experiment.epochs)
 
   def program(self, experiment: Experiment, method: Method) -> Program:
     """Compiles the functions of a method, for all seeds."""
@@ -154,23 +111,21 @@ class StreamFeed:
     shardings = optax_svrg.state_shardings(
       tx,
       jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(
-          p.shape, p.dtype, sharding=divided(self._mesh, p)
-        ),
-        self._shapes,
+        lambda p: p.update(sharding=divided(self._mesh, p)),
+        jax.eval_shape(self.init, jax.random.key(0)),
       ),
     )
-    init_state = jax.jit(tx.init, out_shardings=shardings)
+    placed = TrainState(self._replicated, shardings, self._replicated)
+
+    @functools.partial(jax.jit, out_shardings=placed)
+    def init(params):
+      return TrainState(params, tx.init(params), program.nothing_observed())
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
     def take(opt_state, params, mean):
       return optax_svrg.take_snapshot(opt_state, params, lambda _: mean)
 
-    @functools.partial(
-      jax.jit,
-      donate_argnums=0,
-      out_shardings=TrainState(self._replicated, shardings, self._replicated),
-    )
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=placed)
     def update(state, loss_and_grads, index, snapshot, lr):
       loss, grads = loss_and_grads
       extra_gradients = 0
@@ -180,31 +135,32 @@ class StreamFeed:
         snapshot = snapshot[index]
       else:
         extra_gradients = 1
-      after, _ = program.update(
+
+      def observe(corrected, before, after):
+        alpha = optax.tree.get(after, "alpha", jnp.zeros(()))
+        return Observed(loss, extra_gradients, alpha, 0, 0)
+
+      return program.update(
         method,
         make(lr),
         state,
         grads,
+        observe,
         snapshot_grads=snapshot,
         batch_index=index,
       )
-      alpha = optax.tree.get(after.opt_state, "alpha", jnp.zeros(()))
-      seen = Observed(loss, extra_gradients, alpha, 0, 0)
-      observed = jax.tree.map(jnp.add, state.observed, seen)
-      return after._replace(observed=observed)
-
-    def init(params):
-      return TrainState(params, init_state(params), self.nothing_observed())
 
     def begin(state, seed, epoch, with_snapshot):
-      batches = self.batches(experiment, method, seed, epoch)
+      batches = functools.partial(self.batches, experiment, method, seed, epoch)
       if not with_snapshot:
         return state, (batches, None, None)
       params, table, copied = state.params, None, None
       if experiment.keeps_table:
-        mean, table = optax_svrg.gradient_table(self.grad, params, batches)
+        mean, table = optax_svrg.gradient_table(
+          self.grad, params, batches(), num_batches=num_steps
+        )
       else:
-        mean = optax_svrg.mean_gradient(self.grad, params, batches)
+        mean = optax_svrg.mean_gradient(self.grad, params, batches())
         # Whole on each device, unlike that of the state, for all steps.
         copied = jax.tree.map(jnp.copy, params)
       opt_state = take(state.opt_state, params, mean)
@@ -212,9 +168,8 @@ class StreamFeed:
 
     def advance(state, epoch, lr, start, stop):
       batches, table, copied = epoch
-      part = dataclasses.replace(batches, steps=batches.steps[start:stop])
       # So that no process waits for another one for ever.
-      for batch in optax_svrg.lockstep(part):
+      for batch in optax_svrg.lockstep(batches()):
         snapshot = table if copied is None else self.grad(copied, batch)
         loss_and_grads = self._loss_and_grad(state.params, batch)
         state = update(
@@ -222,17 +177,12 @@ class StreamFeed:
         )
       return state
 
-    num_examples = self.num_examples
-    if not method.has_fixed_batches:
-      num_examples = num_steps * experiment.batch_size
-    return Program(
-      init, begin, advance, None, num_steps, num_examples, num_examples
-    )
+    return Program(init, begin, advance)
 
   def batches(
     self, experiment: Experiment, method: Method, seed: int, epoch: int
-  ) -> Batches:
-    """Returns the batches of an epoch, the same ones in each pass."""
+  ) -> Iterator[Mixed]:
+    """Returns the batches of an epoch, the same ones at each call."""
     visits = streams.Visits(
       self.num_examples,
       experiment.batch_size,
@@ -240,18 +190,15 @@ class StreamFeed:
       has_fixed_batches=method.has_fixed_batches,
     )
     steps = visits.steps_per_epoch
-    _, draw_key = jax.random.split(jax.random.key(seed))
-    return Batches(
-      range(epoch * steps, (epoch + 1) * steps),
-      functools.partial(self._stream, visits),
-      # Its data, as all processes have them.
-      functools.partial(self._mix, np.asarray(jax.random.key_data(draw_key))),
-    )
+    _, key = jax.random.split(jax.random.key(seed))
+    # Its data, as all processes have them.
+    mix = functools.partial(self._mix, np.asarray(jax.random.key_data(key)))
+    return map(mix, self._stream(visits, epoch * steps, (epoch + 1) * steps))
 
   def loss(self, params: optax.Params, batch: Mixed) -> jax.Array:
     """Returns the mean cross-entropy of the examples that count."""
-    model = nnx.merge(self._graphdef, params)
-    logits = model(batch.images, rngs=nnx.Rngs(dropout=batch.drop_key))
+    rngs = nnx.Rngs(dropout=batch.drop_key)
+    logits = self._model(params)(batch.images, rngs=rngs)
     losses = optax.losses.softmax_cross_entropy(logits, batch.targets)
     return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
 
@@ -278,9 +225,6 @@ class StreamFeed:
       lambda *args: list(stream(*args))
     )
 
-  def _init(self, key: jax.Array) -> optax.Params:
-    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
-
   def _mix_fn(self, draw: jax.Array, batch: streams.Batch) -> Mixed:
     """Makes the draws of a batch, which follow from the number of its step."""
     key = jax.random.fold_in(jax.random.wrap_key_data(draw), batch.step)
@@ -295,7 +239,7 @@ class StreamFeed:
   ) -> list[jax.Array]:
     """Sums of the losses and of the correct answers of a batch."""
     images = recipe.standardise(self._recipe, batch.images)
-    logits = nnx.merge(self._graphdef, params)(images)
+    logits = self._model(params)(images)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
       logits, batch.labels
     )

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import dataclasses
+from collections.abc import Callable, Sequence
 import functools
+import itertools
 from pathlib import Path
 import time
 from typing import Any
@@ -14,17 +13,16 @@ import optax
 
 from benchmarks import methods
 from benchmarks.data import arrays, sources
-from benchmarks.harness import checkpoints as checkpointing
 from benchmarks.harness.array_feed import ArrayFeed
+from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.observers import OBSERVERS, Variance
-from benchmarks.harness.program import Observed, OPTIMIZERS, Program, TrainState
+from benchmarks.harness.program import OPTIMIZERS, Program, TrainState
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
 
 # Called with a run and its state after an epoch.
 OnEpoch = Callable[[Run, Point], None]
-Feed = ArrayFeed | StreamFeed
 
 
 def shared(experiment: Experiment) -> Experiment:
@@ -55,7 +53,9 @@ class Trainer:
     **options: Any,
   ):
     make = {"arrays": ArrayFeed, "streams": StreamFeed}[experiment.feed]
-    self.feed: Feed = make(shared(experiment), data, **options)
+    self.feed: ArrayFeed | StreamFeed = make(
+      shared(experiment), data, **options
+    )
     # Seeds and learning rates have a program in common.
     self._compiled = functools.cache(self._compile)
 
@@ -64,13 +64,12 @@ class Trainer:
     run: Run,
     *,
     on_epoch: OnEpoch = lambda run, point: None,
-    checkpoints: checkpointing.Checkpoints | None = None,
+    checkpoints: Checkpoints | None = None,
   ) -> None:
     """Trains once."""
     experiment = run.experiment
-    at = checkpointing.START
     if checkpoints is not None:
-      at = checkpoints.position(run)
+      checkpoints.load(run)
     for point in run.history:
       if point.epoch:
         on_epoch(run, point)
@@ -78,22 +77,28 @@ class Trainer:
       return
     # All is compiled before the clock starts.
     method, program = self._compiled(experiment.replace(seed=0, lr=0.0))
+    num_steps = method.num_steps(self.feed.context(experiment))
     init_key, _ = jax.random.split(jax.random.key(experiment.seed))
     state = program.init(self.feed.init(init_key))
-    if at != checkpointing.START:
+    if run.history:
       state = checkpoints.restore(state)
-    watching = [
-      OBSERVERS[name](self.feed.loss, method, program.num_steps, **settings)
+    elif experiment.feed == "arrays":
+      self._record(run, state, 0, num_steps)
+    observers = [
+      OBSERVERS[name](self.feed.loss, method, num_steps, **settings)
       for name, settings in experiment.measure.items()
     ]
-    training = _Training(
-      self.feed, run, method, program, watching, checkpoints, state, at
-    )
-    if at == checkpointing.START:
-      training.record(None)
+    epochs = range(run.last.epoch if run.history else 0, experiment.epochs)
     # So that no process waits for another one for ever.
-    for epoch in optax_svrg.lockstep(range(at.epoch, experiment.epochs)):
-      training.epoch(epoch)
+    for epoch in optax_svrg.lockstep(epochs):
+      state = self._train(run, method, program, observers, state, epoch)
+      if epoch + 1 == experiment.epochs:
+        run.finished = True
+        run.measured |= self.feed.finish(_evaluated(experiment, state))
+        for observer in observers:
+          run.measured |= observer.result
+      if checkpoints is not None:
+        checkpoints.save(run, state)
       on_epoch(run, run.last)
 
   def _compile(self, experiment: Experiment) -> tuple[methods.Method, Program]:
@@ -102,117 +107,82 @@ class Trainer:
     method = methods.make(experiment.method, context, **settings)
     return method, self.feed.program(experiment, method)
 
-
-@dataclasses.dataclass
-class _Training:
-  """A run under way; the fields are what :meth:`Trainer.fit` has."""
-
-  feed: Feed
-  run: Run
-  method: methods.Method
-  program: Program
-  observers: Sequence[Variance]
-  checkpoints: checkpointing.Checkpoints | None
-  state: TrainState
-  at: checkpointing.Position
-
-  def epoch(self, epoch: int) -> None:
-    """Trains the rest of an epoch, records and saves it."""
-    experiment, program = self.run.experiment, self.program
-    takes_snapshot = self._takes_snapshot(epoch)
-    is_new = not self.at.step
-    if is_new:
-      self.state = self.state._replace(observed=self.feed.nothing_observed())
-    with self._clock():
-      self.state, batches = program.begin(
-        self.state, experiment.seed, epoch, takes_snapshot and is_new
-      )
-    seen = program.batches(batches) if self.observers else None
-    while self.at.step < program.num_steps:
-      step = self.at.step
-      for observer in self.observers:
-        if step in observer.stops:
-          self.state = observer.look(epoch, step, seen, self.state)
-      stop = self._next_stop()
-      with self._clock():
-        self.state = program.advance(
-          self.state, batches, experiment.lr, step, stop
-        )
-        jax.block_until_ready(self.state)
-      self.at = self.at._replace(step=stop)
-      if stop < program.num_steps:
-        self._save()
-    count = program.num_examples + takes_snapshot * program.pass_examples
-    observed = self.state.observed
-    count += int(observed.extra_gradients) * experiment.batch_size
-    self.at = checkpointing.Position(
-      epoch + 1, 0, self.at.evaluations + count, self.at.seconds
+  def _train(
+    self,
+    run: Run,
+    method: methods.Method,
+    program: Program,
+    observers: Sequence[Variance],
+    state: TrainState,
+    epoch: int,
+  ) -> TrainState:
+    """Trains an epoch, and records it."""
+    experiment, num_examples = run.experiment, self.feed.num_examples
+    num_steps = method.num_steps(self.feed.context(experiment))
+    takes_snapshot = False
+    if epoch % experiment.snapshot_every == 0:
+      # If a step uses it until the next one.
+      end = min(epoch + experiment.snapshot_every, experiment.epochs)
+      takes_snapshot = method.uses_snapshot(epoch * num_steps, end * num_steps)
+    state = state._replace(observed=optax.tree.zeros_like(state.observed))
+    begun = time.perf_counter()
+    state, batches = program.begin(
+      state, experiment.seed, epoch, takes_snapshot
     )
-    self.record(observed)
-    if self.at.epoch == experiment.epochs:
-      self.run.finished = True
-      self.run.measured |= self.feed.finish(self._evaluated)
-      for observer in self.observers:
-        self.run.measured |= observer.result
-    self._save()
+    seconds = time.perf_counter() - begun
+    seen = program.batches(batches) if observers else None
+    stops = {0, num_steps}.union(*(observer.stops for observer in observers))
+    for start, stop in itertools.pairwise(sorted(stops)):
+      for observer in observers:
+        if start in observer.stops:
+          state = observer.look(epoch, start, seen, state)
+      begun = time.perf_counter()
+      state = program.advance(state, batches, experiment.lr, start, stop)
+      jax.block_until_ready(state)
+      seconds += time.perf_counter() - begun
+    count = num_examples
+    if not method.has_fixed_batches:
+      count = num_steps * experiment.batch_size
+    # With "streams", a pass is over the batches of the epoch.
+    passed = num_examples if experiment.feed == "arrays" else count
+    count += takes_snapshot * passed
+    count += int(state.observed.extra_gradients) * experiment.batch_size
+    self._record(run, state, epoch + 1, num_steps, count, seconds)
+    return state
 
-  def record(self, observed: Observed | None) -> None:
-    """Adds the present state to the history; ``None`` before the first step."""
-    steps = self.program.num_steps
-    measured = self.feed.measure(self._evaluated, observed, steps)
-    if measured is None:
-      return
-    alpha = ratio = None
-    if observed is not None:
-      alpha = float(observed.alpha / steps)
-      if observed.plain_moment > 0:
-        ratio = float(observed.corrected_moment / observed.plain_moment)
-    self.run.history.append(
+  def _record(
+    self,
+    run: Run,
+    state: TrainState,
+    epoch: int,
+    num_steps: int,
+    evaluations: int = 0,
+    seconds: float = 0.0,
+  ) -> None:
+    """Adds the state after an epoch, and what it took, to the history."""
+    observed, num_examples = state.observed, self.feed.num_examples
+    if run.history:
+      seconds += run.last.seconds
+      evaluations += round(run.last.gradients_per_example * num_examples)
+    ratio = None
+    if observed.plain_moment > 0:
+      ratio = float(observed.corrected_moment / observed.plain_moment)
+    measured = {
+      "train_loss": float(observed.loss) / num_steps,
+      **self.feed.measure(_evaluated(run.experiment, state)),
+    }
+    run.history.append(
       Point(
-        self.at.epoch,
+        epoch,
         **measured,
-        gradients_per_example=self.at.evaluations / self.feed.num_examples,
-        seconds=self.at.seconds,
-        alpha=alpha,
+        gradients_per_example=evaluations / num_examples,
+        seconds=seconds,
+        alpha=float(observed.alpha / num_steps) if epoch else None,
         variance_ratio=ratio,
       )
     )
 
-  @property
-  def _evaluated(self) -> optax.Params:
-    optimizer = OPTIMIZERS[self.run.experiment.optimizer]
-    return optimizer.evaluated(self.state.opt_state[1], self.state.params)
 
-  def _takes_snapshot(self, epoch: int) -> bool:
-    """True if a step uses the snapshot that an epoch may begin with."""
-    experiment, steps = self.run.experiment, self.program.num_steps
-    if epoch % experiment.snapshot_every:
-      return False
-    stop = min(epoch + experiment.snapshot_every, experiment.epochs)
-    return self.method.uses_snapshot(epoch * steps, stop * steps)
-
-  def _next_stop(self) -> int:
-    """The next step of the epoch at which something else is to be done."""
-    end = self.program.num_steps
-    stops = {end}.union(*(observer.stops for observer in self.observers))
-    later = range(self.at.step + 1, end + 1)
-    return next(step for step in later if step in stops or self._is_due(step))
-
-  def _is_due(self, step: int) -> bool:
-    """True if a checkpoint is to be saved at a step of the epoch."""
-    at, steps = self.at._replace(step=step), self.program.num_steps
-    return self.checkpoints is not None and self.checkpoints.is_due(at, steps)
-
-  def _save(self) -> None:
-    """Saves the run if it is due, and at its end."""
-    if self._is_due(self.at.step) or (self.checkpoints and self.run.finished):
-      steps = self.program.num_steps
-      self.checkpoints.save(self.run, self.state, self.at, steps)
-
-  @contextlib.contextmanager
-  def _clock(self) -> Iterator[None]:
-    """Adds the time spent to that of the run."""
-    start = time.perf_counter()
-    yield
-    seconds = self.at.seconds + time.perf_counter() - start
-    self.at = self.at._replace(seconds=seconds)
+def _evaluated(experiment: Experiment, state: TrainState) -> optax.Params:
+  optimizer = OPTIMIZERS[experiment.optimizer]
+  return optimizer.evaluated(state.opt_state[1], state.params)

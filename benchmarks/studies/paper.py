@@ -437,7 +437,6 @@ def main(
   checkpoint_dir: Path | None,
   out: Path,
   publish: bool,
-  cluster: distributed.Distributed,
   **options: Any,
 ) -> None:
   """Repeats a table of the alpha-SVRG paper, with two methods more.
@@ -446,7 +445,6 @@ def main(
   tests whether alpha-SVRG has a lower train loss than the plain optimizer and
   than SVRG.
   """
-  cluster.initialize()
   chosen = TABLES[table]
   templates = [
     template(

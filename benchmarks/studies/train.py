@@ -12,7 +12,7 @@ import click
 from benchmarks import cli, methods, models
 from benchmarks.data import arrays
 from benchmarks.harness import figures, report, store
-from benchmarks.harness.checkpoints import Checkpoints, difference, START
+from benchmarks.harness.checkpoints import Checkpoints, difference
 from benchmarks.harness.distributed import check_batch_size
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.program import OPTIMIZERS
@@ -63,11 +63,7 @@ _METHODS = ",".join(methods.MAIN)
   ("--overwrite", bool, None, "Replace results of other options in --out."),
   (
     *("--checkpoint-dir", cli.folder, None),
-    "Folder to save the training to, from which --resume goes on.",
-  ),
-  (
-    *("--checkpoint-every", cli.positive, None),
-    "Steps between checkpoints; by default, once per epoch.",
+    "Folder to save each epoch to, from which --resume goes on.",
   ),
   (
     *("--resume", bool, None),
@@ -82,7 +78,6 @@ def main(
   out: Path,
   overwrite: bool,
   checkpoint_dir: Path | None,
-  checkpoint_every: int | None,
   resume: bool,
   **options: Any,
 ) -> int:
@@ -99,9 +94,8 @@ def main(
       raise click.UsageError(
         f"{_flag(name)} needs {what}, got --methods {','.join(names)}."
       )
-  for name in ("checkpoint_every", "resume"):
-    if ctx.params[name] and checkpoint_dir is None:
-      raise click.UsageError(f"{_flag(name)} needs --checkpoint-dir.")
+  if resume and checkpoint_dir is None:
+    raise click.UsageError("--resume needs --checkpoint-dir.")
   dataset = arrays.load(options["dataset"], data_dir)
   check_batch_size(options["batch_size"], len(dataset.train_labels), 1)
   identity = {_flag(name): value for name, value in options.items()}
@@ -111,9 +105,7 @@ def main(
     _check(out, identity)
   checkpoints = None
   if checkpoint_dir is not None:
-    checkpoints = Checkpoints(
-      checkpoint_dir, checkpoint_every, identity, resume
-    )
+    checkpoints = Checkpoints(checkpoint_dir, identity, resume)
   record = {"argv": cli.argv(ctx), "identity": identity, **store.environment()}
   runs: list[Run] = []
   finished = {name: [] for name in names}
@@ -137,7 +129,8 @@ def main(
       for run in map(Run, wanted):
         runs.append(run)
         if resume:
-          progress.say(_start(run, checkpoints))
+          checkpoints.load(run)
+          progress.say(_start(run))
         trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
         finished[run.method].append(run.history)
         write()
@@ -205,14 +198,13 @@ def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
   ]
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> str:
+def _start(run: Run) -> str:
   """Says where a run goes on."""
-  at = checkpoints.position(run)
-  where = f"goes on after epoch {at.epoch}, step {at.step}"
+  where = "begins"
   if run.finished:
     where = "is finished"
-  elif at == START:
-    where = "begins"
+  elif run.history:
+    where = f"goes on after epoch {run.last.epoch}"
   return f"{run.method}, seed {run.seed}, {where}."
 
 

@@ -120,7 +120,6 @@ def test_number():
     ),
     ("train --batch-size=51 {small}", "training examples, 50, got 51."),
     ("train --resume", "--resume needs --checkpoint-dir."),
-    ("train --checkpoint-every=3", "--checkpoint-every needs --checkpoint-dir"),
     ("paper --process-id=0", "--process-id needs --distributed."),
     (
       "paper --distributed --num-processes=2",

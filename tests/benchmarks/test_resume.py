@@ -20,7 +20,7 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-TRAIN, BATCH_SIZE, EPOCHS, EVERY = 1600, 100, 6, 5
+TRAIN, BATCH_SIZE, EPOCHS = 1600, 100, 16
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,6 @@ def arguments(data_dir):
     f"--batch-size={BATCH_SIZE}",
     "--seeds=1",
     "--methods=adaptive-saga,alpha-svrg,adaptive",
-    f"--checkpoint-every={EVERY}",
   ]
 
 
@@ -98,8 +97,8 @@ def latest(folder):
   return folder / str(step)
 
 
-def progress(folder):
-  return json.loads((latest(folder) / "progress" / "metadata").read_text())
+def saved_run(folder):
+  return json.loads((latest(folder) / "run" / "metadata").read_text())
 
 
 @pytest.mark.slow
@@ -124,15 +123,16 @@ def test_killed_again_and_again(
   assert histories(out) == histories(wanted_out)
   assert len(histories(out)) == 3
   for run in wanted_saved.glob("*-0"):
-    got, want = progress(saved / run.name), progress(run)
+    got, want = saved_run(saved / run.name), saved_run(run)
     # Of the weights and the states.
     assert got["sha256"] == want["sha256"]
-    assert got["position"]["epoch"] == EPOCHS
+    assert got["finished"]
+    assert got["history"][-1]["epoch"] == EPOCHS
 
 
 @pytest.mark.slow
 def test_checkpoints_change_nothing(arguments, start, trained, tmp_path):
-  assert start([*arguments[:-1], f"--out={tmp_path}"]) == 0
+  assert start([*arguments, f"--out={tmp_path}"]) == 0
   assert histories(tmp_path) == histories(trained[0])
 
 
@@ -165,19 +165,17 @@ def damage_arrays(damage):
   return damaged
 
 
-def damage_progress(damage):
-  return lambda saved: damage(
-    latest(saved / "adaptive-0") / "progress" / "metadata"
-  )
+def damage_run(damage):
+  return lambda saved: damage(latest(saved / "adaptive-0") / "run" / "metadata")
 
 
 def unfinished(saved):
-  """As if it had been saved in the middle of the last epoch."""
-  path = latest(saved / "adaptive-0") / "progress" / "metadata"
-  saved_progress = json.loads(path.read_text())
-  saved_progress["finished"] = False
-  saved_progress["position"] |= {"epoch": EPOCHS - 1, "step": 5}
-  path.write_text(json.dumps(saved_progress))
+  """As if it had been saved before the last epoch."""
+  path = latest(saved / "adaptive-0") / "run" / "metadata"
+  contents = json.loads(path.read_text())
+  contents["finished"] = False
+  contents["history"].pop()
+  path.write_text(json.dumps(contents))
 
 
 @pytest.mark.parametrize(
@@ -198,8 +196,8 @@ def unfinished(saved):
     (lambda saved: remove(saved / "training.json"), ["--resume"], "holds no"),
     (lambda saved: truncate(saved / "training.json"), ["--resume"], "holds no"),
     (of_other_run, ["--resume"], "method is 'alpha-svrg' there"),
-    (damage_progress(remove), ["--resume"], "cannot be restored"),
-    (damage_progress(truncate), ["--resume"], "cannot be restored"),
+    (damage_run(remove), ["--resume"], "cannot be restored"),
+    (damage_run(truncate), ["--resume"], "cannot be restored"),
     (damage_arrays(remove), ["--resume"], "cannot be restored"),
     (damage_arrays(truncate), ["--resume"], "cannot be restored"),
     (damage_arrays(flip), ["--resume"], "adaptive-0/"),
