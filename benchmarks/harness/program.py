@@ -20,17 +20,12 @@ _NOT_DECAYED = ("bias", "class_token", "positions")
 
 
 class Optimizer(NamedTuple):
-  """An optimizer by its name.
+  """An optimizer by its name."""
 
-  Attributes:
-    make: makes it from a learning rate schedule.
-    lr: its default peak learning rate.
-    evaluated: the parameters to evaluate, from its state and those that it
-      trains.
-  """
-
+  # Makes it from a learning rate schedule.
   make: Callable[[optax.Schedule], optax.GradientTransformation]
-  lr: float
+  lr: float  # Its default peak learning rate.
+  # The parameters to evaluate, from its state and those that it trains.
   evaluated: Callable[[Any, optax.Params], optax.Params] = (
     lambda state, params: params
   )
@@ -89,56 +84,41 @@ OPTIMIZERS = {
 
 
 class Observed(NamedTuple):
-  """Sums over the steps of an epoch.
+  """Sums over the steps of an epoch."""
 
-  Attributes:
-    loss: losses of the batches; only of streams.
-    extra_gradients: gradients of a batch in addition to those of the steps.
-    alpha: coefficients.
-    plain_moment: square distances of the plain gradient from the mean gradient
-      of the snapshot or table; 0 without one.
-    corrected_moment: square distances of the corrected gradient from it.
-  """
-
-  loss: jax.Array
+  loss: jax.Array  # Losses of the batches; only of streams.
+  # Gradients of a batch in addition to those of the steps.
   extra_gradients: jax.Array
-  alpha: jax.Array
+  alpha: jax.Array  # Coefficients.
+  # Square distances of the plain gradient from the mean gradient of the
+  # snapshot or table; 0 without one.
   plain_moment: jax.Array
+  # Square distances of the corrected gradient from it.
   corrected_moment: jax.Array
 
 
 class TrainState(NamedTuple):
-  """State of a training run.
+  """State of a training run."""
 
-  Attributes:
-    params: the parameters.
-    opt_state: the states of the method and of the optimizer.
-    observed: sums over the steps of the epoch so far.
-  """
-
-  params: optax.Params
-  opt_state: Any
-  observed: Observed
+  params: optax.Params  # The parameters.
+  opt_state: Any  # The states of the method and of the optimizer.
+  observed: Observed  # Sums over the steps of the epoch so far.
 
 
 class Program(NamedTuple):
-  """Compiled functions of a method on a feed.
+  """Compiled functions of a method on a feed."""
 
-  Attributes:
-    init: makes a :class:`TrainState` from parameters.
-    begin: from a state, a seed, the number of an epoch, and whether to take a
-      snapshot, to the state and what ``advance`` needs of this epoch.
-    advance: from a state, the second result of ``begin``, the peak learning
-      rate, and two steps of the epoch to the state after training from the one
-      up to the other.
-    batches: from the second result of ``begin`` to the batches of the epoch,
-      with a leading axis; ``None`` where they do not fit into memory, and
-      ``advance`` trains whole epochs.
-  """
-
+  # Makes a `TrainState` from parameters.
   init: Callable[[optax.Params], TrainState]
+  # From a state, a seed, the number of an epoch, and whether to take a
+  # snapshot, to the state and what `advance` needs of this epoch.
   begin: Callable[[TrainState, int, int, bool], tuple[TrainState, Any]]
+  # From a state, the second result of `begin`, the peak learning rate, and two
+  # steps of the epoch to the state after training from the one up to the other.
   advance: Callable[[TrainState, Any, float, int, int], TrainState]
+  # From the second result of `begin` to the batches of the epoch, with a
+  # leading axis; `None` where they do not fit into memory, and `advance` trains
+  # whole epochs.
   batches: Callable[[Any], Any] | None = None
 
 

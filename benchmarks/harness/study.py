@@ -68,19 +68,16 @@ LENGTHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A problem.
+  """A problem."""
 
-  Attributes:
-    template: its experiments but for method, learning rate and seed.
-    learning_rates: those that each method is tried at. With several of them,
-      each method's is the best one over the tuning seeds.
-    arms: names of the methods, all of the study by default.
-    num_seeds: number of the verdict's seeds.
-  """
-
+  # Its experiments but for method, learning rate and seed.
   template: Experiment
+  # Those that each method is tried at. With several of them, each method's is
+  # the best one over the tuning seeds.
   learning_rates: Sequence[float]
+  # Names of the methods, all of the study by default.
   arms: Sequence[str] | None = None
+  # Number of the verdict's seeds.
   num_seeds: int = len(comparison.VERDICT_SEEDS)
 
 
@@ -370,25 +367,17 @@ def _sizes(cells: Mapping[str, Cell]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A study.
+  """A study."""
 
-  Attributes:
-    name: name of its command, module and folder.
-    title: what it compares.
-    cells: the problems.
-    arms: the methods.
-    table: makes the tables of the results, in Markdown.
-    figure: makes the figure.
-    has_curve: whether the whole history of an experiment is published, and not
-      the last point alone.
-  """
-
-  name: str
-  title: str
-  cells: Mapping[str, Cell]
-  arms: Mapping[str, Arm]
+  name: str  # Name of its command, module and folder.
+  title: str  # What it compares.
+  cells: Mapping[str, Cell]  # The problems.
+  arms: Mapping[str, Arm]  # The methods.
+  # Makes the tables of the results, in Markdown.
   table: Callable[[Results], str]
-  figure: Callable[[Results], figures.Figure] | None = None
+  figure: Callable[[Results], figures.Figure] | None = None  # Makes the figure.
+  # Whether the whole history of an experiment is published, and not the last
+  # point alone.
   has_curve: Callable[[Experiment], bool] = lambda experiment: False
 
   def render(self, document: Mapping[str, Any]) -> dict[str, str]:

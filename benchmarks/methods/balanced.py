@@ -30,23 +30,15 @@ Factors = Sequence[tuple[jax.Array, jax.Array]]
 
 
 class BalancedState(NamedTuple):
-  """State of a balanced order.
+  """State of a balanced order."""
 
-  Attributes:
-    order: the examples of the epoch, int32 of the shape (n,).
-    signs: their signs, int8; 0 for those not seen so far.
-    step: number of batches of the epoch seen so far.
-    signed: signed sum of the centred gradients of the epoch, by layer.
-    mean: mean of the gradients of the epoch before, by layer.
-    total: sum of the gradients of the epoch, by layer.
-  """
-
-  order: jax.Array
-  signs: jax.Array
-  step: jax.Array
+  order: jax.Array  # The examples of the epoch, int32 of the shape (n,).
+  signs: jax.Array  # Their signs, int8; 0 for those not seen so far.
+  step: jax.Array  # Number of batches of the epoch seen so far.
+  # Signed sum of the centred gradients of the epoch, by layer.
   signed: list[jax.Array]
-  mean: list[jax.Array]
-  total: list[jax.Array]
+  mean: list[jax.Array]  # Mean of the gradients of the epoch before, by layer.
+  total: list[jax.Array]  # Sum of the gradients of the epoch, by layer.
 
 
 def factors(

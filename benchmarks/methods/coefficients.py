@@ -20,20 +20,14 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
 
 
 class CoefficientState(NamedTuple):
-  """State of :func:`transform`.
+  """State of :func:`transform`."""
 
-  Attributes:
-    svrg: state of the library's transformation.
-    seen: ``num_snapshots`` of ``svrg`` at the last update.
-    covariance: averages of the inner products of the control variate with the
-      gradient, one for each array of parameters or one for all, both centred.
-    variance: averages of those of the control variate with itself.
-  """
-
-  svrg: optax_svrg.SVRGState
-  seen: jax.Array
+  svrg: optax_svrg.SVRGState  # State of the library's transformation.
+  seen: jax.Array  # `num_snapshots` of `svrg` at the last update.
+  # Averages of the inner products of the control variate with the gradient, one
+  # for each array of parameters or one for all, both centred.
   covariance: jax.Array
-  variance: jax.Array
+  variance: jax.Array  # Averages of those of the control variate with itself.
 
 
 def transform(
@@ -89,15 +83,10 @@ def transform(
 
 
 class OptimalState(NamedTuple):
-  """State of :func:`optimal_svrg`.
+  """State of :func:`optimal_svrg`."""
 
-  Attributes:
-    svrg: state of the library's transformation.
-    alphas: a coefficient for each component, set from outside.
-  """
-
-  svrg: optax_svrg.SVRGState
-  alphas: Any
+  svrg: optax_svrg.SVRGState  # State of the library's transformation.
+  alphas: Any  # A coefficient for each component, set from outside.
 
 
 def optimal_svrg() -> optax.GradientTransformationExtraArgs:

@@ -10,17 +10,11 @@ import optax
 
 
 class Context(NamedTuple):
-  """The training that a method is made for.
+  """The training that a method is made for."""
 
-  Attributes:
-    num_examples: number of training examples.
-    batch_size: examples of a batch.
-    epochs: number of epochs.
-  """
-
-  num_examples: int
-  batch_size: int
-  epochs: int
+  num_examples: int  # Number of training examples.
+  batch_size: int  # Examples of a batch.
+  epochs: int  # Number of epochs.
 
   @property
   def steps_per_epoch(self) -> int:
@@ -43,24 +37,22 @@ class Method(NamedTuple):
   :func:`benchmarks.methods.balanced.factors`. A transformation may take its
   snapshots by itself; it then counts the gradients it computes in a field
   ``extra_gradients`` of its state.
-
-  Attributes:
-    transform: the transformation that precedes the optimizer.
-    coefficient: coefficient of the correction as far as it is known in
-      advance, by step. The trainer takes the snapshots of an interval where it
-      is not 0 throughout; ``None`` if the trainer is to take none.
-    has_fixed_batches: whether each example belongs to one batch for good,
-      instead of being drawn in each epoch.
-    has_fixed_order: whether fixed batches have the same order in each epoch.
-    next_order: from the transformation's state, a random order of the examples
-      and the number of steps to the state at the start of an epoch, with the
-      field ``order``; ``None`` for the random one.
   """
 
+  # The transformation that precedes the optimizer.
   transform: optax.GradientTransformation
+  # Coefficient of the correction as far as it is known in advance, by step. The
+  # trainer takes the snapshots of an interval where it is not 0 throughout;
+  # `None` if the trainer is to take none.
   coefficient: optax.Schedule | None = None
+  # Whether each example belongs to one batch for good, instead of being drawn
+  # in each epoch.
   has_fixed_batches: bool = False
+  # Whether fixed batches have the same order in each epoch.
   has_fixed_order: bool = False
+  # From the transformation's state, a random order of the examples and the
+  # number of steps to the state at the start of an epoch, with the field
+  # `order`; `None` for the random one.
   next_order: Callable[..., Any] | None = None
 
   def uses_snapshot(self, start: int, stop: int) -> bool:

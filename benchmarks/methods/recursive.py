@@ -18,18 +18,13 @@ from benchmarks.methods.method import Context, Method
 
 
 class RecursiveState(NamedTuple):
-  """State of the estimators.
+  """State of the estimators."""
 
-  Attributes:
-    extra_gradients: number of gradients of a batch computed in addition to
-      those of the steps.
-    params: parameters of the step before.
-    last: estimate of the step before or, where no second gradient is
-      computed, its plain gradient.
-  """
-
+  # Number of gradients of a batch computed in addition to those of the steps.
   extra_gradients: jax.Array
-  params: optax.Params
+  params: optax.Params  # Parameters of the step before.
+  # Estimate of the step before or, where no second gradient is computed, its
+  # plain gradient.
   last: optax.Updates
 
 

@@ -26,22 +26,14 @@ def equal_epochs(settings: Mapping[str, Any], epochs: int) -> int:
 
 
 class VariantState(NamedTuple):
-  """State of :func:`transform`.
+  """State of :func:`transform`."""
 
-  Attributes:
-    step: number of updates made.
-    extra_gradients: number of gradients of a batch computed in addition to
-      those of the steps.
-    saga: state of the library's transformation.
-    is_kept: the components that are corrected.
-    visited: the step at which each entry was last computed.
-  """
-
-  step: jax.Array
+  step: jax.Array  # Number of updates made.
+  # Number of gradients of a batch computed in addition to those of the steps.
   extra_gradients: jax.Array
-  saga: optax_svrg.SAGAState
-  is_kept: optax.Updates
-  visited: jax.Array
+  saga: optax_svrg.SAGAState  # State of the library's transformation.
+  is_kept: optax.Updates  # The components that are corrected.
+  visited: jax.Array  # The step at which each entry was last computed.
 
 
 def transform(

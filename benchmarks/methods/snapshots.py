@@ -29,18 +29,12 @@ STRATEGIES: dict[str, Mapping[str, Any]] = {
 
 
 class SnapshotsState(NamedTuple):
-  """State of :func:`method`.
+  """State of :func:`method`."""
 
-  Attributes:
-    extra_gradients: number of gradients of a batch computed in addition to
-      those of the steps.
-    svrg: state of the transformation.
-    table: gradients of the batches at the snapshot; empty if not kept.
-  """
-
+  # Number of gradients of a batch computed in addition to those of the steps.
   extra_gradients: jax.Array
-  svrg: Any
-  table: Any
+  svrg: Any  # State of the transformation.
+  table: Any  # Gradients of the batches at the snapshot; empty if not kept.
 
 
 def method(

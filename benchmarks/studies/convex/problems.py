@@ -28,19 +28,14 @@ class Problem(NamedTuple):
 
     f(W) = \frac{1}{n} \sum_i \ell(x_i W, y_i)
     + \frac{l_2}{2} \lVert W \rVert^2 + l_1 \lVert W \rVert_1
-
-  Attributes:
-    features: float64, a row for each example.
-    labels: int32, from 0. Two classes have one column of weights, more classes
-      one each.
-    l2: strength of the ridge.
-    l1: strength of the lasso.
   """
 
-  features: np.ndarray
+  features: np.ndarray  # Float64, a row for each example.
+  # Int32, from 0. Two classes have one column of weights, more classes one
+  # each.
   labels: np.ndarray
-  l2: float
-  l1: float
+  l2: float  # Strength of the ridge.
+  l1: float  # Strength of the lasso.
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -55,15 +50,10 @@ class Problem(NamedTuple):
 
 
 class Value(NamedTuple):
-  """The objective at a point.
+  """The objective at a point."""
 
-  Attributes:
-    value: the objective.
-    bound: upper bound of the objective less its minimum.
-  """
-
-  value: float
-  bound: float
+  value: float  # The objective.
+  bound: float  # Upper bound of the objective less its minimum.
 
 
 def evaluate(problem: Problem, weights: np.ndarray) -> Value:

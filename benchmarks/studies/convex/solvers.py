@@ -23,32 +23,23 @@ _MAX_NEWTON = 3_000  # Columns of a Hessian that is factorised.
 
 
 class Found(NamedTuple):
-  """Result of one call of a solver.
+  """Result of one call of a solver."""
 
-  Attributes:
-    weights: where it has arrived.
-    passes: products with the features and with their transpose, in passes over
-      the data; ``None`` if it does not say.
-  """
-
-  weights: np.ndarray
+  weights: np.ndarray  # Where it has arrived.
+  # Products with the features and with their transpose, in passes over the
+  # data; `None` if it does not say.
   passes: float | None
 
 
 class Solver(NamedTuple):
-  """A solver.
+  """A solver."""
 
-  Attributes:
-    solve: solves a problem with an effort.
-    efforts: numbers of iterations, or tolerances, in the order of the work.
-    accepts: whether it can solve a problem.
-    uses_jax: whether its first call compiles.
-  """
-
-  solve: Callable[[Problem, Any], Found]
+  solve: Callable[[Problem, Any], Found]  # Solves a problem with an effort.
+  # Numbers of iterations, or tolerances, in the order of the work.
   efforts: Sequence[float]
+  # Whether it can solve a problem.
   accepts: Callable[[Problem], bool] = lambda problem: True
-  uses_jax: bool = False
+  uses_jax: bool = False  # Whether its first call compiles.
 
 
 def _fit_linear(problem: Problem, tol: float) -> Found:
