@@ -73,11 +73,14 @@ def baseline(case: Case) -> Case:
 
 
 def table(found: Mapping[Case, Mapping[str, Any]]) -> str:
-  """Ratios to plain, a line for each case, in Markdown."""
+  """Ratios to plain, a line for each case, in Markdown.
+
+  Of what does not fit, it is only known how much it needs.
+  """
   rows = []
   for case, counts in found.items():
     base = found.get(baseline(case))
-    if base and base["fits"] and counts["fits"]:
+    if base and base["fits"]:
       rows.append(_row(case, counts, base))
   columns = (
     *("model", "topology", "placement", "method", "FLOPs", "bytes"),
@@ -92,16 +95,21 @@ def _row(
 ) -> list[str]:
   above = lambda name: (counts[name] - base[name]) / counts["params"]
   sent = lambda counts: sum(counts["collective_bytes"].values())
-  method, collectives = case.method, f"{sum(counts['collectives'].values())}"
+  method = case.method
   if "saga" in method:
     method += f", {case.num_batches} batches"
   if case.table_dtype != "float32":
     method += f", {case.table_dtype}"
+  names = [case.model, case.topology, case.placement, method]
+  if not counts["fits"]:
+    table, needed = (f"{counts[x] / 2**20:.0f}" for x in ("table", "needed"))
+    return [*names, "does not fit", *[""] * 3, table, needed, *[""] * 3]
+  collectives = f"{sum(counts['collectives'].values())}"
   if windows := counts["overlapped"]:
     hidden = sum(work > 0 for work in windows)
     collectives += f", {len(windows)} asynchronous, {hidden} overlapped"
   return [
-    *(case.model, case.topology, case.placement, method),
+    *names,
     *(f"{counts[x] / base[x]:.3f}" for x in ("flops", "bytes_accessed")),
     *(f"{above('bytes_accessed'):.1f}", f"{above('temporary'):.2f}"),
     *(f"{counts[x] / 2**20:.0f}" for x in ("table", "needed", "host")),
