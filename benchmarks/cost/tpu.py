@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 import subprocess
@@ -17,6 +18,7 @@ import benchmarks
 from benchmarks import cli
 from benchmarks.cost.tpu_program import Case, ENVIRONMENT, METHODS, PLACEMENTS
 from benchmarks.harness import report, store
+from benchmarks.harness.distributed import check_batch_size
 
 MODELS = ("mlp-1024", "vit-tiny", "vit-base", "convnext-femto")
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
@@ -38,9 +40,10 @@ def compile_case(case: Case) -> dict[str, Any]:
   if result.returncode:
     lines = result.stderr.strip().splitlines() or ["no message"]
     hint = ""
-    if "libtpu" in result.stderr:
+    if "libtpu" in result.stderr or "TPU support" in result.stderr:
       hint = ' The TPU compiler is needed: pip install "jax[tpu]".'
-    raise benchmarks.UserError(f"{case.name}: {lines[-1]}{hint}")
+    reason = lines[-1].rstrip(".")
+    raise benchmarks.UserError(f"{case.name}: {reason}.{hint}")
   return json.loads(result.stdout)
 
 
@@ -186,6 +189,9 @@ def main(
   parameters on a device. Images have 224 pixels, computation is in bfloat16.
   A ViT compiles in one to five minutes.
   """
+  for topology in names["topology"]:
+    devices = math.prod(map(int, topology.partition(":")[2].split("x")))
+    check_batch_size(batch_size, batch_size, devices)
   jax.config.update("jax_platforms", "cpu")  # Compilers run in processes.
   try:
     for case in cases(names, batch_size, num_batches, table_dtype):

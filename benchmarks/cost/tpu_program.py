@@ -39,6 +39,7 @@ METHODS = {
 PLACEMENTS = ("jit", "shard_map", "zero", "fsdp", "host")
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
+  "JAX_TRACEBACK_FILTERING": "off",  # So that the last line is the error.
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",

@@ -127,10 +127,24 @@ def test_plain_has_no_state_on_the_host():
   assert tpu.baseline(host) == Case("vit-tiny", "plain", "jit", "v5e:4x4")
 
 
-def test_the_compiler_fails(monkeypatch):
+@pytest.mark.parametrize(
+  "message", ["OSError: no libtpu", "RuntimeError: TPU support not installed."]
+)
+def test_the_compiler_is_missing(monkeypatch, message):
   def fail(*args, **kwargs):
-    return subprocess.CompletedProcess(args, 1, "", "x\nOSError: no libtpu\n")
+    return subprocess.CompletedProcess(args, 1, "", f"x\n{message}\n")
 
   monkeypatch.setattr(subprocess, "run", fail)
-  with pytest.raises(benchmarks.UserError, match=r"no libtpu.*jax\[tpu\]"):
+  match = rf"{message.rstrip('.')}\. .*jax\[tpu\]"
+  with pytest.raises(benchmarks.UserError, match=match):
     tpu.compile_case(SAGA)
+
+
+def test_a_batch_is_divided_among_the_devices(tmp_path, compiled):
+  args = ("--topology", "v5e:4x4,v5p:4x4x4", "--batch-size", "16")
+  result = run(tmp_path, *args)
+  assert result.exit_code == 2
+  assert "--batch-size must be a multiple of the number of devices, 64" in (
+    result.output
+  )
+  assert compiled == []
