@@ -280,6 +280,12 @@ class TestStreams:
     extra = again.last.gradients_per_example - kept.last.gradients_per_example
     assert extra == (2 if method == "alpha-svrg" else 3)
 
+  def test_a_pass_is_over_the_batches_of_the_epoch(self, images):
+    experiment = STREAMS.replace(method="svrg", train_examples=50)
+    run = fit(Trainer(experiment, images), experiment)
+    # Two batches of 20 in each epoch, in the steps and in the pass.
+    assert run.last.gradients_per_example == 3 * (40 + 40) / 50
+
   @pytest.mark.slow
   def test_methods_differ_but_plain_is_the_optimizer(self, images):
     trainer = Trainer(STREAMS, images)
