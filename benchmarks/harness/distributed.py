@@ -64,9 +64,12 @@ def options(command: Callable) -> Callable:
 
 
 def check_batch_size(
-  batch_size: int, num_examples: int, num_devices: int
+  batch_size: int, num_examples: float, num_devices: int
 ) -> None:
-  """Raises unless batches can be filled and divided among devices."""
+  """Raises unless batches can be filled and divided among devices.
+
+  Made-up examples are infinitely many.
+  """
   if batch_size > num_examples:
     raise click.UsageError(
       "--batch-size must be at most the number of training examples,"

@@ -94,6 +94,14 @@ def mean_line(
   return Line(label, family(label), list(x), *curves)
 
 
+def curve(
+  label: str, histories: Sequence[Sequence[Any]], y: str, x: str = "epoch"
+) -> Line:
+  """The curve of a field of the points of runs, by another field."""
+  values = [[getattr(point, y) for point in history] for history in histories]
+  return mean_line(label, [getattr(p, x) for p in histories[0]], values)
+
+
 def draw(figure: Figure, image_format: str = "svg") -> bytes:
   """The drawing of a figure, the same bytes for the same figure."""
   for panel in figure.panels:

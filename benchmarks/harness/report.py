@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables: as published, in Markdown, and as printed on a terminal."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import math
 import statistics
 from typing import Any
@@ -26,6 +26,14 @@ def markdown_table(
   """A table as it is published."""
   lines = [columns, ["---"] * len(columns), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parse_columns(
+  text: str, names: Iterable[Hashable]
+) -> dict[Hashable, tuple[str, ...]]:
+  """The columns of a table in plain text, by name."""
+  rows = map(str.split, text.strip().splitlines())
+  return dict(zip(names, zip(*rows, strict=True), strict=True))
 
 
 def grid(

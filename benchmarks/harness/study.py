@@ -281,11 +281,7 @@ class Results:
   ) -> list[figures.Line]:
     """Curves of a field over the training, a line for each method."""
     return [
-      figures.mean_line(
-        name,
-        [point.epoch for point in self.runs(cell, name)[0].history],
-        [[getattr(p, field) for p in r.history] for r in self.runs(cell, name)],
-      )
+      figures.curve(name, [r.history for r in self.runs(cell, name)], field)
       for name in arms
     ]
 

@@ -59,9 +59,9 @@ class Table(NamedTuple):
 
   def published(self, text: str) -> dict[tuple[str, str], tuple[str, ...]]:
     """Returns columns of figures, by data set and architecture."""
-    rows = map(str.split, text.strip().splitlines())
-    cells = itertools.product(self.datasets, self.models)
-    return dict(zip(cells, zip(*rows, strict=True), strict=True))
+    return report.parse_columns(
+      text, itertools.product(self.datasets, self.models)
+    )
 
 
 TABLES = {

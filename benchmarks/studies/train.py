@@ -226,11 +226,7 @@ def figure(title: str, finished: Finished) -> figures.Figure:
 
   def lines(y: str, x: str = "epoch") -> list[figures.Line]:
     return [
-      figures.mean_line(
-        name,
-        [getattr(point, x) for point in histories[0]],
-        [[getattr(point, y) for point in h] for h in histories],
-      )
+      figures.curve(name, histories, y, x)
       for name, histories in finished.items()
       if histories
     ]

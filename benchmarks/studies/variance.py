@@ -78,14 +78,13 @@ def by_epoch(measured: Measured, field: str) -> list[tuple[float, float]]:
 
 def coefficient_table(found: Results) -> str:
   """Returns the best coefficient by epoch and the paper's, in Markdown."""
-  paper = [line.split() for line in PAPER.strip().splitlines()]
+  paper = report.parse_columns(PAPER, PROBLEMS)
   names, columns = ["epoch"], []
   for key, methods in found.items():
     means = by_epoch(methods["adaptive"], "optimal_component")
     names += [" ".join(key), "paper"]
     columns.append([f"{whole:.2f} / {late:.2f}" for whole, late in means])
-    column = [line[PROBLEMS.index(key)] for line in paper]
-    columns.append([text.replace("/", " / ") for text in column])
+    columns.append([text.replace("/", " / ") for text in paper[key]])
   rows = itertools.zip_longest(*columns, fillvalue="")
   rows = itertools.islice(rows, len(columns[0]))
   lines = [[f"{epoch}", *row] for epoch, row in enumerate(rows, 1)]
