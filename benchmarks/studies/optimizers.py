@@ -43,6 +43,7 @@ _LEAST_PATCHES = {
 _WIDER = {
   "MLP-4, 30 % wrong labels: adamw-ema, constant": 0.0003125,
   "MLP-4, shift and flip: nadamw": 0.00125,
+  "Mixer, 4,096 images: ademamix": 0.008,
   "Mixer, 4,096 images: momentum": 0.05,
   "Mixer, 4,096 images: nesterov": 0.05,
   "ViT, 4,096 images: momentum": 0.0125,
@@ -79,9 +80,13 @@ def _cell(problem: str, optimizer: str, least: float) -> study.Cell:
     **{"train_examples": 10_240, **changes},
   )
   wider = _WIDER.get(f"{problem}: {optimizer}")
-  num_rates = 5 if wider or model in ("vit", "mixer") else 4
-  rates = [(wider or least) * 2**k for k in range(num_rates)]
-  return dataclasses.replace(cell, learning_rates=rates)
+  is_patches = model in ("vit", "mixer")
+  rates = [
+    (wider or least) * 2**k for k in range(5 if wider or is_patches else 4)
+  ]
+  # Cells of ViT and Mixer are close.
+  num_seeds = 6 if is_patches else cell.num_seeds
+  return dataclasses.replace(cell, learning_rates=rates, num_seeds=num_seeds)
 
 
 CELLS = {
