@@ -76,18 +76,11 @@ def load(name: str, data_dir: Path | None) -> ImageData:
   return _load_tfds(name, data_dir)
 
 
-@dataclasses.dataclass
-class ArraySource:
-  """Images in memory, uint8 of the shape (n, height, width, channels)."""
-
-  images: np.ndarray
-  labels: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-    return {"image": self.images[index], "label": int(self.labels[index])}
+def in_memory(images: np.ndarray, labels: np.ndarray) -> Source:
+  """Makes a source of images of the shape (n, height, width, channels)."""
+  images.setflags(write=False)  # The source gives views of it.
+  pairs = zip(images, labels.tolist(), strict=True)
+  return [{"image": image, "label": label} for image, label in pairs]
 
 
 @dataclasses.dataclass
@@ -124,29 +117,16 @@ class RecordSource:
 
 def _load_arrays(name: str, data_dir: Path | None) -> ImageData:
   found = arrays.load_arrays(name, data_dir)
-
-  def source(images: np.ndarray, labels: np.ndarray) -> ArraySource:
-    images = images.reshape(-1, *found.image_shape).transpose(0, 2, 3, 1)
-    images = np.ascontiguousarray(images)
-    images.setflags(write=False)  # The source gives views of it.
-    return ArraySource(images, labels)
-
-  return ImageData(
-    source(found.train_images, found.train_labels),
-    source(found.validation_images, found.validation_labels),
-    found.num_classes,
-    found.image_shape[0],
-    found.sha256,
+  _, *size = found.image_shape  # All are grey.
+  train, validation = (
+    in_memory(images.reshape(-1, *size, 1), labels)
+    for images, labels in (found[:2], found[2:4])
   )
+  return ImageData(train, validation, found.num_classes, 1, found.sha256)
 
 
 def _load_tfds(name: str, data_dir: Path) -> ImageData:
-  try:
-    import tensorflow_datasets as tfds  # Only these data sets need it.
-  except ImportError as e:
-    raise arrays.DataError(
-      f"{name} needs the packages of the extra tfds: {benchmarks.one_line(e)}."
-    ) from e
+  import tensorflow_datasets as tfds  # Only these data sets need it.
 
   full_name = "eurosat/rgb" if name == "eurosat" else name
   arguments = ["--file_format=array_record", f"--data_dir={data_dir}"]

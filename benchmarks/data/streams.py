@@ -84,11 +84,9 @@ class Visits:
       indices = order[start : start + self.batch_size]
       return indices, np.ones(self.batch_size, bool), position
     number = int(_permutation(self.steps_per_epoch, self.seed, epoch)[position])
-    bounds = [
-      (i * self.num_examples) // self.steps_per_epoch
-      for i in (number, number + 1)
-    ]
-    members = _permutation(self.num_examples, self.seed)[slice(*bounds)]
+    bounds = np.array([number, number + 1]) * self.num_examples
+    start, stop = bounds // self.steps_per_epoch
+    members = _permutation(self.num_examples, self.seed)[start:stop]
     is_real = np.arange(self.batch_size) < len(members)
     return np.resize(members, self.batch_size), is_real, number
 
@@ -99,14 +97,13 @@ def _stream(
   transform: Callable[[int, int, np.ndarray], np.ndarray],
   steps: range,
   batch_size: int,
-  sharding: NamedSharding | None,
+  sharding: NamedSharding,
   num_workers: int,
 ) -> grain.DatasetIterator[Batch]:
   """The batches of steps, each made by ``batch`` as by :meth:`Visits.batch`."""
-  rows = np.arange(batch_size)
-  if sharding is not None:  # Those that lie on devices of this process.
-    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = np.unique(np.concatenate([rows[part] for part in parts]))
+  # Those that lie on devices of this process.
+  parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+  rows = np.unique([np.arange(batch_size)[part] for part in parts])
 
   def read(step: int) -> Batch:
     indices, is_real, number = batch(step)
@@ -124,13 +121,9 @@ def _stream(
     )
 
   def place(array: np.ndarray) -> jax.Array:
+    placed = sharding if array.ndim else NamedSharding(sharding.mesh, P())
     # The CPU may keep an array as it is, and with it what a worker shares.
-    array = np.copy(array)
-    if sharding is None:
-      return jax.device_put(array)
-    return jax.make_array_from_process_local_data(
-      sharding if array.ndim else NamedSharding(sharding.mesh, P()), array
-    )
+    return jax.make_array_from_process_local_data(placed, np.copy(array))
 
   options = grain.ReadOptions(
     num_threads=_NUM_THREADS, prefetch_buffer_size=_NUM_THREADS
@@ -157,14 +150,10 @@ def train_batches(
   visits: Visits,
   start: int,
   stop: int,
-  sharding: NamedSharding | None = None,
+  sharding: NamedSharding,
   num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-  """The batches of steps, augmented, read ahead.
-
-  Batches are on the default device without ``sharding``; without workers, this
-  process reads.
-  """
+  """The batches of steps, augmented, read ahead by workers or this process."""
 
   def augment(step: int, index: int, image: np.ndarray) -> np.ndarray:
     rng = _rng(visits.seed, step // visits.steps_per_epoch, index)
@@ -180,7 +169,7 @@ def validation_batches(
   source: Source,
   recipe: recipe_lib.Recipe,
   batch_size: int,
-  sharding: NamedSharding | None = None,
+  sharding: NamedSharding,
   num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
   """All examples once, in the order of the source."""

@@ -2,38 +2,36 @@
 """A small convolutional net."""
 
 import itertools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from benchmarks.models import layers
 
-class ConvNet(nnx.Module):
+
+class ConvNet(layers.Network):
   """A small convolutional net: 16, 32 and 64 channels, halved in size twice."""
 
   def __init__(
     self,
-    image_size: int,
-    num_channels: int,
-    num_classes: int,
-    *,
+    *shape: int,
     rngs: nnx.Rngs,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    remat: bool = False,
+    **common: Any,
   ):
-    channels = (num_channels, 16, 32, 64)
+    sizes = itertools.pairwise((shape[1], 16, 32, 64))
     self.convs = nnx.List(
       [
         nnx.Conv(*size, (3, 3), strides=stride, dtype=dtype, rngs=rngs)
-        for size, stride in zip(
-          itertools.pairwise(channels), (1, 2, 2), strict=True
-        )
+        for size, stride in zip(sizes, (1, 2, 2), strict=True)
       ]
     )
-    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+    options = {"head_init": nnx.initializers.lecun_normal(), "dtype": dtype}
+    super().__init__(*shape, num_features=64, rngs=rngs, **options, **common)
 
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Returns the logits, float32 ``[batch, num_classes]``."""
+  def _features(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
     for conv in self.convs:
       x = nnx.relu(conv(x))
-    return self.head(x.mean(axis=(1, 2)).astype(jnp.float32))
+    return x.mean(axis=(1, 2))

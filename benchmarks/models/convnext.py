@@ -53,12 +53,8 @@ class ConvNeXt(layers.Network):
     self.downsamples = nnx.List(
       [make_cut(2, *pair) for pair in itertools.pairwise(widths)]
     )
-    rates = layers.rates(self.drop_path, depths)
-    self.stages = nnx.List(
-      [
-        nnx.List([_ConvNeXtBlock(width, rate, **options) for rate in stage])
-        for width, stage in zip(widths, rates, strict=True)
-      ]
+    self.stages = self._stages(
+      depths, lambda i, j, rate: _ConvNeXtBlock(widths[i], rate, **options)
     )
     self.norm = layers.norm(widths[-1], **options)
 
@@ -94,20 +90,16 @@ class _ConvNeXtBlock(nnx.Module):
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Convolves each channel with a kernel of its own."""
-  _, height, width, _ = x.shape
+  _, height, width, channels = x.shape
   if jax.default_backend() == "cpu" and height * width <= _MATRIX_PIXELS:
     return _depthwise_by_matrix(x, kernel)
-  return _depthwise_by_convolution(x, kernel)
-
-
-def _depthwise_by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return jax.lax.conv_general_dilated(
     x,
     kernel[:, :, None],
     window_strides=(1, 1),
     padding="SAME",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=x.shape[-1],
+    feature_group_count=channels,
   )
 
 

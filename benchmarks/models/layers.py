@@ -9,7 +9,7 @@ deviation 0.02, a plain normal distribution stands here: it is cut at -2 and 2,
 a hundred standard deviations away.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -17,6 +17,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import benchmarks
 
 normal = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
@@ -66,6 +68,17 @@ class Network(nnx.Module):
     """Returns the logits."""
     key = rngs.dropout() if rngs is not None and self.drop_path else None
     return self.head(self._features(images.astype(self.dtype), key))
+
+  def _stages(
+    self, depths: Sequence[int], make: Callable[[int, int, float], nnx.Module]
+  ) -> nnx.List:
+    """Makes stages of blocks, by stage, place in it, and rate of dropping."""
+    rates = iter(np.linspace(0, self.drop_path, sum(depths)).tolist())
+    stages = [
+      nnx.List([make(i, j, next(rates)) for j in range(depth)])
+      for i, depth in enumerate(depths)
+    ]
+    return nnx.List(stages)
 
   def _apply(
     self, blocks: nnx.List, x: jax.Array, key: jax.Array | None
@@ -177,23 +190,16 @@ def fold(key: jax.Array | None, number: int) -> jax.Array | None:
   return None if key is None else jax.random.fold_in(key, number)
 
 
-def rates(drop_path: float, depths: Sequence[int]) -> list[list[float]]:
-  """The rate of each block of each stage."""
-  rates = np.linspace(0, drop_path, sum(depths))
-  ends = np.cumsum(depths)[:-1]
-  return [stage.tolist() for stage in np.split(rates, ends)]
-
-
 def grid(image_size: int, patch_size: int, num_stages: int = 1) -> int:
   """Number of patches along a side, to be halved between stages."""
   size, rest = divmod(image_size, patch_size)
   if rest:
-    raise ValueError(
+    raise benchmarks.UserError(
       f"image_size must be a multiple of patch_size, {patch_size}, got"
       f" {image_size}."
     )
   if size % 2 ** (num_stages - 1):
-    raise ValueError(
+    raise benchmarks.UserError(
       f"image_size must give patches that can be halved {num_stages - 1} times"
       f" along each side, got {image_size} with {size} patches."
     )

@@ -40,9 +40,9 @@ class Mixer(layers.Network):
       bias_init=layers.zeros,
       **options,
     )
-    [rates] = layers.rates(self.drop_path, [depth])
-    self.blocks = nnx.List(
-      [_MixerBlock(num_patches, width, rate, **options) for rate in rates]
+    [self.blocks] = self._stages(
+      [depth],
+      lambda i, j, rate: _MixerBlock(num_patches, width, rate, **options),
     )
     self.norm = layers.norm(width, **options)
 

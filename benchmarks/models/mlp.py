@@ -21,11 +21,9 @@ class MLP(nnx.Module):
     rngs: nnx.Rngs,
     dtype: jax.typing.DTypeLike | None = None,
   ):
+    pairs = itertools.pairwise(sizes)
     self.layers = nnx.List(
-      [
-        nnx.Linear(*size, dtype=dtype, rngs=rngs)
-        for size in itertools.pairwise(sizes)
-      ]
+      [nnx.Linear(*pair, dtype=dtype, rngs=rngs) for pair in pairs]
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,5 +62,5 @@ class Perceptron(nnx.Module):
   def __call__(
     self, images: jax.Array, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """Returns the logits, float32 ``[batch, num_classes]``."""
+    """Returns the logits, in float32."""
     return self.mlp(images.reshape(len(images), -1)).astype(jnp.float32)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import benchmarks
 from benchmarks.models import layers
 
 # Of its norms, PyTorch's own; the other architectures have 1e-6.
@@ -44,21 +45,13 @@ class Swin(layers.Network):
     make_norm = functools.partial(layers.norm, epsilon=_SWIN_EPSILON, **options)
     self.embed = layers.Cut(patch_size, shape[1], width, **options)
     self.embed_norm = make_norm(width)
-    rates = layers.rates(self.drop_path, depths)
-    self.stages = nnx.List(
-      [
-        nnx.List(
-          [
-            _SwinBlock(
-              *(widths[i], heads[i], rate, size // 2**i, window, j % 2 == 1),
-              **options,
-            )
-            for j, rate in enumerate(stage)
-          ]
-        )
-        for i, stage in enumerate(rates)
-      ]
-    )
+
+    def make_block(i: int, j: int, rate: float) -> _SwinBlock:
+      return _SwinBlock(
+        widths[i], heads[i], rate, size // 2**i, window, j % 2 == 1, **options
+      )
+
+    self.stages = self._stages(depths, make_block)
     self.merge_norms = nnx.List([make_norm(4 * w) for w in widths[:-1]])
     self.merges = nnx.List(
       [
@@ -98,7 +91,7 @@ class _SwinBlock(layers.AttentionBlock):
     )
     self.window = min(window, size)
     if size % self.window:
-      raise ValueError(
+      raise benchmarks.UserError(
         f"window must divide the {size} x {size} patches of a stage, got"
         f" {window}."
       )

@@ -36,9 +36,9 @@ class ViT(layers.Network):
     self.positions = nnx.Param(
       layers.normal(rngs.params(), (size**2 + 1, width))
     )
-    [rates] = layers.rates(self.drop_path, [depth])
-    self.blocks = nnx.List(
-      [layers.AttentionBlock(width, heads, rate, **options) for rate in rates]
+    [self.blocks] = self._stages(
+      [depth],
+      lambda i, j, rate: layers.AttentionBlock(width, heads, rate, **options),
     )
     self.norm = layers.norm(width, **options)
 

@@ -40,6 +40,7 @@ _RIVALS = ("plain", "svrg")
 # The paper computes their gradients at the snapshot twice, as a table of them
 # does not fit into the memory of a device.
 LARGE = ("vit-base", "convnext-base")
+_THEIRS = "paper: plain / svrg / alpha-svrg"
 _LAST_LR = 1e-6
 _MIN_STEPS, _MAX_BATCH = 39, 4_096
 
@@ -114,8 +115,8 @@ class Scale(NamedTuple):
   warmup_epochs: int  # In which the learning rate rises.
   changes: Mapping[str, Mapping[str, Any]] = {}  # Arguments of architectures.
   batch_size: int | None = None  # `None` for that of the full scale.
-  train_examples: int | None = None  # How many are used; `None` for all.
-  validation_examples: int | None = None
+  train_examples: float = math.inf  # How many are used at most.
+  validation_examples: float = math.inf
 
 
 # Arguments of the architectures for small images.
@@ -189,8 +190,7 @@ def template(
       f"--warmup-epochs must be less than --epochs, {scale.epochs}, got"
       f" {scale.warmup_epochs}."
     )
-  size, validation = len(images.train), len(images.validation)
-  size = min(size, scale.train_examples or size)
+  size = min(len(images.train), scale.train_examples)
   batch_size = scale.batch_size or default_batch_size(size)
   distributed.check_batch_size(batch_size, size, jax.device_count())
   settings: dict[str, Any] = {**scale.changes.get(model, {}), "dtype": dtype}
@@ -211,9 +211,7 @@ def template(
     lr=lr,
     feed="streams",
     train_examples=size,
-    validation_examples=min(
-      validation, scale.validation_examples or validation
-    ),
+    validation_examples=min(len(images.validation), scale.validation_examples),
     image_size=scale.image_size,
     model_settings=settings,
     warmup_epochs=scale.warmup_epochs,
@@ -265,22 +263,20 @@ def tables(results: study.Results) -> str:
     parts.append(f"Not the paper's scale:\n{sizes}")
   parts.append(f"The paper's figures are of {table.source}.")
 
-  def means(field: str, published: str, scale: float = 1) -> str:
-    theirs = table.published(published) if published else {}
-    rows = [
-      [
-        cell,
-        *(
-          report.mean_std(results.values(cell, n, field), scale) for n in names
-        ),
-        " / ".join(theirs.get((e.dataset, e.model), ())),
-      ]
+  def means(field: str, published: str = "", scale: float = 1) -> str:
+    known = table.published(published) if published else {}
+    theirs = {
+      cell: " / ".join(known.get((e.dataset, e.model), ()))
       for cell, e in problems.items()
-    ]
-    columns = ["cell", *names, "paper: plain / svrg / alpha-svrg"]
-    if not any(row[-1] for row in rows):
-      columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return report.markdown_table(columns, rows)
+    }
+
+    def text(cell: str, name: str) -> str:
+      if name == _THEIRS:
+        return theirs[cell]
+      return report.mean_std(results.values(cell, name, field), scale)
+
+    columns = [*names, _THEIRS] if any(theirs.values()) else names
+    return report.grid("cell", problems, columns, text)
 
   def against(field: str) -> str:
     verdicts = results.verdicts([*itertools.product(ours, rivals)], field=field)
@@ -295,7 +291,7 @@ def tables(results: study.Results) -> str:
     "Train loss (augmented, mixed-up, last epoch)",
     means("train_loss", table.losses),
     "Train loss (images as they are, at the end)",
-    means("clean_train_loss", ""),
+    means("clean_train_loss"),
     "Validation accuracy (%)",
     means("validation_accuracy", table.accuracies, 100),
     "Train loss, images augmented and mixed up",
@@ -362,12 +358,11 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   templates = {
     e.replace(method="plain", method_settings={}, seed=0) for e in experiments
   }
-  settings = [e.method_settings for e in experiments]
   return make_study(
     sorted(templates, key=lambda e: (e.dataset, e.model)),
     dict.fromkeys(e.method for e in experiments),
     1 + max(e.seed for e in experiments),
-    max((s["alpha0"] for s in settings if "alpha0" in s), default=0.0),
+    max(e.method_settings.get("alpha0", 0.0) for e in experiments),
   ).render(document)
 
 

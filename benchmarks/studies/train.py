@@ -118,8 +118,8 @@ def main(
     store.write_json(out / "results.json", {**record, **results})
 
   write()
-  is_interrupted = False
-  wanted = experiments(options, dataset.sha256)
+  status = 0
+  wanted = experiments(**options, data_sha256=dataset.sha256)
   try:
     with (
       checkpoints or contextlib.nullcontext(),
@@ -130,12 +130,12 @@ def main(
         runs.append(run)
         if resume:
           checkpoints.load(run)
-          progress.say(_start(run))
+          progress.say(f"Goes on in {_where(run)}.")
         trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
         finished[run.method].append(run.history)
         write()
   except KeyboardInterrupt:
-    is_interrupted = True
+    status = cli.INTERRUPTED
   write()
   drawing = figure(
     f"{options['dataset']}, {options['model']}, {options['optimizer']},"
@@ -146,15 +146,15 @@ def main(
   (out / "results.png").write_bytes(figures.draw(drawing, "png"))
   report.print_table(report.summarise(finished))
   click.echo(f"Written to {out}.")
-  if is_interrupted:
+  if status:
+    where = f"in {_where(runs[-1])}" if runs else "before the first run"
     counts = ", ".join(f"{name} {len(h)}" for name, h in finished.items())
-    click.echo(f"Interrupted {_end(runs)}. Finished runs: {counts}.")
-    return cli.INTERRUPTED
-  if all(run.diverged for run in runs):
+    click.echo(f"Interrupted {where}. Finished runs: {counts}.")
+  elif all(run.diverged for run in runs):
     raise click.ClickException(
       f"All runs diverged; try a lower --lr than {options['lr']:g}."
     )
-  return 0
+  return status
 
 
 def _flag(name: str) -> str:
@@ -180,72 +180,50 @@ def _check(folder: Path, identity: Mapping[str, Any]) -> None:
     )
 
 
-def experiments(options: Mapping[str, Any], sha256: str) -> list[Experiment]:
+def experiments(
+  methods: Sequence[str], seeds: int, alpha0: float, **common: Any
+) -> list[Experiment]:
   """Returns the experiments of a command line."""
-  own = ("methods", "seeds", "alpha0")
-  common = {k: v for k, v in options.items() if k not in own}
-  settings = {"alpha-svrg": {"alpha0": options["alpha0"]}}
+  settings = {"alpha-svrg": {"alpha0": alpha0}}
   return [
     Experiment(
       method=method,
       method_settings=settings.get(method, {}),
       seed=seed,
-      data_sha256=sha256,
       **common,
     )
-    for seed in range(options["seeds"])
-    for method in options["methods"]
+    for seed in range(seeds)
+    for method in methods
   ]
 
 
-def _start(run: Run) -> str:
-  """Says where a run goes on."""
-  where = "begins"
-  if run.finished:
-    where = "is finished"
-  elif run.history:
-    where = f"goes on after epoch {run.last.epoch}"
-  return f"{run.method}, seed {run.seed}, {where}."
-
-
-def _end(runs: Sequence[Run]) -> str:
-  """Says where the training was interrupted."""
-  if not runs:
-    return "before the first run"
-  last = runs[-1]
+def _where(run: Run) -> str:
+  """Says how far a run has come."""
   # There is the state before the first epoch, too.
-  epochs = max(len(last.history) - 1, 0)
-  return (
-    f"in {last.method}, seed {last.seed}, after {epochs} of"
-    f" {last.experiment.epochs} epochs"
-  )
+  done, epochs = max(len(run.history) - 1, 0), run.experiment.epochs
+  return f"{run.method}, seed {run.seed}, after {done} of {epochs} epochs"
 
 
 def figure(title: str, finished: Finished) -> figures.Figure:
   """Loss, accuracy and variance ratio of the finished runs."""
+  shown = {name: runs for name, runs in finished.items() if runs}
+  axes = {
+    "epoch": "epochs",
+    "gradients_per_example": "gradient evaluations per example",
+    "train_loss": "train loss",
+    "validation_accuracy": "validation accuracy",
+    "variance_ratio": "variance, corrected / plain",
+  }
 
-  def lines(y: str, x: str = "epoch") -> list[figures.Line]:
-    return [
-      figures.curve(name, histories, y, x)
-      for name, histories in finished.items()
-      if histories
-    ]
+  def panel(y: str, x: str = "epoch", **look: Any) -> figures.Panel:
+    lines = [figures.curve(name, runs, y, x) for name, runs in shown.items()]
+    return figures.Panel("", axes[x], axes[y], lines, **look)
 
-  gradients = "gradient evaluations per example"
-  by_gradients = lines("train_loss", "gradients_per_example")
-  accuracies = lines("validation_accuracy")
-  ratio = "variance, corrected / plain"
   worth = (1 / 3, "1/3: worth three gradients per step")
-  return figures.Figure(
-    title,
-    [
-      figures.Panel("", "epochs", "train loss", lines("train_loss")),
-      figures.Panel(
-        "", "epochs", "validation accuracy", accuracies, log_y=False
-      ),
-      figures.Panel("", gradients, "train loss", by_gradients),
-      figures.Panel(
-        "", "epochs", ratio, lines("variance_ratio"), references=[worth]
-      ),
-    ],
-  )
+  panels = [
+    panel("train_loss"),
+    panel("validation_accuracy", log_y=False),
+    panel("train_loss", "gradients_per_example"),
+    panel("variance_ratio", references=[worth]),
+  ]
+  return figures.Figure(title, panels)

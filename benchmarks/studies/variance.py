@@ -3,12 +3,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import itertools
-import math
 from pathlib import Path
-import statistics
 from typing import Any
 
 import click
+import numpy as np
 
 from benchmarks import cli, models
 from benchmarks.data import arrays
@@ -47,8 +46,8 @@ PAPER = """
 0.95/0.95 0.66/0.64 0.52/0.47 0.88/0.88 0.53/0.53 0.47/0.41
 """
 
-# What was measured, a list for each quantity; see observers.Variance.
-Measured = Mapping[str, Sequence[float]]
+# What was measured, an array for each quantity; see observers.Variance.
+Measured = Mapping[str, np.ndarray]
 Results = Mapping[Key, Mapping[str, Measured]]  # By method.
 
 
@@ -58,7 +57,7 @@ def results(runs: Iterable[Run]) -> Results:
   for run in runs:
     key = run.experiment.model, run.experiment.optimizer
     found.setdefault(key, {})[run.method] = {
-      name: [math.nan if v is None else v for v in values]
+      name: np.array(values, float)
       for name, values in run.measured["variance"].items()
     }
   return found
@@ -66,13 +65,12 @@ def results(runs: Iterable[Run]) -> Results:
 
 def by_epoch(measured: Measured, field: str) -> list[tuple[float, float]]:
   """Means of each epoch without its snapshot, and of its last 15 %."""
+  x, y = (_after(measured, name) for name in ("epoch", field))
   means = []
-  pairs = zip(measured["epoch"], measured[field], strict=True)
-  for epoch, group in itertools.groupby(pairs, lambda p: int(p[0] + 1e-9)):
-    _, *values = group
-    late = [y for x, y in values if x - epoch >= 0.85] or [values[-1][1]]
-    whole = statistics.fmean(y for _, y in values)
-    means.append((whole, statistics.fmean(late)))
+  for epoch in np.unique(x // 1):
+    share, values = x[x // 1 == epoch] % 1, y[x // 1 == epoch]
+    late = values[share >= min(0.85, share[-1])]
+    means.append((values.mean(), late.mean()))
   return means
 
 
@@ -91,10 +89,9 @@ def coefficient_table(found: Results) -> str:
   return report.markdown_table(names, lines)
 
 
-def _after(measured: Measured, field: str) -> list[float]:
+def _after(measured: Measured, field: str) -> np.ndarray:
   """Without the moments of snapshots, where variance vanishes."""
-  pairs = zip(measured["epoch"], measured[field], strict=True)
-  return [y for x, y in pairs if x % 1 > 1e-9]
+  return measured[field][measured["epoch"] % 1 > 0]
 
 
 def estimate_table(found: Results) -> str:
@@ -103,8 +100,7 @@ def estimate_table(found: Results) -> str:
   lines = []
   for key, methods in found.items():
     best, estimate, *ratios = (_after(methods["adaptive"], f) for f in fields)
-    errors = [abs(a - b) for a, b in zip(best, estimate, strict=True)]
-    means = map(statistics.fmean, (best, estimate, errors, *ratios))
+    means = map(np.mean, (best, estimate, abs(best - estimate), *ratios))
     lines.append([" ".join(key), *(f"{mean:.3f}" for mean in means)])
   columns = ("", "best coefficient", "estimate", "mean absolute error")
   return report.markdown_table([*columns, "variance ratio", "estimate"], lines)
@@ -115,7 +111,7 @@ def variance_table(found: Results) -> str:
   lines = []
   for key, methods in found.items():
     for metric, title in METRICS.items():
-      means = [statistics.fmean(_after(m, metric)) for m in methods.values()]
+      means = [_after(m, metric).mean() for m in methods.values()]
       lines.append([" ".join(key), title, *(f"{mean:.3g}" for mean in means)])
     losses = [f"{m['train_loss'][-1]:.3g}" for m in methods.values()]
     lines.append([" ".join(key), "train loss at the end", *losses])
@@ -131,8 +127,8 @@ def figure(found: Results) -> figures.Figure:
   )
   panels = []
   for key, methods in found.items():
-    x = methods["adaptive"]
-    lines = [figures.Line(*f[:2], x["epoch"], x[f[2]]) for f in fields]
+    seen = {k: v.tolist() for k, v in methods["adaptive"].items()}
+    lines = [figures.Line(*f[:2], seen["epoch"], seen[f[2]]) for f in fields]
     panels.append(
       figures.Panel(", ".join(key), "epochs", "coefficient", lines, log_y=False)
     )

@@ -123,14 +123,6 @@ class TestData:
     with pytest.raises(arrays.DataError, match="are alike, namely 7"):
       arrays.load("fashion-mnist", tmp_path)
 
-  def test_stratified_split(self):
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 15))
-    train_part, validation = arrays.stratified_split(labels)
-    np.testing.assert_array_equal(np.bincount(labels[train_part]), 3 * [12])
-    np.testing.assert_array_equal(np.bincount(labels[validation]), 3 * [3])
-    union = np.sort(np.concatenate([train_part, validation]))
-    np.testing.assert_array_equal(union, np.arange(len(labels)))
-
   def test_mnist_5k(self):
     dataset = arrays.load("mnist-5k", None)
     assert dataset.train_images.shape == (4000, 784)

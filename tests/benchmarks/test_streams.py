@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams of batches: which examples, in which order, and how they look."""
 
+import functools
 import json
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -15,6 +18,13 @@ from benchmarks.data import streams
 from benchmarks.data.arrays import DataError
 from tests import helpers
 from tests.workers.stream_worker import BATCH_SIZE, RECIPE, Source, visits
+
+# On one device.
+_MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+train_batches, validation_batches = (
+  functools.partial(make, sharding=NamedSharding(_MESH, P("data")))
+  for make in (streams.train_batches, streams.validation_batches)
+)
 
 
 class Broken(Source):
@@ -37,7 +47,7 @@ def assert_equal(got, want):
 
 def train(source, *args, has_fixed_batches=False, **kwargs):
   return list(
-    streams.train_batches(
+    train_batches(
       source,
       RECIPE,
       visits(source, has_fixed_batches=has_fixed_batches),
@@ -140,7 +150,7 @@ def test_augmentation():
     each = streams.Visits(8, batch_size, 3, **kwargs)
     start = epoch * each.steps_per_epoch
     images = {}
-    for batch in streams.train_batches(
+    for batch in train_batches(
       source, recipe, each, start, start + each.steps_per_epoch
     ):
       indices, _, _ = each.batch(int(batch.step))
@@ -168,24 +178,22 @@ def test_workers():
   """Processes that read make the same batches, and hand errors on."""
   want = train(Source(), 2, 7)
   assert_equal(train(Source(), 2, 7, num_workers=2), want)
-  (got, *_) = streams.validation_batches(Source(), RECIPE, 8, num_workers=1)
-  (want, *_) = streams.validation_batches(Source(), RECIPE, 8)
+  (got, *_) = validation_batches(Source(), RECIPE, 8, num_workers=1)
+  (want, *_) = validation_batches(Source(), RECIPE, 8)
   assert_equal([got], [want])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_errors_of_a_source(num_workers):
   with pytest.raises(DataError, match=r"part\.array_record: ends"):
-    list(
-      streams.validation_batches(Broken(), RECIPE, 8, num_workers=num_workers)
-    )
+    list(validation_batches(Broken(), RECIPE, 8, num_workers=num_workers))
 
 
 @pytest.mark.parametrize(("size", "channels"), [(12, 1), (12, 3), (40, 3)])
 def test_validation(size, channels):
   source = Source(num_channels=channels)
   recipe = recipe_lib.Recipe(size, channels, 5)
-  got = list(streams.validation_batches(source, recipe, 8))
+  got = list(validation_batches(source, recipe, 8))
   assert len(got) == 4
   labels = np.concatenate([batch.labels for batch in got])
   weights = np.concatenate([batch.weights for batch in got])
@@ -223,9 +231,9 @@ def test_the_pass_and_the_steps_see_the_same():
 
   # The pass over an epoch from the snapshot on, and two times its steps, the
   # second after a stop.
-  in_pass = grads(streams.train_batches(source, RECIPE, each, 4, 7))
-  steps = grads(streams.train_batches(source, RECIPE, each, 0, 7))[4:]
-  resumed = grads(streams.train_batches(source, RECIPE, each, 6, 7))
+  in_pass = grads(train_batches(source, RECIPE, each, 4, 7))
+  steps = grads(train_batches(source, RECIPE, each, 0, 7))[4:]
+  resumed = grads(train_batches(source, RECIPE, each, 6, 7))
   assert_equal(steps, in_pass)
   assert_equal(resumed, in_pass[2:])
   assert all(np.any(x) for grad in in_pass for x in grad)
@@ -282,7 +290,7 @@ def test_processes_and_devices(tmp_path):
       for i, want in enumerate(mixed):
         got = one[f"mixed_{i}_{int(fixed)}_{batch.step}"]
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-  for batch in streams.validation_batches(source, RECIPE, 8):
+  for batch in validation_batches(source, RECIPE, 8):
     np.testing.assert_array_equal(
       one[f"local_validation_{batch.step}"], batch.images
     )

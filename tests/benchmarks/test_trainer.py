@@ -71,7 +71,7 @@ def images():
 
   def source(size):
     pixels = rng.integers(0, 256, (size, 16, 16, 3), np.uint8)
-    return sources.ArraySource(pixels, rng.integers(0, 4, size))
+    return sources.in_memory(pixels, rng.integers(0, 4, size))
 
   return sources.ImageData(source(60), source(20), 4, 3, "random")
 

@@ -183,8 +183,8 @@ def test_coefficients_that_are_set_from_outside():
 
 def test_means_by_epoch():
   points = {
-    "epoch": [0.0, 0.5, 0.9, 1.0, 1.5, 1.9],
-    "alpha": [1.0, 0.8, 0.4, 1.0, 0.5, 0.3],
+    "epoch": np.array([0.0, 0.5, 0.9, 1.0, 1.5, 1.9]),
+    "alpha": np.array([1.0, 0.8, 0.4, 1.0, 0.5, 0.3]),
   }
   got = variance.by_epoch(points, "alpha")
   assert got == [pytest.approx((0.6, 0.4)), pytest.approx((0.4, 0.3))]
