@@ -19,51 +19,48 @@ import click
 import benchmarks
 
 INTERRUPTED = 128 + 2  # The exit status of a shell command ended by SIGINT.
-_ARGV = "benchmarks.argv"
 
 
 class Entry(NamedTuple):
   """A command."""
 
-  module: str  # The module that has it, as ``main``.
   help: str  # One line of ``--help``.
+  # The module that has it, as ``main``; a page of the studies by default.
+  module: str | None = None
   extra: str = "benchmarks"  # Extra with the optional packages it needs.
 
 
-_HELP = {
-  "train": "Train a model with each method; compare them.",
-  "paper": "Tables of the alpha-SVRG paper.",
-  "variance": "Gradient variance and best coefficient.",
-  "coefficient": "Coefficients of SVRG, given and estimated.",
-  "staleness": "Snapshots that are renewed ever more rarely.",
-  "stability": "Learning rates near SGD's stability limit.",
-  "saga": "SAGA against plain training.",
-  "saga-variants": "Additions to adaptive SAGA.",
-  "snapshots": "Snapshot strategies: gradients and loss.",
-  "equal-compute": "Methods at equal numbers of gradients.",
-  "optimizers": "Other optimizers, alone and behind adaptive SAGA.",
-  "balanced-order": "The order of the examples, by their gradients.",
-  "step-cost": "Time and bytes of steps, and their lower limits.",
-  "tpu": "Needs of steps on TPUs, by their compiler.",
-  "convex": "Convex problems to high precision, and other packages.",
-  "tomography": "Poisson tomography by SVRG and by L-BFGS-B.",
-  "report": "Make published tables and figures again.",
-}
-# All others are pages of the studies.
-_MODULES = {
-  "report": "harness.publishing",
-  "step-cost": "cost.step_cost",
-  "tpu": "cost.tpu",
-  "convex": "studies.convex.study",
-}
-_EXTRAS = {"paper": "tfds", "convex": "convex", "tomography": "convex"}
 COMMANDS = {
-  name: Entry(
-    f"benchmarks.{_MODULES.get(name, f'studies.{name}').replace('-', '_')}",
-    text,
-    _EXTRAS.get(name, "benchmarks"),
-  )
-  for name, text in _HELP.items()
+  "train": Entry("Train a model with each method; compare them."),
+  "paper": Entry("Tables of the alpha-SVRG paper.", extra="tfds"),
+  "variance": Entry("Gradient variance and best coefficient."),
+  "coefficient": Entry("Coefficients of SVRG, given and estimated."),
+  "staleness": Entry("Snapshots that are renewed ever more rarely."),
+  "stability": Entry("Learning rates near SGD's stability limit."),
+  "saga": Entry("SAGA against plain training."),
+  "saga-variants": Entry("Additions to adaptive SAGA."),
+  "snapshots": Entry("Snapshot strategies: gradients and loss."),
+  "equal-compute": Entry("Methods at equal numbers of gradients."),
+  "optimizers": Entry("Other optimizers, alone and behind adaptive SAGA."),
+  "balanced-order": Entry("The order of the examples, by their gradients."),
+  "step-cost": Entry(
+    "Time and bytes of steps, and their lower limits.",
+    "benchmarks.cost.step_cost",
+  ),
+  "tpu": Entry(
+    "Needs of steps on TPUs, by their compiler.", "benchmarks.cost.tpu"
+  ),
+  "convex": Entry(
+    "Convex problems to high precision, and other packages.",
+    "benchmarks.studies.convex.study",
+    "convex",
+  ),
+  "tomography": Entry(
+    "Poisson tomography by SVRG and by L-BFGS-B.", extra="convex"
+  ),
+  "report": Entry(
+    "Make published tables and figures again.", "benchmarks.harness.publishing"
+  ),
 }
 
 
@@ -81,7 +78,8 @@ class Commands(click.Group):
     """Imports a command."""
     if name not in COMMANDS:
       return None
-    return importlib.import_module(COMMANDS[name].module).main
+    module = f"benchmarks.studies.{name.replace('-', '_')}"
+    return importlib.import_module(COMMANDS[name].module or module).main
 
   def format_commands(
     self, ctx: click.Context, formatter: click.HelpFormatter
@@ -92,7 +90,7 @@ class Commands(click.Group):
 
   def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
     """Keeps the arguments as they are given, for :func:`argv`."""
-    ctx.meta[_ARGV] = list(args)
+    ctx.obj = list(args)
     return super().parse_args(ctx, args)
 
   def invoke(self, ctx: click.Context) -> Any:
@@ -131,7 +129,7 @@ def main() -> None:
 
 def argv(ctx: click.Context) -> list[str]:
   """Returns the arguments of the command line, for the record of a run."""
-  return ctx.meta.get(_ARGV, [])
+  return ctx.obj or []
 
 
 def command(ctx: click.Context) -> str:
@@ -160,42 +158,39 @@ class Number(click.FloatRange):
     return number
 
 
-class Names(click.ParamType):
+class Names(click.Choice):
   """Different names, separated by commas."""
-
-  name = "names"
-
-  def __init__(self, known: Iterable[str]):
-    self._known = tuple(known)
 
   def convert(
     self, value: Any, param: click.Parameter | None, ctx: click.Context | None
   ) -> tuple[str, ...]:
     """Converts what was given."""
-    names = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-    for name in names:
-      if name not in self._known:
-        self.fail(f"{name!r} is not one of {', '.join(self._known)}.", param)
+    names = value.split(",") if isinstance(value, str) else value
+    convert = super().convert
+    names = tuple(convert(name, param, ctx) for name in names)
     if len(set(names)) < len(names):
       self.fail(f"{value!r} has a name twice.", param, ctx)
     return names
 
 
 positive = click.IntRange(min=1)
-folder = click.Path(file_okay=False, path_type=Path)
+folder = click.Path(file_okay=False, writable=True, path_type=Path)
 
 
 def options(
   *table: tuple[str, Any, Any, str],
 ) -> Callable[[Callable], Callable]:
-  """The options of a command as a table."""
+  """The options of a command as a table.
+
+  A name may have that of the argument after it.
+  """
 
   def decorate(command: Callable) -> Callable:
     for name, kind, default, text in reversed(table):
       if kind is not bool and not isinstance(kind, click.ParamType):
         kind = click.Choice(list(kind))
       command = click.option(
-        name,
+        *name.split(),
         type=kind,
         is_flag=kind is bool,
         default=False if kind is bool else default,
@@ -220,9 +215,8 @@ publish_option = options(
 
 def out_option(study: str) -> Callable[[Callable], Callable]:
   """The option for the folder of a study's results."""
-  kind = click.Path(file_okay=False, writable=True, path_type=Path)
   text = "Folder of the results; runs that are stored there are not repeated."
-  return options(("--out", kind, Path("results", study), text))
+  return options(("--out", folder, Path("results", study), text))
 
 
 def several(
@@ -231,11 +225,9 @@ def several(
   """An option that may be repeated."""
   kind = click.Choice(list(known))
   text = f"May be repeated; {default}."
-  return click.option(name, type=kind, multiple=True, help=text)
+  return click.option(*name.split(), type=kind, multiple=True, help=text)
 
 
 def cell_option(cells: Iterable[str]) -> Callable[[Callable], Callable]:
   """The option to choose some of a study's problems, the argument ``cells``."""
-  kind = click.Choice(list(cells))
-  text = "Only this problem; may be repeated."
-  return click.option("--cell", "cells", type=kind, multiple=True, help=text)
+  return several("--cell cells", cells, "by default all problems")

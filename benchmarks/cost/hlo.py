@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads compiled programs: what operations move, send, and wait for."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import math
 import re
 from typing import NamedTuple
@@ -165,26 +165,4 @@ def moved_bytes(text: str) -> int:
     shapes[x.name] + sum(shapes.get(name, 0) for name in x.operands)
     for x in operations
     if x.kind not in _FREE
-  )
-
-
-def copies(text: str, shapes: Container[str]) -> list[Operation]:
-  """Operations that write an array of one of some shapes, but not in place."""
-  computations = parse(text)
-  return [
-    operation
-    for operation, _ in executed(computations)
-    if operation.kind not in _FREE
-    and any(x.group() in shapes for x in _ARRAY.finditer(operation.shape))
-    and not _updates_in_place(computations, operation)
-  ]
-
-
-def _updates_in_place(computations: Computations, operation: Operation) -> bool:
-  """Whether it is, or is a fusion with, a ``dynamic-update-slice``."""
-  called = operation.called if operation.kind == "fusion" else []
-  return any(
-    x.kind == "dynamic-update-slice"
-    and x.shape.split("{")[0] in operation.shape
-    for x in (operation, *(x for name in called for x in computations[name]))
   )

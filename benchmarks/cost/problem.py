@@ -153,14 +153,8 @@ class Problem:
     table = None
     while True:
       if mean_and_table is not None:
-        state, table = self._snapshot(mean_and_table, params, state)
+        mean, table = mean_and_table(self.grad, params, self.batches)
+        state = optax_svrg.take_snapshot(state, params, lambda _: mean)  # noqa: B023
       for i, batch in enumerate(self.batches):
         params, state = step(params, state, batch, i, table)
       yield params, state
-
-  def _snapshot(
-    self, mean_and_table: Callable, params: Any, state: Any
-  ) -> tuple[Any, Any]:
-    """Takes a snapshot; returns the state, and the table if there is one."""
-    mean, table = mean_and_table(self.grad, params, self.batches)
-    return optax_svrg.take_snapshot(state, params, lambda _: mean), table

@@ -14,7 +14,7 @@ from benchmarks.data import arrays
 from benchmarks.harness import program
 from benchmarks.harness.experiment import Experiment
 from benchmarks.harness.program import Program, TrainState
-from benchmarks.methods import balanced, Context, Method
+from benchmarks.methods import balanced, Method
 import optax_svrg
 
 _PIECE_SIZE = 128  # Examples evaluated at once, which fit into a cache.
@@ -65,14 +65,9 @@ class ArrayFeed(program.Feed):
     found = self._evaluate(params, self._train, self._validation)
     return {name: float(value) for name, value in found.items()}
 
-  def finish(self, params: optax.Params) -> Mapping[str, Any]:
-    """Returns what is measured at the end of a run in addition: nothing."""
-    return {}
-
   def program(self, experiment: Experiment, method: Method) -> Program:
     """Compiles the functions of a method."""
-    context = self.context(experiment)
-    num_steps = method.num_steps(context)
+    num_steps = method.num_steps(self.context(experiment))
 
     @jax.jit
     def init(params):
@@ -81,7 +76,7 @@ class ArrayFeed(program.Feed):
       return TrainState(params, states, program.nothing_observed())
 
     draw = jax.jit(
-      functools.partial(self._draw, context, method), donate_argnums=0
+      functools.partial(self._draw, method, num_steps), donate_argnums=0
     )
     state = init(self.init(jax.random.key(0)))
     keys = self._keys(experiment, 0, 0)
@@ -111,9 +106,8 @@ class ArrayFeed(program.Feed):
       batch = lambda members: self._batch(train, *members, epoch.key)
       return jax.lax.map(batch, epoch[:2])
 
-    return Program(
-      init, begin, advance, functools.partial(batches, self._train)
-    )
+    all_batches = functools.partial(batches, self._train)
+    return Program(method, num_steps, init, begin, advance, all_batches)
 
   def loss(self, params: optax.Params, batch: Batch) -> jax.Array:
     """Returns the mean cross-entropy of the examples that count."""
@@ -209,14 +203,14 @@ class ArrayFeed(program.Feed):
 
   def _draw(
     self,
-    context: Context,
     method: Method,
+    steps: int,
     own: Any,
     key: jax.Array,
     fixed_key: jax.Array,
   ) -> tuple[Any, Epoch]:
     """Draws an epoch; ``own`` is the state of the method."""
-    size, steps = context.batch_size, method.num_steps(context)
+    size = self._common.batch_size
     if not method.has_fixed_batches:
       order = jax.random.permutation(key, self.num_examples)
       if method.next_order is not None:

@@ -16,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import benchmarks
-from benchmarks.harness.experiment import point_from_json, Run
-from benchmarks.harness.store import StoreError, write_json
+from benchmarks.harness.experiment import Point, Run
+from benchmarks.harness.store import write_json
 
 _IDENTITY = "training.json"
 
@@ -31,11 +31,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   def __init__(self, folder: Path, identity: Any, resume: bool):
     self._folder = folder.absolute()
-    self._identity = identity
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY
     if resume:
-      self._check_identity(path)
+      _check_identity(path, identity)
       return
     if folder.exists() and any(folder.iterdir()):
       raise benchmarks.UserError(
@@ -46,8 +45,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     ocp.multihost.sync_global_processes("checkpoints")
     if jax.process_index() == 0:
       try:
-        write_json(path, self._identity)
-      except StoreError as e:
+        write_json(path, identity)
+      except benchmarks.UserError as e:
         raise benchmarks.UserError(f"--checkpoint-dir {e}") from e
     ocp.multihost.sync_global_processes("checkpoints")
 
@@ -73,7 +72,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     found, wanted = saved.get("experiment"), run.experiment.identity()
     if found != wanted:
       raise self._error(f"is of another run: {difference(found, wanted)}.")
-    run.history[:] = [point_from_json(point) for point in saved["history"]]
+    run.history[:] = map(Point.from_json, saved["history"])
     run.finished, run.measured = saved["finished"], saved["measured"]
     self._checksum = saved["sha256"]
 
@@ -120,20 +119,21 @@ class Checkpoints(contextlib.AbstractContextManager):
     step = self._manager.latest_step()
     return benchmarks.UserError(f"{self._manager.directory}/{step}: {reason}")
 
-  def _check_identity(self, path: Path) -> None:
-    """Raises unless the folder holds this very training."""
-    try:
-      found = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-      raise benchmarks.UserError(
-        f"--resume: {path.parent} holds no training: {_IDENTITY}:"
-        f" {benchmarks.one_line(e)}."
-      ) from e
-    if found != self._identity:
-      raise benchmarks.UserError(
-        f"--resume: {path.parent} holds another training:"
-        f" {difference(found, self._identity)}."
-      )
+
+def _check_identity(path: Path, identity: Any) -> None:
+  """Raises unless the folder of this file holds this very training."""
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise benchmarks.UserError(
+      f"--resume: {path.parent} holds no training: {_IDENTITY}:"
+      f" {benchmarks.one_line(e)}."
+    ) from e
+  if found != identity:
+    raise benchmarks.UserError(
+      f"--resume: {path.parent} holds another training:"
+      f" {difference(found, identity)}."
+    )
 
 
 def difference(found: Any, wanted: Any) -> str:

@@ -45,7 +45,7 @@ class Experiment:
   # Whether "streams" keeps the gradients at the snapshot from the pass, instead
   # of computing them again.
   keeps_table: bool = True
-  # Settings of observers, by keys of `benchmarks.harness.observers.OBSERVERS`.
+  # Settings of `benchmarks.harness.observers.Variance` as "variance", if any.
   measure: Settings = dataclasses.field(default_factory=dict)
   data_sha256: str = ""  # Empty where the name of the data set says it all.
 
@@ -109,6 +109,16 @@ class Point(NamedTuple):
   variance_ratio: float | None = None  # Over them; `None` without a snapshot.
   validation_loss: float | None = None  # `None` with the feed "streams".
 
+  @classmethod
+  def from_json(cls, saved: Mapping[str, Any]) -> "Point":
+    """Makes a point, with NaN where a number was not finite."""
+    names = ("train_loss", "validation_accuracy")
+    lost = {name: math.nan for name in names if saved[name] is None}
+    return cls(**{**saved, **lost})
+
+
+_START = Point(0, math.nan, math.nan, 0.0, 0.0)
+
 
 @dataclasses.dataclass
 class Run:
@@ -135,8 +145,8 @@ class Run:
 
   @property
   def last(self) -> Point:
-    """The state after the last epoch trained."""
-    return self.history[-1]
+    """The state after the last epoch trained; without losses before it."""
+    return self.history[-1] if self.history else _START
 
   @property
   def diverged(self) -> bool:
@@ -160,21 +170,11 @@ class Run:
     own = ("experiment", "finished", "diverged", "history", "measured")
     return cls(
       Experiment(**saved["experiment"]),
-      [point_from_json(point) for point in saved["history"]],
+      list(map(Point.from_json, saved["history"])),
       saved["finished"],
       saved["measured"],
       {name: value for name, value in saved.items() if name not in own},
     )
-
-
-def point_from_json(saved: Mapping[str, Any]) -> Point:
-  """Makes a point, with NaN where a number was not finite."""
-  lost = {
-    name: math.nan
-    for name in ("train_loss", "validation_accuracy")
-    if saved[name] is None
-  }
-  return Point(**{**saved, **lost})
 
 
 def finite(x: Any, digits: int = 17) -> Any:

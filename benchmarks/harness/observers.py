@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements during training, by name.
-
-An experiment of the feed ``"arrays"`` names its observers and their settings in
-``measure``.
-"""
+"""Measurements during training, for experiments of the feed ``"arrays"``."""
 
 from collections.abc import Callable
 import functools
@@ -14,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness.program import TrainState
+from benchmarks.harness.program import Program, TrainState
 from benchmarks.methods import coefficients, Method
 import optax_svrg
 
@@ -22,8 +18,9 @@ import optax_svrg
 class Variance:
   """Measures gradient variance and the best coefficient at frozen weights.
 
-  Over all batches of the epoch. What a method does not have is NaN. The result
-  has a list for each of the following, by moment:
+  Over all batches of the epoch, before some of its steps, the ``stops``, which
+  are as many as ``points``. What a method does not have is NaN. The result, as
+  JSON, has a list for each of the following, by moment:
 
   * ``epoch``: number of epochs trained, with a fraction;
   * ``train_loss``: mean loss over the batches;
@@ -37,25 +34,13 @@ class Variance:
   * ``estimated_ratio``: its online estimate by adaptive SVRG.
 
   The method ``"optimal"`` gets its coefficients from these measurements.
-
-  Args:
-    loss: loss of a batch, a function of the parameters and of it.
-    method: the method.
-    num_steps: number of steps of an epoch.
-    points: number of measurements per epoch.
-
-  Attributes:
-    stops: steps of each epoch before which to measure.
-    result: the measurements, as JSON, for :attr:`Run.measured`.
   """
 
-  def __init__(
-    self, loss: Callable, method: Method, num_steps: int, points: int
-  ):
-    self._num_steps = num_steps
-    self._measure = jax.jit(functools.partial(_variance, loss, method))
-    self.stops = {*np.linspace(0, num_steps - 1, points, dtype=int).tolist()}
-    self.result: dict[str, dict[str, list[float]]] = {"variance": {}}
+  def __init__(self, loss: Callable, program: Program, points: int):
+    self._num_steps = n = program.num_steps
+    self._measure = jax.jit(functools.partial(_variance, loss, program.method))
+    self.stops = {*np.linspace(0, n - 1, points, dtype=int).tolist()}
+    self.result: dict[str, list[float]] = {}
 
   def look(
     self, epoch: int, step: int, batches: Any, state: TrainState
@@ -65,8 +50,7 @@ class Variance:
     measured, alphas = self._measure(state.params, before, batches)
     measured = {"epoch": epoch + step / self._num_steps, **measured}
     for name, value in measured.items():
-      found = self.result["variance"].setdefault(name, [])
-      found.append(float(f"{value:.6g}"))
+      self.result.setdefault(name, []).append(float(f"{value:.6g}"))
     if isinstance(before, coefficients.OptimalState):
       before = before._replace(alphas=alphas)
     return state._replace(opt_state=(before, opt_state))
@@ -120,6 +104,3 @@ def _variance(
     "variance_ratio": corrected.total_variance / plain.total_variance,
   }
   return {**measured, **corrected._asdict()}, best
-
-
-OBSERVERS = {"variance": Variance}

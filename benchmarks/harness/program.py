@@ -108,6 +108,8 @@ class TrainState(NamedTuple):
 class Program(NamedTuple):
   """Compiled functions of a method on a feed."""
 
+  method: Method
+  num_steps: int  # Of an epoch.
   # Makes a `TrainState` from parameters.
   init: Callable[[optax.Params], TrainState]
   # From a state, a seed, the number of an epoch, and whether to take a
@@ -149,6 +151,10 @@ class Feed:
   def context(self, experiment: Experiment) -> Context:
     """Returns what a method is made for."""
     return Context(self.num_examples, experiment.batch_size, experiment.epochs)
+
+  def finish(self, params: optax.Params) -> dict[str, Any]:
+    """Returns what is measured at the end of a run in addition: nothing."""
+    return {}
 
 
 def optimizer(

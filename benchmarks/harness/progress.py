@@ -25,9 +25,6 @@ class Progress:
     self._is_first = jax.process_index() == 0
     self._has_bar = self._is_first and sys.stderr.isatty()
     self._bar = rich.progress.Progress(
-      rich.progress.TextColumn("{task.description}"),
-      rich.progress.BarColumn(),
-      rich.progress.TimeRemainingColumn(),
       console=rich.console.Console(stderr=True),
       disable=not self._has_bar,
     )

@@ -19,23 +19,10 @@ from typing import Any
 import click
 
 from benchmarks.harness import figures
-from benchmarks.harness.experiment import (
-  Experiment,
-  finite,
-  point_from_json,
-  Run,
-)
+from benchmarks.harness.experiment import Experiment, finite, Point, Run
 
 FOLDER = Path(__file__).parent.parent / "results"
-_FIELDS = (
-  "epoch",
-  "train_loss",
-  "validation_accuracy",
-  "gradients_per_example",
-  "seconds",
-  "alpha",
-  "validation_loss",
-)
+_FIELDS = [name for name in Point._fields if name != "variance_ratio"]
 
 
 def pack(
@@ -79,7 +66,7 @@ def unpack(document: Mapping[str, Any]) -> list[Run]:
   runs = []
   for saved in document["runs"]:
     history = [
-      point_from_json(dict(zip(document["fields"], values, strict=True)))
+      Point.from_json(dict(zip(document["fields"], values, strict=True)))
       for values in saved["history"]
     ]
     if saved["diverged"]:

@@ -40,8 +40,7 @@ def run_all(
       saved: Checkpoints | None = None
       if checkpoint_dir is not None:
         folder = checkpoint_dir / experiment.name
-        identity = experiment.identity()
-        saved = Checkpoints(folder, identity, folder.exists())
+        saved = Checkpoints(folder, experiment.identity(), folder.exists())
       with saved or contextlib.nullcontext():
         trainer.fit(run, on_epoch=progress, checkpoints=saved)
       store.put(run)

@@ -18,10 +18,6 @@ from benchmarks.harness.experiment import Experiment, Run
 import optax_svrg
 
 
-class StoreError(benchmarks.UserError):
-  """A file of results cannot be read or written."""
-
-
 class Store:
   """A folder of runs."""
 
@@ -40,7 +36,7 @@ class Store:
     try:
       run = Run.from_json(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise StoreError(
+      raise benchmarks.UserError(
         f"{path}: holds no run: {benchmarks.one_line(error)}."
       ) from error
     return run if run.experiment == experiment else None
@@ -61,7 +57,9 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
   except OSError as error:
-    raise StoreError(f"{path.parent}: {benchmarks.one_line(error)}.") from error
+    raise benchmarks.UserError(
+      f"{path.parent}: {benchmarks.one_line(error)}."
+    ) from error
 
 
 @functools.cache

@@ -95,7 +95,7 @@ class StreamFeed(program.Feed):
     """Returns the fields of :class:`Point` that are not of the steps."""
     return {"validation_accuracy": self._mean(params, self._validation)[1]}
 
-  def finish(self, params: optax.Params) -> Mapping[str, Any]:
+  def finish(self, params: optax.Params) -> dict[str, Any]:
     """Returns the loss over the training images as they are."""
     loss, _ = self._mean(params, self._train)
     num_params = optax.tree.size(params)
@@ -177,7 +177,7 @@ class StreamFeed(program.Feed):
         )
       return state
 
-    return Program(init, begin, advance)
+    return Program(method, num_steps, init, begin, advance)
 
   def batches(
     self, experiment: Experiment, method: Method, seed: int, epoch: int

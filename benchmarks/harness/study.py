@@ -121,13 +121,7 @@ def cell(
 
 
 class Results:
-  """The runs of a study, by problem and method.
-
-  Args:
-    cells: the problems.
-    arms: the methods.
-    runs: the runs, of which others are ignored.
-  """
+  """The runs of a study, by problem and method; ignores other runs."""
 
   def __init__(
     self,
@@ -398,7 +392,7 @@ class Study:
     @cli.options(
       ("--seeds", cli.positive, None, "Seeds of a verdict; five at least."),
       ("--epochs", cli.positive, None, "For a quick look."),
-      ("--examples", cli.positive, None, "For a quick look."),
+      ("--examples train_examples", cli.positive, None, "For a quick look."),
     )
     @cli.out_option(self.name)
     @cli.publish_option
@@ -408,15 +402,13 @@ class Study:
       data_dir: Path | None,
       cells: Sequence[str],
       seeds: int | None,
-      epochs: int | None,
-      examples: int | None,
       out: Path,
       publish: bool,
+      **sizes: int | None,
     ) -> None:
-      if publish and (epochs or examples or seeds):
-        raise click.UsageError("--publish takes the sizes of the study.")
-      sizes = {"epochs": epochs, "train_examples": examples}
       changes = {name: size for name, size in sizes.items() if size}
+      if publish and (changes or seeds):
+        raise click.UsageError("--publish takes the sizes of the study.")
       chosen = {
         name: dataclasses.replace(
           self.cells[name],

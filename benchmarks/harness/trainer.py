@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import itertools
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks.data import arrays, sources
 from benchmarks.harness.array_feed import ArrayFeed
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Point, Run
-from benchmarks.harness.observers import OBSERVERS, Variance
+from benchmarks.harness.observers import Variance
 from benchmarks.harness.program import OPTIMIZERS, Program, TrainState
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
@@ -76,49 +76,48 @@ class Trainer:
     if run.finished:
       return
     # All is compiled before the clock starts.
-    method, program = self._compiled(experiment.replace(seed=0, lr=0.0))
-    num_steps = method.num_steps(self.feed.context(experiment))
+    program = self._compiled(experiment.replace(seed=0, lr=0.0))
     init_key, _ = jax.random.split(jax.random.key(experiment.seed))
     state = program.init(self.feed.init(init_key))
     if run.history:
       state = checkpoints.restore(state)
     elif experiment.feed == "arrays":
-      self._record(run, state, 0, num_steps)
-    observers = [
-      OBSERVERS[name](self.feed.loss, method, num_steps, **settings)
-      for name, settings in experiment.measure.items()
-    ]
-    epochs = range(run.last.epoch if run.history else 0, experiment.epochs)
+      measured = self.feed.measure(_evaluated(experiment, state))
+      run.history.append(run.last._replace(**measured))
+    observer = None
+    if experiment.measure:
+      settings = experiment.measure["variance"]
+      observer = Variance(self.feed.loss, program, **settings)
+    epochs = range(run.last.epoch, experiment.epochs)
     # So that no process waits for another one for ever.
     for epoch in optax_svrg.lockstep(epochs):
-      state = self._train(run, method, program, observers, state, epoch)
+      state = self._train(run, program, observer, state, epoch)
       if epoch + 1 == experiment.epochs:
         run.finished = True
         run.measured |= self.feed.finish(_evaluated(experiment, state))
-        for observer in observers:
-          run.measured |= observer.result
+        if observer:
+          run.measured["variance"] = observer.result
       if checkpoints is not None:
         checkpoints.save(run, state)
       on_epoch(run, run.last)
 
-  def _compile(self, experiment: Experiment) -> tuple[methods.Method, Program]:
+  def _compile(self, experiment: Experiment) -> Program:
     context = self.feed.context(experiment)
     settings = experiment.method_settings
     method = methods.make(experiment.method, context, **settings)
-    return method, self.feed.program(experiment, method)
+    return self.feed.program(experiment, method)
 
   def _train(
     self,
     run: Run,
-    method: methods.Method,
     program: Program,
-    observers: Sequence[Variance],
+    observer: Variance | None,
     state: TrainState,
     epoch: int,
   ) -> TrainState:
-    """Trains an epoch, and records it."""
+    """Trains an epoch, and adds it to the history."""
     experiment, num_examples = run.experiment, self.feed.num_examples
-    num_steps = method.num_steps(self.feed.context(experiment))
+    method, num_steps = program.method, program.num_steps
     takes_snapshot = False
     if epoch % experiment.snapshot_every == 0:
       # If a step uses it until the next one.
@@ -130,12 +129,11 @@ class Trainer:
       state, experiment.seed, epoch, takes_snapshot
     )
     seconds = time.perf_counter() - begun
-    seen = program.batches(batches) if observers else None
-    stops = {0, num_steps}.union(*(observer.stops for observer in observers))
-    for start, stop in itertools.pairwise(sorted(stops)):
-      for observer in observers:
-        if start in observer.stops:
-          state = observer.look(epoch, start, seen, state)
+    seen = program.batches(batches) if observer else None
+    looks = observer.stops if observer else set()
+    for start, stop in itertools.pairwise(sorted({0, num_steps} | looks)):
+      if start in looks:
+        state = observer.look(epoch, start, seen, state)
       begun = time.perf_counter()
       state = program.advance(state, batches, experiment.lr, start, stop)
       jax.block_until_ready(state)
@@ -146,41 +144,26 @@ class Trainer:
     # With "streams", a pass is over the batches of the epoch.
     passed = num_examples if experiment.feed == "arrays" else count
     count += takes_snapshot * passed
-    count += int(state.observed.extra_gradients) * experiment.batch_size
-    self._record(run, state, epoch + 1, num_steps, count, seconds)
-    return state
-
-  def _record(
-    self,
-    run: Run,
-    state: TrainState,
-    epoch: int,
-    num_steps: int,
-    evaluations: int = 0,
-    seconds: float = 0.0,
-  ) -> None:
-    """Adds the state after an epoch, and what it took, to the history."""
-    observed, num_examples = state.observed, self.feed.num_examples
-    if run.history:
-      seconds += run.last.seconds
-      evaluations += round(run.last.gradients_per_example * num_examples)
+    observed, last = state.observed, run.last
+    count += int(observed.extra_gradients) * experiment.batch_size
+    count += round(last.gradients_per_example * num_examples)
     ratio = None
     if observed.plain_moment > 0:
       ratio = float(observed.corrected_moment / observed.plain_moment)
     measured = {
       "train_loss": float(observed.loss) / num_steps,
-      **self.feed.measure(_evaluated(run.experiment, state)),
+      **self.feed.measure(_evaluated(experiment, state)),
     }
-    run.history.append(
-      Point(
-        epoch,
-        **measured,
-        gradients_per_example=evaluations / num_examples,
-        seconds=seconds,
-        alpha=float(observed.alpha / num_steps) if epoch else None,
-        variance_ratio=ratio,
-      )
+    point = Point(
+      epoch + 1,
+      **measured,
+      gradients_per_example=count / num_examples,
+      seconds=seconds + last.seconds,
+      alpha=float(observed.alpha / num_steps),
+      variance_ratio=ratio,
     )
+    run.history.append(point)
+    return state
 
 
 def _evaluated(experiment: Experiment, state: TrainState) -> optax.Params:

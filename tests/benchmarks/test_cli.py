@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it lists, what it refuses, and how it ends."""
 
-import importlib
 import math
 from pathlib import Path
 import subprocess
@@ -20,7 +19,7 @@ OPTIONAL = {name for name, e in cli.COMMANDS.items() if e.extra != "benchmarks"}
 def load(name):
   """The command, if its optional packages are installed."""
   try:
-    return importlib.import_module(cli.COMMANDS[name].module).main
+    return cli.main.get_command(None, name)
   except ModuleNotFoundError as error:
     if name not in OPTIONAL:
       raise
@@ -98,7 +97,7 @@ def test_number():
     ("train --colour=red", "No such option '--colour'"),
     ("train --dataset=cifar", "'--dataset': 'cifar' is not one of"),
     ("train --model=cnn", "'--model': 'cnn' is not one of"),
-    ("train --methods=plain,sarah", "'sarah' is not one of plain"),
+    ("train --methods=plain,sarah", "'sarah' is not one of 'plain'"),
     ("train --methods=svrg,svrg", "'svrg,svrg' has a name twice"),
     ("train --methods=", "'--methods': '' is not one of"),
     ("train --epochs=0", "'--epochs': 0 is not in the range"),
@@ -179,13 +178,14 @@ def test_exit_status_of_the_module():
   assert result.returncode == 2
   assert not result.stdout
   assert result.stderr == (
-    "Error: Invalid value for '--methods': 'nag' is not one of plain,"
-    " plain-fixed, svrg, alpha-svrg, adaptive, saga, adaptive-saga.\n"
+    "Error: Invalid value for '--methods': 'nag' is not one of 'plain',"
+    " 'plain-fixed', 'svrg', 'alpha-svrg', 'adaptive', 'saga',"
+    " 'adaptive-saga'.\n"
   )
 
 
 def test_a_missing_package_names_its_extra(call, monkeypatch):
-  entry = cli.Entry("no_such_package.module", "Fails.", "tfds")
+  entry = cli.Entry("Fails.", "no_such_package.module", "tfds")
   monkeypatch.setitem(cli.COMMANDS, "fails", entry)
   result = call("fails")
   assert result.exit_code == 2
@@ -198,7 +198,7 @@ def test_a_missing_package_names_its_extra(call, monkeypatch):
 def test_a_fault_of_our_own_is_not_taken_for_a_missing_package(
   call, monkeypatch
 ):
-  entry = cli.Entry("benchmarks.no_such_module", "Fails.")
+  entry = cli.Entry("Fails.", "benchmarks.no_such_module")
   monkeypatch.setitem(cli.COMMANDS, "fails", entry)
   result = call("fails")
   assert isinstance(result.exception, ModuleNotFoundError)

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+import benchmarks
 from benchmarks.harness.experiment import Experiment, Point, Run
-from benchmarks.harness.store import Store, StoreError, write_json
+from benchmarks.harness.store import Store, write_json
 
 EXPERIMENT = Experiment(
   dataset="mnist-5k",
@@ -109,7 +110,7 @@ def test_a_run_of_another_configuration_is_never_returned(tmp_path):
 def test_a_damaged_file_is_an_error_in_one_line(content, tmp_path):
   store = Store(tmp_path)
   store.path(EXPERIMENT).write_text(content)
-  with pytest.raises(StoreError, match="holds no run") as error:
+  with pytest.raises(benchmarks.UserError, match="holds no run") as error:
     store.get(EXPERIMENT)
   assert "\n" not in str(error.value)
   assert str(store.path(EXPERIMENT)) in str(error.value)
@@ -117,7 +118,7 @@ def test_a_damaged_file_is_an_error_in_one_line(content, tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(StoreError, match="Not a directory"):
+  with pytest.raises(benchmarks.UserError, match="Not a directory"):
     Store(tmp_path / "file" / "folder").put(make_run())
 
 

@@ -110,13 +110,14 @@ class TestArrays:
     feed = array_feed.ArrayFeed(experiment, dataset)
     context = feed.context(experiment)
     method = methods.make("plain-fixed", context)
+    num_steps = method.num_steps(context)
     partitions, orders, fixed = [], set(), set()
     for epoch in range(2):
       keys = (jax.random.key(epoch), jax.random.key(7))
       in_order = method._replace(has_fixed_order=True)
-      _, drawn = feed._draw(context, in_order, (), *keys)
+      _, drawn = feed._draw(in_order, num_steps, (), *keys)
       fixed.add(tuple(drawn.batch_index.tolist()))
-      _, drawn = feed._draw(context, method, (), *keys)
+      _, drawn = feed._draw(method, num_steps, (), *keys)
       indices, is_real, order, _ = drawn
       mask = np.ones(indices.shape, bool) if is_real is None else is_real
       indices, mask, order = map(np.asarray, (indices, mask, order))

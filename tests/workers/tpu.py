@@ -69,6 +69,28 @@ def shapes_of(table):
       yield f"{names[x.dtype.name]}[{','.join(map(str, shape))}]"
 
 
+def copies(text, shapes):
+  """Operations that write an array of one of some shapes, but not in place."""
+  computations = hlo.parse(text)
+  return [
+    operation
+    for operation, _ in hlo.executed(computations)
+    if operation.kind not in hlo._FREE
+    and any(x.group() in shapes for x in hlo._ARRAY.finditer(operation.shape))
+    and not updates_in_place(computations, operation)
+  ]
+
+
+def updates_in_place(computations, operation):
+  """Whether it is, or is a fusion with, a ``dynamic-update-slice``."""
+  called = operation.called if operation.kind == "fusion" else []
+  return any(
+    x.kind == "dynamic-update-slice"
+    and x.shape.split("{")[0] in operation.shape
+    for x in (operation, *(x for name in called for x in computations[name]))
+  )
+
+
 def measure(case):
   mesh = tpu_program.make_mesh(case.topology)
   fn, args = tpu_program.make_step(case, mesh, loss, PARAMS, SHAPE)
@@ -80,7 +102,7 @@ def measure(case):
   params, (own, _), *_ = args
   table = getattr(own, "table", ())
   return {
-    "copies": [x.line for x in hlo.copies(text, set(shapes_of(table)))],
+    "copies": [x.line for x in copies(text, set(shapes_of(table)))],
     "reduced": hlo.traffic(text, mesh.size).num_bytes,
     "params": tpu_program.bytes_per_device(params),
     "batch": tpu_program.bytes_per_device(args[2]),
