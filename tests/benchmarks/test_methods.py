@@ -73,8 +73,8 @@ def train(transform, epochs=EPOCHS, lr=0.3):
 
 def experiment(study, name):
   """An experiment of the method that a study has by this name."""
-  template = next(iter(study.CELLS.values())).template
-  return study.ARMS[name](template.replace(epochs=12))
+  template = next(iter(study.STUDY.cells.values())).template
+  return study.STUDY.arms[name](template.replace(epochs=12))
 
 
 def follow(strategy, epochs=EPOCHS, lr=0.3):
