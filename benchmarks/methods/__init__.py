@@ -37,11 +37,9 @@ def _fixed(
 
 
 def _adaptive_saga(
-  context: Context, table_dtype: str | None = None, fixed_order: bool = False
+  context: Context, fixed_order: bool = False, **settings: Any
 ) -> Method:
-  transform = optax_svrg.adaptive_saga(
-    context.num_fixed_batches, table_dtype=table_dtype
-  )
+  transform = optax_svrg.adaptive_saga(context.num_fixed_batches, **settings)
   return _fixed(transform, fixed_order)
 
 

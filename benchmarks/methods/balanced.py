@@ -14,7 +14,7 @@ References:
   Reshuffling <https://arxiv.org/abs/2205.10733>`_, 2022, algorithm 4
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,12 +77,9 @@ def signs_of(
   factors: Factors, signed: Sequence[jax.Array], mean: Sequence[jax.Array]
 ) -> jax.Array:
   """The signs of a batch, -1 or 1, one example after the other."""
-
-  def products(of: Sequence[jax.Array]) -> jax.Array:
-    return sum(
-      ((x @ y) * d).sum(1) for (x, d), y in zip(factors, of, strict=True)
-    )
-
+  products = lambda of: sum(
+    ((x @ y) * d).sum(1) for (x, d), y in zip(factors, of, strict=True)
+  )
   gram = sum((x @ x.T) * (d @ d.T) for x, d in factors)
   by_mean = products(mean)
   square = optax.tree.vdot(mean, mean)
@@ -106,29 +103,18 @@ def method(context: Context, form: str = "last") -> Method:
   Leaves the gradient as it is, and finds the signs of its examples.
   """
 
-  def init_fn(params: optax.Params) -> BalancedState:
+  def init_fn(params):
     layers = params.get("mlp", {}).get("layers", {})
     kept = list(layers.values()) if form == "whole" else [*layers.values()][-1:]
-    sums = [
-      [jnp.zeros((len(x["kernel"]) + 1, x["kernel"].shape[1])) for x in kept]
-      for _ in range(3)
-    ]
+    shapes = [(len(x["kernel"]) + 1, x["kernel"].shape[1]) for x in kept]
     return BalancedState(
       jnp.arange(context.num_examples, dtype=jnp.int32),
       jnp.zeros(context.num_examples, jnp.int8),
       jnp.zeros([], jnp.int32),
-      *sums,
+      *([jnp.zeros(shape) for shape in shapes] for _ in range(3)),
     )
 
-  def update_fn(
-    updates: optax.Updates,
-    state: BalancedState,
-    params: optax.Params,
-    *,
-    factors_fn: Callable[[optax.Params, bool], Factors],
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, BalancedState]:
-    del extra_args
+  def update_fn(updates, state, params, *, factors_fn, **extra_args):
     found = factors_fn(params, form == "whole")
     size = len(found[0][0])
     if form == "random":
@@ -142,14 +128,11 @@ def method(context: Context, form: str = "last") -> Method:
       for s, m, (x, d) in zip(state.signed, state.mean, found, strict=True)
     ]
     total = [t + x.T @ d for t, (x, d) in zip(state.total, found, strict=True)]
-    at = (state.step * size,)
+    seen = jax.lax.dynamic_update_slice(
+      state.signs, signs.astype(jnp.int8), (state.step * size,)
+    )
     return updates, state._replace(
-      signs=jax.lax.dynamic_update_slice(
-        state.signs, signs.astype(jnp.int8), at
-      ),
-      step=state.step + 1,
-      signed=signed,
-      total=total,
+      signs=seen, step=state.step + 1, signed=signed, total=total
     )
 
   transform = optax.GradientTransformationExtraArgs(init_fn, update_fn)

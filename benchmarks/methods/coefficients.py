@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SVRG with the coefficient found in other ways than the library's."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +9,6 @@ import jax.numpy as jnp
 import optax
 
 import optax_svrg
-
-VARIANTS: dict[str, Mapping[str, Any]] = {
-  "decay 0.8": {"decay": 0.8},
-  "with the current batch": {"current": True},
-  "per array": {"per_leaf": True},
-  "never reset": {"kept": True},
-}
 
 
 class CoefficientState(NamedTuple):
@@ -59,9 +51,8 @@ def transform(
       [inner_products(x, control) for x in (centred, control)]
     )
     old = jnp.stack([state.covariance, state.variance])
-    is_first = before.num_snapshots != state.seen
     if not kept:
-      old = jnp.where(is_first, 0, old)
+      old = jnp.where(before.num_snapshots != state.seen, 0, old)
     new = decay * old + (1 - decay) * products
     covariance, variance = new if current else old
     known = variance > 0
@@ -69,15 +60,10 @@ def transform(
     alpha = jnp.clip(ratio, 0, 1)
     after = before._replace(count=before.count + 1, alpha=alpha.mean())
     # A coefficient for each array, or one for all.
-    updates, treedef = jax.tree.flatten(updates)
-    alphas = jnp.broadcast_to(alpha, len(updates))
-    controls = jax.tree.leaves(control)
-    made = [
-      g - a * c for g, a, c in zip(updates, alphas, controls, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, made), CoefficientState(
-      after, before.num_snapshots, *new
-    )
+    treedef = jax.tree.structure(updates)
+    alphas = treedef.unflatten(jnp.broadcast_to(alpha, treedef.num_leaves))
+    made = jax.tree.map(lambda g, a, c: g - a * c, updates, alphas, control)
+    return made, CoefficientState(after, before.num_snapshots, *new)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive SAGA with additions."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.flatten_util
@@ -10,19 +9,6 @@ import jax.numpy as jnp
 import optax
 
 import optax_svrg
-
-VARIANTS: dict[str, Mapping[str, Any]] = {
-  "half a table": {"share": 0.5},
-  "a tenth of a table": {"share": 0.1},
-  "table filled first": {"filled_first": True},
-  "one more entry per step": {"refreshed": 1},
-}
-
-
-def equal_epochs(settings: Mapping[str, Any], epochs: int) -> int:
-  """Number of epochs that take as many gradients as adaptive SAGA's."""
-  first, others = settings.get("filled_first", 0), settings.get("refreshed", 0)
-  return (epochs - first) // (1 + others)
 
 
 class VariantState(NamedTuple):

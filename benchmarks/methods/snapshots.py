@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshot strategies: SVRG that takes its snapshots within the steps."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,22 +9,6 @@ import optax
 
 from benchmarks.methods.method import Context, Method
 import optax_svrg
-
-STRATEGIES: dict[str, Mapping[str, Any]] = {
-  "full pass": {},
-  "gradient table": {"keeps_table": True},
-  "a pass each 2 epochs": {"every": 2},
-  "a pass each 4 epochs": {"every": 4},
-  "coin flips": {"by_chance": True},
-  "1/2 sampled": {"share": 1 / 2},
-  "1/2 sampled, max_alpha=1/2": {"share": 1 / 2, "max_alpha": 1 / 2},
-  "1/8 sampled": {"share": 1 / 8},
-  "1/8 sampled, alpha=1": {"share": 1 / 8, "alpha": 1.0},
-  "1/8 sampled, max_alpha=1/8": {"share": 1 / 8, "max_alpha": 1 / 8},
-  "growing samples": {"share": 1 / 16, "growth": 2.0},
-  "first half": {"stop": 1 / 2},
-  "second half": {"start": 1 / 2},
-}
 
 
 class SnapshotsState(NamedTuple):
@@ -70,16 +53,7 @@ def method(
   else:
     svrg = optax_svrg.alpha_svrg(alpha)
   num_steps = context.steps_per_epoch
-
-  def decide(step, key):
-    """Says whether variance is reduced, and whether a snapshot is due."""
-    if by_chance:
-      due = jax.random.bernoulli(key, 1 / num_steps) | (step == 0)
-      return jnp.ones([], bool), due
-    epoch = step // num_steps
-    first, last = (int(x * context.epochs) for x in (start, stop))
-    enabled = (epoch >= first) & (epoch < last)
-    return enabled, enabled & (step % num_steps == 0) & (epoch % every == 0)
+  first, last = (int(x * context.epochs) for x in (start, stop))
 
   def init_fn(params):
     zeros = lambda p: jnp.zeros((num_steps, *p.shape), p.dtype)
@@ -116,7 +90,11 @@ def method(
     before = state.svrg
     # The same in all trainings.
     key = jax.random.fold_in(jax.random.key(0), before.count)
-    enabled, due = decide(before.count, key)
+    epoch, step = jnp.divmod(before.count, num_steps)
+    enabled = (epoch >= first) & (epoch < last)
+    due = enabled & (step == 0) & (epoch % every == 0)
+    if by_chance:
+      due = jax.random.bernoulli(key, 1 / num_steps) | (before.count == 0)
     # As before the first snapshot: no gradient there is computed.
     number = jnp.where(enabled, before.num_snapshots, 0)
     before = before._replace(num_snapshots=number)
@@ -126,13 +104,11 @@ def method(
       lambda: (before, state.table, jnp.int32(0)),
     )
     if keeps_table:
-      entry = jax.tree.map(lambda t: t[batch_index], table)
-      corrected, after = svrg.update(
-        updates, before, params, snapshot_grads=entry
-      )
+      source = {"snapshot_grads": jax.tree.map(lambda t: t[batch_index], table)}
     else:
+      source = {"grad_fn": grad_fn}
       extra_gradients += (before.num_snapshots > 0).astype(jnp.int32)
-      corrected, after = svrg.update(updates, before, params, grad_fn=grad_fn)
+    corrected, after = svrg.update(updates, before, params, **source)
     return corrected, SnapshotsState(
       state.extra_gradients + extra_gradients, after, table
     )

@@ -7,19 +7,15 @@ import math
 
 from benchmarks.harness import report, study
 
-PLAIN, CONTROL, LAST, WHOLE, SAGA = (
-  *("plain", "random signs", "balanced, last layer"),
-  *("balanced, whole gradient", "adaptive SAGA"),
-)
-LENGTHS = {"plain, 1.25x the epochs": 1.25, "plain, 1.5x the epochs": 1.5}
-ARMS = {
-  PLAIN: study.plain(1),
-  **{name: study.plain(length) for name, length in LENGTHS.items()},
-  CONTROL: study.arm("balanced-order", form="random"),
-  LAST: study.arm("balanced-order", form="last"),
-  WHOLE: study.arm("balanced-order", form="whole"),
-  SAGA: study.arm("adaptive-saga"),
+PLAIN = "plain"
+LENGTHS = {PLAIN: 1} | {f"plain, {x}x the epochs": x for x in (1.25, 1.5)}
+OURS = {
+  "random signs": study.arm("balanced-order", form="random"),
+  "balanced, last layer": study.arm("balanced-order", form="last"),
+  "balanced, whole gradient": study.arm("balanced-order", form="whole"),
+  "adaptive SAGA": study.arm("adaptive-saga"),
 }
+ARMS = {name: study.plain(length) for name, length in LENGTHS.items()} | OURS
 CELLS = study.cells(
   study.cell("mnist-5k", "logreg", "adamw"),
   study.cell("fashion-mnist", "mlp2", "adamw"),
@@ -29,15 +25,13 @@ CELLS = study.cells(
   study.cell("fashion-mnist", "mlp2", "muon"),
   study.cell("fashion-mnist", "mlp4", "adamw", train_examples=10_240),
 )
-OURS = (CONTROL, LAST, WHOLE, SAGA)
 
 
 def _length(results: study.Results, cell: str, name: str) -> str:
   """How much longer plain training reaches the loss, as far as was tried."""
   if name not in OURS:
     return ""
-  curve = [(1.0, results.mean(cell, PLAIN))]
-  curve += [(x, results.mean(cell, arm)) for arm, x in LENGTHS.items()]
+  curve = [(x, results.mean(cell, arm)) for arm, x in LENGTHS.items()]
   loss = results.mean(cell, name)
   if loss >= curve[0][1]:
     return "none"

@@ -2,7 +2,6 @@
 """The coefficient of SVRG: given by a schedule, or estimated in many ways."""
 
 from benchmarks.harness import figures, report, study
-from benchmarks.methods import coefficients
 
 PLAIN, ADAPTIVE = "plain", "adaptive SVRG"
 GIVEN = {
@@ -13,8 +12,10 @@ GIVEN = {
   ADAPTIVE: study.arm("adaptive"),
 }
 VARIANTS = {
-  name: study.arm("coefficient", **settings)
-  for name, settings in coefficients.VARIANTS.items()
+  "decay 0.8": study.arm("coefficient", decay=0.8),
+  "with the current batch": study.arm("coefficient", current=True),
+  "per array": study.arm("coefficient", per_leaf=True),
+  "never reset": study.arm("coefficient", kept=True),
 }
 RIVALS = [name for name in GIVEN if name != ADAPTIVE]
 GRID = study.cells(
@@ -50,9 +51,7 @@ def _variants(results: study.Results, cell: str) -> str:
   columns = {
     "estimate": lambda c, name: name,
     "final train loss": results.loss_text,
-    "/ plain's": lambda c, name: (
-      f"{results.mean(c, name) / results.mean(c, PLAIN):.3f}"
-    ),
+    "/ plain's": lambda c, name: f"{results.ratio(name, PLAIN, [c]):.3f}",
     "against adaptive": results.against(rivals, [cell]),
   }
   return f"Other estimates: {cell}\n\n{results.table(columns, [cell])}"

@@ -18,29 +18,21 @@ CELLS = study.cells(
   study.cell("fashion-mnist", "mlp2", "adamw", label_noise=0.3),
   study.cell("fashion-mnist", "mlp2", "adamw", augment="shift-flip"),
 )
-PAIRS = {
-  f"{ours} against {rival}": (ours, rival)
-  for ours, rival in (
-    *((ADAPTIVE, PLAIN), (ADAPTIVE, FIXED), (ADAPTIVE, "SAGA")),
-    (ROUNDED, ADAPTIVE),
-  )
-}
+RIVALS = [(ADAPTIVE, PLAIN), (ADAPTIVE, FIXED), (ADAPTIVE, "SAGA")]
+PAIRS = {" against ".join(p): p for p in [*RIVALS, (ROUNDED, ADAPTIVE)]}
 
 
 def table(results: study.Results) -> str:
   """Losses, verdicts and accuracies, problem by problem."""
   verdicts = results.verdicts(PAIRS.values())
-  counts = []
-  for title, pair in PAIRS.items():
-    count = comparison.count([verdicts[c, *pair] for c in results.cells])
-    counts.append(f"- {title}: {count}")
+  verdict = lambda cell, title: verdicts[cell, *PAIRS[title]]
+  count = lambda title: comparison.count(
+    [verdict(cell, title) for cell in results.cells]
+  )
   parts = [
     report.grid("final train loss", results.cells, ARMS, results.loss_text),
-    report.grid(
-      *("problem", results.cells, PAIRS),
-      lambda cell, title: verdicts[cell, *PAIRS[title]],
-    ),
-    "\n".join(counts),
+    report.grid("problem", results.cells, PAIRS, verdict),
+    "\n".join(f"- {title}: {count(title)}" for title in PAIRS),
     report.grid(
       "validation accuracy (%)", results.cells, ARMS, results.accuracy_text
     ),

@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshot strategies: what cheaper snapshots cost in loss."""
 
+import functools
+
 from benchmarks.harness import figures, study
-from benchmarks.methods import snapshots
 
 BASE = "full pass"
+_arm = functools.partial(study.arm, "snapshots")
 STRATEGIES = {
-  name: study.arm("snapshots", **settings)
-  for name, settings in snapshots.STRATEGIES.items()
+  BASE: _arm(),
+  "gradient table": _arm(keeps_table=True),
+  "a pass each 2 epochs": _arm(every=2),
+  "a pass each 4 epochs": _arm(every=4),
+  "coin flips": _arm(by_chance=True),
+  "1/2 sampled": _arm(share=1 / 2),
+  "1/2 sampled, max_alpha=1/2": _arm(share=1 / 2, max_alpha=1 / 2),
+  "1/8 sampled": _arm(share=1 / 8),
+  "1/8 sampled, alpha=1": _arm(share=1 / 8, alpha=1.0),
+  "1/8 sampled, max_alpha=1/8": _arm(share=1 / 8, max_alpha=1 / 8),
+  "growing samples": _arm(share=1 / 16, growth=2.0),
+  "first half": _arm(stop=1 / 2),
+  "second half": _arm(start=1 / 2),
 }
 ARMS = study.LENGTHS | STRATEGIES
 # At about the best learning rate of plain.

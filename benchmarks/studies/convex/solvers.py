@@ -57,8 +57,8 @@ def _fit_linear(problem: Problem, tol: float) -> Found:
 
 # Cached: programs are compiled for each function object.
 @functools.lru_cache
-def _mean_loss(l2: float) -> Callable[..., jax.Array]:
-  """The smooth part of the objective."""
+def _mean_loss(l2: float) -> tuple[Callable[..., jax.Array], Callable]:
+  """The smooth part of the objective; compiled, with its gradient."""
 
   def loss(weights: jax.Array, batch: Any) -> jax.Array:
     features, labels = batch
@@ -70,13 +70,13 @@ def _mean_loss(l2: float) -> Callable[..., jax.Array]:
     )
     return jnp.mean(losses) + l2 / 2 * jnp.sum(weights**2)
 
-  return loss
+  return loss, jax.jit(jax.value_and_grad(loss))
 
 
 def _minimize(method: str, problem: Problem, tol: float) -> Found:
   start, data = jnp.zeros(problem.shape), (problem.features, problem.labels)
   prox = optax_svrg.prox_l1(problem.l1) if problem.l1 else None
-  loss = _mean_loss(problem.l2)
+  loss, _ = _mean_loss(problem.l2)
   result = optax_svrg.minimize(
     loss, start, data, method=method, prox=prox, tol=tol
   )
@@ -88,11 +88,8 @@ def _minimize(method: str, problem: Problem, tol: float) -> Found:
 def _passes_of_estimates(num_epochs: int, num_examples: int) -> float:
   """Passes of the step sizes of ``minimize``: 5 products, two passes each."""
   num_batches = num_examples // -(-num_examples // 100)
-  passes, epoch = 0.0, 0
-  while epoch < max(1, num_epochs):
-    passes += 10 * min(max(8, epoch), num_batches) / num_batches
-    epoch = max(1, 2 * epoch)
-  return passes
+  epochs = [0, *(2**k for k in range(20) if 2**k < num_epochs)]
+  return sum(10 * min(max(8, i), num_batches) / num_batches for i in epochs)
 
 
 def _scikit_learn(solver: str, problem: Problem, count: float) -> Found:
@@ -116,14 +113,9 @@ def _scikit_learn(solver: str, problem: Problem, count: float) -> Found:
   return Found(model.coef_.T, passes)
 
 
-@functools.lru_cache
-def _compiled_gradient(l2: float) -> Callable[..., Any]:
-  return jax.jit(jax.value_and_grad(_mean_loss(l2)))
-
-
 def _scipy(problem: Problem, count: float) -> Found:
   """L-BFGS; with l1, L-BFGS-B on positive and negative parts of weights."""
-  value_and_grad = _compiled_gradient(problem.l2)
+  _, value_and_grad = _mean_loss(problem.l2)
   data = tuple(map(jnp.asarray, problem[:2]))
   size, l1 = math.prod(problem.shape), problem.l1
 

@@ -53,19 +53,18 @@ def trace(
   problem: problems.Problem, solver: solvers.Solver, minimum: float
 ) -> dict[str, Any]:
   """Calls a solver with more and more effort, up to the least tolerance."""
-  record: dict[str, Any] = {"compiling": 0.0}
-  record |= {name: [] for name in ("passes", "seconds", "gap")}
+  record = {"compiling": 0.0, "passes": [], "seconds": [], "gap": []}
   for effort in solver.efforts:
     compiles = solver.uses_jax and not record["gap"]
     if compiles:
       jax.clear_caches()
-    found, seconds = _timed(solver, problem, effort)
-    if compiles or seconds < _SHORT:
-      first = seconds
+    found, first = _timed(solver, problem, effort)
+    seconds = first
+    if compiles or first < _SHORT:
       found, again = _timed(solver, problem, effort)
       seconds = min(first, again)
-      if compiles:
-        record["compiling"] = first - seconds
+    if compiles:
+      record["compiling"] = first - seconds
     gap = problems.evaluate(problem, found.weights).value - minimum
     record["passes"].append(found.passes)
     record["seconds"].append(seconds)
@@ -201,8 +200,8 @@ def main(
 
   For one core, start it by taskset. The features of a net need --data-dir.
   """
-  needs_data = lambda name: name.startswith(problems.PROBED)
-  if not data_dir and any(map(needs_data, cells)):
+  has_data = lambda name: data_dir or not name.startswith(problems.PROBED)
+  if not all(map(has_data, cells)):
     raise click.UsageError(f"{problems.PROBED} needs --data-dir.")
   path = out / "runs.json"
   document = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -216,9 +215,7 @@ def main(
       for name in ("scikit-learn", "scipy")
     },
   }
-  for name in cells or problems.CELLS:
-    if needs_data(name) and not data_dir:
-      continue
+  for name in cells or filter(has_data, problems.CELLS):
     problem = problems.make(name, data_dir)
     with jax.enable_x64(True):
       for _ in _complete(name, problem, found.setdefault(name, {})):
