@@ -436,10 +436,9 @@ class Study:
   ) -> list[Run]:
     """Trains what the store lacks: first to tune, then for the verdict.
 
-    ``options`` are those of :func:`runner.run_all`.
+    ``options`` are those of :func:`trainer.run_all`.
     """
-    from benchmarks.harness import runner, store
-    from benchmarks.harness.progress import Progress
+    from benchmarks.harness import store, trainer
 
     stored = store.Store(out)
     runs: dict[Experiment, Run] = {}
@@ -451,9 +450,6 @@ class Study:
         for experiment in results.experiments(cell, arm)
         if experiment not in runs
       ]
-      with Progress(sum(e.epochs for e in wanted)) as progress:
-        made = runner.run_all(
-          wanted, stored, data_dir=data_dir, progress=progress, **options
-        )
+      made = trainer.run_all(wanted, stored, data_dir=data_dir, **options)
       runs |= {run.experiment: run for run in made}
     return list(runs.values())

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: one loop for both feeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import contextlib
 import functools
 import itertools
 from pathlib import Path
@@ -18,6 +19,8 @@ from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.observers import Variance
 from benchmarks.harness.program import OPTIMIZERS, Program, TrainState
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.store import Store
 from benchmarks.harness.stream_feed import StreamFeed
 import optax_svrg
 
@@ -169,3 +172,34 @@ class Trainer:
 def _evaluated(experiment: Experiment, state: TrainState) -> optax.Params:
   optimizer = OPTIMIZERS[experiment.optimizer]
   return optimizer.evaluated(state.opt_state[1], state.params)
+
+
+def run_all(
+  experiments: Iterable[Experiment],
+  store: Store,
+  *,
+  data_dir: Path | None = None,
+  checkpoint_dir: Path | None = None,
+  **options: Any,
+) -> list[Run]:
+  """Trains each experiment that the store lacks, and stores it as it ends.
+
+  Experiments on the same data and model share a trainer, and those that differ
+  in learning rate and seed alone its compiled functions.
+  """
+  found = {experiment: store.get(experiment) for experiment in experiments}
+  missing = [experiment for experiment, run in found.items() if run is None]
+  with Progress(sum(experiment.epochs for experiment in missing)) as progress:
+    for common in dict.fromkeys(map(shared, missing)):
+      data = load(common.dataset, common.feed, data_dir)
+      trainer = Trainer(common, data, **options)
+      for experiment in (e for e in missing if shared(e) == common):
+        run = found[experiment] = Run(experiment)
+        saved: Checkpoints | None = None
+        if checkpoint_dir is not None:
+          folder = checkpoint_dir / experiment.name
+          saved = Checkpoints(folder, experiment.identity(), folder.exists())
+        with saved or contextlib.nullcontext():
+          trainer.fit(run, on_epoch=progress, checkpoints=saved)
+        store.put(run)
+  return list(found.values())

@@ -13,9 +13,8 @@ from benchmarks import cli, models
 from benchmarks.data import arrays
 from benchmarks.harness import figures, publishing, report
 from benchmarks.harness.experiment import Experiment, Run
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.runner import run_all
 from benchmarks.harness.store import Store
+from benchmarks.harness.trainer import run_all
 
 # Constant over training; what the paper's analysis had is not known.
 LEARNING_RATES = {"sgd": 0.1, "adamw": 0.001}
@@ -208,7 +207,6 @@ def main(
     if name in (model or (name,)) and kind in (optimizer or (kind,))
     for method in METHODS
   ]
-  with Progress(sum(e.epochs for e in wanted)) as progress:
-    runs = run_all(wanted, Store(out), data_dir=data_dir, progress=progress)
+  runs = run_all(wanted, Store(out), data_dir=data_dir)
   document = publishing.pack("variance", runs, lambda experiment: False)
   publishing.show("variance", document, publish)

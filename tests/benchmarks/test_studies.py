@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import pytest
 
 from benchmarks import methods
-from benchmarks.harness import comparison, figures, publishing, runner, study
+from benchmarks.harness import comparison, figures, publishing, study, trainer
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.program import OPTIMIZERS
 from benchmarks.models import MODELS
@@ -50,12 +50,12 @@ def untrained(monkeypatch):
   """Nothing is trained; collects the experiments that are asked for."""
   asked = []
 
-  def run_all(experiments, store, *, data_dir, progress):
+  def run_all(experiments, store, *, data_dir):
     experiments = list(experiments)
     asked.extend(experiments)
     return [trained(experiment) for experiment in experiments]
 
-  monkeypatch.setattr(runner, "run_all", run_all)
+  monkeypatch.setattr(trainer, "run_all", run_all)
   return asked
 
 

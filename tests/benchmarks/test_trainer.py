@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.data import arrays, sources
-from benchmarks.harness import array_feed, runner, stream_feed
+from benchmarks.harness import array_feed, stream_feed
+from benchmarks.harness import trainer as trainer_lib
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Run
 from benchmarks.harness.program import is_decayed, optimizer
@@ -424,23 +425,27 @@ class TestRunAll:
   def test_what_is_stored_is_not_repeated(
     self, data_dir, tmp_path, monkeypatch
   ):
+    seen = []
+    monkeypatch.setattr(
+      trainer_lib.Progress,
+      "__call__",
+      lambda self, run, point: seen.append(run.experiment),
+    )
     store = Store(tmp_path)
     wanted = [
       ARRAYS.replace(model="logreg", method=method, seed=seed)
       for seed in range(2)
       for method in ("plain", "svrg")
     ]
-    seen = []
-    tell = lambda run, point: seen.append(run.experiment)
-    first = runner.run_all(wanted[:2], store, data_dir=data_dir, progress=tell)
+    first = trainer_lib.run_all(wanted[:2], store, data_dir=data_dir)
     assert [run.experiment for run in first] == wanted[:2]
     assert all(run.finished for run in first)
-    more = runner.run_all(wanted, store, data_dir=data_dir, progress=tell)
+    more = trainer_lib.run_all(wanted, store, data_dir=data_dir)
     assert [run.experiment for run in more] == wanted
     assert set(seen[4:]) == set(wanted[2:])
     assert more[0].history == first[0].history
-    monkeypatch.setattr(runner, "Trainer", None)
-    again = runner.run_all(wanted, store)
+    monkeypatch.setattr(trainer_lib, "Trainer", None)
+    again = trainer_lib.run_all(wanted, store)
     assert [r.history for r in again] == [r.history for r in more]
 
   def test_seeds_and_learning_rates_share_a_program(
@@ -460,22 +465,24 @@ class TestRunAll:
       for seed in range(2)
       for lr in (0.1, 0.2)
     ]
-    runs = runner.run_all(wanted, Store(tmp_path), data_dir=data_dir)
+    runs = trainer_lib.run_all(wanted, Store(tmp_path), data_dir=data_dir)
     assert made == ["plain", "adaptive"]
     assert len({run.last.train_loss for run in runs}) == len(wanted)
 
   def test_a_run_that_was_stopped_goes_on(self, data_dir, tmp_path):
-    def stop(run, point):
+    def stop(*args):
       raise KeyboardInterrupt
 
     experiment = ARRAYS.replace(model="logreg")
     store = Store(tmp_path / "runs")
     where = {"data_dir": data_dir, "checkpoint_dir": tmp_path / "saved"}
-    with pytest.raises(KeyboardInterrupt):
-      runner.run_all([experiment], store, progress=stop, **where)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(trainer_lib.Progress, "__call__", stop)
+      with pytest.raises(KeyboardInterrupt):
+        trainer_lib.run_all([experiment], store, **where)
     assert store.get(experiment) is None
-    (run,) = runner.run_all([experiment], store, **where)
-    (whole,) = runner.run_all(
+    (run,) = trainer_lib.run_all([experiment], store, **where)
+    (whole,) = trainer_lib.run_all(
       [experiment], Store(tmp_path / "whole"), data_dir=data_dir
     )
     assert without_seconds(run) == without_seconds(whole)
