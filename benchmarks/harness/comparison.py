@@ -72,9 +72,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
   return p.tolist()
 
 
-def verdicts(
-  comparisons: Mapping[Hashable, Comparison],
-) -> dict[Hashable, str]:
+def verdicts(comparisons: Mapping[Hashable, Comparison]) -> dict[Hashable, str]:
   """Says what the comparisons of one table show.
 
   A difference counts if its p-value is below 5 % after Holm's correction over

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+import benchmarks
 from benchmarks import models
 from benchmarks.harness.experiment import Experiment
 from benchmarks.methods import Context, Method
@@ -137,16 +138,23 @@ class Feed:
   ):
     self._common = experiment
     self.num_examples = num_examples
-    settings = {**experiment.model_settings, **settings}
-    self._make_model = models.maker(
-      experiment.model, image_shape, num_classes, settings
+    num_channels, height, width = image_shape
+    if height != width:
+      raise benchmarks.UserError(
+        f"Images must be square, got {height} x {width} pixels."
+      )
+    self._make_model = functools.partial(
+      models.MODELS[experiment.model],
+      *(height, num_channels, num_classes),
+      **{**experiment.model_settings, **settings},
     )
-    model = nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: self._make_model(rngs=nnx.Rngs(0)))
     self._model = functools.partial(nnx.merge, nnx.graphdef(model))
 
   def init(self, key: jax.Array) -> optax.Params:
     """Draws initial parameters."""
-    return nnx.as_pure(nnx.state(self._make_model(nnx.Rngs(key)), nnx.Param))
+    model = self._make_model(rngs=nnx.Rngs(key))
+    return nnx.as_pure(nnx.state(model, nnx.Param))
 
   def context(self, experiment: Experiment) -> Context:
     """Returns what a method is made for."""

@@ -25,8 +25,7 @@ class Progress:
     self._is_first = jax.process_index() == 0
     self._has_bar = self._is_first and sys.stderr.isatty()
     self._bar = rich.progress.Progress(
-      console=rich.console.Console(stderr=True),
-      disable=not self._has_bar,
+      console=rich.console.Console(stderr=True), disable=not self._has_bar
     )
     self._task = self._bar.add_task("compiling", total=total)
 

@@ -314,10 +314,7 @@ class Results:
 
 
 def _loss_and_accuracy(
-  title: str,
-  x: str,
-  loss: str,
-  lines: Callable[[str], Sequence[figures.Line]],
+  title: str, x: str, loss: str, lines: Callable[[str], Sequence[figures.Line]]
 ) -> list[figures.Panel]:
   """A panel for each of the two, with the lines of their fields."""
   return [

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models, by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from flax import nnx
 
-import benchmarks
 from benchmarks.models.convnet import ConvNet
 from benchmarks.models.convnext import ConvNeXt
 from benchmarks.models.mixer import Mixer
@@ -15,7 +13,7 @@ from benchmarks.models.mlp import MLP, NUM_LAYERS, Perceptron, widths
 from benchmarks.models.swin import Swin
 from benchmarks.models.vit import ViT
 
-__all__ = ["MLP", "MODELS", "NUM_LAYERS", "maker", "widths"]
+__all__ = ["MLP", "MODELS", "NUM_LAYERS", "widths"]
 
 # Each makes a model from the size of square images, their number of channels,
 # the number of classes and ``rngs``; further arguments are its settings. Models
@@ -38,19 +36,3 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
   "mixer-s32": Mixer,
   "mixer-s16": partial(Mixer, patch_size=16),
 }
-
-
-def maker(
-  name: str,
-  image_shape: tuple[int, int, int],
-  num_classes: int,
-  settings: Mapping[str, Any],
-) -> Callable[[nnx.Rngs], nnx.Module]:
-  """Returns a function of ``rngs`` that makes a model."""
-  num_channels, height, width = image_shape
-  if height != width:
-    raise benchmarks.UserError(
-      f"Images must be square, got {height} x {width} pixels."
-    )
-  make = partial(MODELS[name], height, num_channels, num_classes, **settings)
-  return lambda rngs: make(rngs=rngs)

@@ -40,10 +40,7 @@ class ConvNeXt(layers.Network):
     layers.grid(shape[0], patch_size, len(depths))
     options = {"dtype": self.dtype, "rngs": rngs}
     make_cut = functools.partial(
-      layers.Cut,
-      kernel_init=layers.normal,
-      bias_init=layers.zeros,
-      **options,
+      layers.Cut, kernel_init=layers.normal, bias_init=layers.zeros, **options
     )
     self.stem = make_cut(patch_size, shape[1], widths[0])
     self.stem_norm = layers.norm(widths[0], **options)

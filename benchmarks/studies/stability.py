@@ -14,10 +14,7 @@ ARMS = {
 }
 CELLS = {
   f"learning-rate-{lr:g}": study.cell(
-    *("fashion-mnist", "mlp4", "sgd"),
-    lr=lr,
-    num_seeds=6,
-    train_examples=2_048,
+    *("fashion-mnist", "mlp4", "sgd"), lr=lr, num_seeds=6, train_examples=2_048
   )
   for lr in (0.3, 0.5, 0.7)
 }

