@@ -174,6 +174,7 @@ class Names(click.Choice):
 
 
 positive = click.IntRange(min=1)
+rate = Number(min=0, min_open=True)
 folder = click.Path(file_okay=False, writable=True, path_type=Path)
 
 

@@ -25,12 +25,12 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from benchmarks.cost import hlo, problem
+from benchmarks.cost import hlo, step_cost
 from benchmarks.harness.stream_feed import divided
 import optax_svrg
 
 METHODS = {
-  "plain": lambda axis_name: problem.TRANSFORMS["plain"],
+  "plain": lambda axis_name: step_cost.TRANSFORMS["plain"],
   "alpha-svrg": functools.partial(optax_svrg.alpha_svrg, 0.75),
   "adaptive-svrg": optax_svrg.adaptive_svrg,
   "alpha-saga": functools.partial(optax_svrg.alpha_saga, 0.75),
@@ -72,11 +72,11 @@ class Case(NamedTuple):
 def make_model(name: str) -> tuple[Callable[..., Any], Any, tuple[int, ...]]:
   """Returns the loss of a model, its parameters, and the shape of an input."""
   if name == "mlp-1024":
-    make, shape = problem.mlp(1024, 1024, 1000, dtype=jnp.bfloat16)
+    make, shape = step_cost.mlp(1024, 1024, 1000, dtype=jnp.bfloat16)
   else:
-    make, shape = problem.image_model(name, 224, 3, 1000, dtype=jnp.bfloat16)
+    make, shape = step_cost.image_model(name, 224, 3, 1000, dtype=jnp.bfloat16)
   model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-  params, loss = problem.split(model)
+  params, loss = step_cost.split(model)
   return loss, params, shape
 
 
@@ -111,7 +111,7 @@ def make_step(
     if is_local and case.method == "plain":
       grads = jax.lax.pmean(grads, _AXIS)  # Which the other methods do.
     extra = {"grad_fn": lambda p: grad(p, batch), "batch_index": batch_index}
-    return problem.advance(tx, params, state, grads, **extra)
+    return step_cost.advance(tx, params, state, grads, **extra)
 
   fn: Callable[..., Any] = step
   if is_local:

@@ -2,10 +2,9 @@
 """The augmentation of images in the alpha-SVRG paper.
 
 The paper trains with what timm 0.6.12 does by the settings of ConvNeXt. No
-kept library for JAX or Grain draws by the same law: dm-pix has single
-operations, augmax no RandAugment, and that of Keras has other operations, with
-strengths drawn otherwise. So :func:`augment` is a thin layer over the
-operations of Pillow, which timm calls too, and :func:`mix` is plain JAX.
+library for JAX or Grain draws by the same law (dm-pix, augmax, Keras), so
+:func:`augment` is a thin layer over the operations of Pillow, which timm calls
+too, and :func:`mix` is plain JAX.
 
 What an image is put through, in this order: a random resized crop, or at 32
 pixels and below a random crop of the padded image; a flip; RandAugment

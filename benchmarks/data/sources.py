@@ -6,18 +6,13 @@ by an index. An element is a dictionary of ``"image"``, uint8 of the shape
 (height, width, channels) with one channel or three and read-only, and
 ``"label"``, an ``int``. Sources can be pickled for Grain's worker processes.
 
-The nine data sets of the paper's tables (Yin et al., "A Coefficient Makes SVRG
-Effective") are those of TensorFlow Datasets, divided as in the authors'
-``datasets.py``, but for EuroSAT, of which they draw other 70 % for training.
-Reading them needs no TensorFlow. Preparing them does, once, in any environment
-that has the packages ``tensorflow``, ``tensorflow-datasets``,
-``importlib_resources`` and, for some, ``scipy``::
-
-  tfds build cifar100 --file_format=array_record --data_dir=DATA_DIR
-
-where ``eurosat`` is called ``eurosat/rgb``, and ``imagenet2012`` also needs
-``--manual_dir=MANUAL_DIR``, the folder of ``ILSVRC2012_img_train.tar`` and
-``ILSVRC2012_img_val.tar``. ``DATA_DIR`` is what ``load`` takes then.
+The nine data sets of the alpha-SVRG paper's tables are those of TensorFlow
+Datasets, divided as in the authors' ``datasets.py``, but for EuroSAT, of which
+they draw other 70 % for training. Reading them needs no TensorFlow. Preparing
+them does, once, with the packages ``tensorflow``, ``tensorflow-datasets``,
+``importlib_resources`` and, for some, ``scipy``. The error of a missing set has
+the command. ``MANUAL_DIR`` is that of ``ILSVRC2012_img_train.tar`` and
+``ILSVRC2012_img_val.tar``.
 """
 
 import dataclasses
@@ -49,8 +44,7 @@ _SPLITS = {
   "imagenet2012": ("train", "validation"),
 }
 
-TFDS_DATASETS = tuple(_SPLITS)
-DATASETS = (*TFDS_DATASETS, *arrays.DATASETS)
+DATASETS = (*_SPLITS, *arrays.DATASETS)
 
 Source = grain.sources.RandomAccessDataSource
 

@@ -34,7 +34,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._manager: ocp.CheckpointManager | None = None
     path = self._folder / _IDENTITY
     if resume:
-      _check_identity(path, identity)
+      check_identity(path, identity, "--checkpoint-dir", "Give another folder.")
       return
     if folder.exists() and any(folder.iterdir()):
       raise benchmarks.UserError(
@@ -45,14 +45,15 @@ class Checkpoints(contextlib.AbstractContextManager):
     ocp.multihost.sync_global_processes("checkpoints")
     if jax.process_index() == 0:
       try:
-        write_json(path, identity)
+        write_json(path, {"identity": identity})
       except benchmarks.UserError as e:
         raise benchmarks.UserError(f"--checkpoint-dir {e}") from e
     ocp.multihost.sync_global_processes("checkpoints")
 
   def load(self, run: Run) -> None:
     """Fills in what is saved of a run, but for its state."""
-    folder = self._folder / f"{run.method}-{run.seed}"
+    e = run.experiment
+    folder = self._folder / f"{e.method}-{e.seed}"
     # A second manager would collide with the first one's removal of what an
     # interrupted run has left, which goes on in the background.
     if self._manager is None or self._manager.directory != folder:
@@ -69,7 +70,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     if self._manager.latest_step() is None:
       return
     saved = self._load("run", ocp.args.JsonRestore())
-    found, wanted = saved.get("experiment"), run.experiment.identity()
+    found, wanted = saved.get("experiment"), e.identity()
     if found != wanted:
       raise self._error(f"is of another run: {difference(found, wanted)}.")
     run.history[:] = map(Point.from_json, saved["history"])
@@ -120,20 +121,18 @@ class Checkpoints(contextlib.AbstractContextManager):
     return benchmarks.UserError(f"{self._manager.directory}/{step}: {reason}")
 
 
-def _check_identity(path: Path, identity: Any) -> None:
-  """Raises unless the folder of this file holds this very training."""
+def check_identity(path: Path, identity: Any, option: str, hint: str) -> None:
+  """Raises unless a file is of this very training."""
+  holds = f"{option} {path.parent}: holds"
   try:
-    found = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+    found = json.loads(path.read_text("utf-8"))["identity"]
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise benchmarks.UserError(
-      f"--resume: {path.parent} holds no training: {_IDENTITY}:"
-      f" {benchmarks.one_line(e)}."
+      f"{holds} no training: {path.name}: {benchmarks.one_line(e)}. {hint}"
     ) from e
   if found != identity:
-    raise benchmarks.UserError(
-      f"--resume: {path.parent} holds another training:"
-      f" {difference(found, identity)}."
-    )
+    reason = difference(found, identity)
+    raise benchmarks.UserError(f"{holds} another training: {reason}. {hint}")
 
 
 def difference(found: Any, wanted: Any) -> str:

@@ -134,16 +134,6 @@ class Run:
   origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def method(self) -> str:
-    """Name of the method."""
-    return self.experiment.method
-
-  @property
-  def seed(self) -> int:
-    """The seed."""
-    return self.experiment.seed
-
-  @property
   def last(self) -> Point:
     """The state after the last epoch trained; without losses before it."""
     return self.history[-1] if self.history else _START

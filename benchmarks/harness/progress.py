@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress of a command, on standard error."""
 
+import math
 import sys
-import threading
+import time
 from typing import Self
 
 import jax
@@ -13,33 +14,28 @@ from benchmarks.harness.experiment import Point, Run
 
 
 class Progress:
-  """Shows a bar on a terminal; elsewhere a line every ``interval`` seconds.
+  """Shows a bar on a terminal; elsewhere a line, each ``interval`` seconds.
 
   Called with a run and its state after each epoch; a context manager. Only
   process 0 shows anything.
   """
 
   def __init__(self, total: int, interval: float = 10.0):
-    self._interval = interval
-    self._ended = threading.Event()
+    self._interval, self._told = interval, -math.inf
     self._is_first = jax.process_index() == 0
-    self._has_bar = self._is_first and sys.stderr.isatty()
     self._bar = rich.progress.Progress(
-      console=rich.console.Console(stderr=True), disable=not self._has_bar
+      console=rich.console.Console(stderr=True),
+      disable=not (self._is_first and sys.stderr.isatty()),
     )
     self._task = self._bar.add_task("compiling", total=total)
 
   def __enter__(self) -> Self:
-    if self._has_bar:
-      self._bar.start()
-    else:
-      threading.Thread(target=self._tell, daemon=True).start()
+    self._bar.start()
+    self._tell()
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._has_bar:
-      self._bar.stop()
-    self._ended.set()
+    self._bar.stop()
 
   def __call__(self, run: Run, point: Point) -> None:
     """Shows the state of a run after an epoch."""
@@ -49,6 +45,7 @@ class Progress:
       f" {point.epoch}/{e.epochs}, loss {point.train_loss:#.3g}"
     )
     self._bar.update(self._task, advance=1, description=status)
+    self._tell()
 
   def say(self, line: str) -> None:
     """Prints a line above the bar."""
@@ -56,7 +53,7 @@ class Progress:
       self._bar.console.out(line, highlight=False)
 
   def _tell(self) -> None:
-    (task,) = self._bar.tasks
-    while not self._ended.wait(self._interval):
-      done = f"{task.completed:.0f}/{task.total}"
-      self.say(f"{done} epochs: {task.description}")
+    (task,), now = self._bar.tasks, time.monotonic()
+    if self._bar.disable and task.total and now - self._told >= self._interval:
+      self._told = now
+      self.say(f"{task.completed:.0f}/{task.total} epochs: {task.description}")

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published runs, and the tables and figures that are made of them.
 
-``python -m benchmarks report`` makes these again.
-
-``benchmarks/results/<study>/runs.json`` names a module of :mod:`benchmarks`
-whose function ``render`` makes the contents of the other files of its folder,
-by name: tables in Markdown, and ``figure.json``, from which ``figure.svg`` is
-drawn.
+``benchmarks/results/<study>/runs.json`` names a module, whose ``render`` makes
+the other files of its folder: ``table.md``, and ``figure.json``, of which
+``figure.svg`` is drawn. ``python -m benchmarks report`` makes these again.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -35,10 +35,7 @@ class Mixed(NamedTuple):
 
 
 class _Subset:
-  """Some of the examples of a source, always the same ones.
-
-  They are drawn, as the first ones may be of one class.
-  """
+  """The same examples of a source, drawn: the first may be of one class."""
 
   def __init__(self, source: sources.Source, size: int | None):
     self._source = source

@@ -2,9 +2,8 @@
 """Studies: methods that are compared on several problems, by seed.
 
 A study is data: problems, methods, and functions that make a table and a figure
-of the runs. Its command trains what the store lacks and reports; with
-``--publish`` the runs go to ``benchmarks/results``, from which ``python -m
-benchmarks report`` makes the published table and figure again.
+of the runs. Its command trains what the store lacks and reports; ``--publish``
+writes the runs to ``benchmarks/results``, see :mod:`publishing`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -333,7 +332,8 @@ def _value(run: Run, field: str) -> float:
 
 def _losses(runs: Iterable[Run], field: str = "train_loss") -> dict[int, float]:
   return {
-    run.seed: math.inf if run.diverged else _value(run, field) for run in runs
+    run.experiment.seed: math.inf if run.diverged else _value(run, field)
+    for run in runs
   }
 
 

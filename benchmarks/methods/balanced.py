@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Balanced order: the order of the next epoch follows from the gradients.
 
-GraB keeps the signed sum of centred per-example gradients small: an example
-goes to the front of the next epoch if its sign is +, and to the end if it is -.
-The gradients are centred by the mean over the epoch before.
-
-A per-example gradient of a dense layer is the outer product of its input and
-of the loss's derivative by its output, so that all inner products follow from
-these, and the signs of a batch from one loop over a B x B matrix.
+GraB keeps the signed sum of per-example gradients small, centred by the mean
+over the epoch before: an example goes to the front of the next epoch if its
+sign is +, else to the end. Per-example gradients of dense layers are products
+of input and derivative by the output, so that the signs of a batch follow from
+one loop over a B x B matrix of inner products.
 
 References:
   Lu et al., `GraB: Finding Provably Better Data Permutations than Random

@@ -2,11 +2,9 @@
 """Layers that the architectures share.
 
 Functions, epsilons, the places where paths are dropped and the distributions of
-the initial weights are those of the alpha-SVRG paper's PyTorch code (the
-directory ``models`` of github.com/davidyyd/alpha-SVRG), which takes them from
-timm 0.6.12. Where that initialises by timm's ``trunc_normal_`` with standard
-deviation 0.02, a plain normal distribution stands here: it is cut at -2 and 2,
-a hundred standard deviations away.
+the initial weights are those of the alpha-SVRG paper's PyTorch code (``models``
+of github.com/davidyyd/alpha-SVRG), from timm 0.6.12. Its ``trunc_normal_`` is a
+normal distribution here: it is cut a hundred standard deviations away.
 """
 
 from collections.abc import Callable, Sequence

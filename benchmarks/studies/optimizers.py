@@ -37,6 +37,7 @@ _LEAST_PATCHES = {
   **{name: 4 * lr for name, lr in _LEAST.items()},
   **{name: _LEAST[name] for name in ("momentum", "nesterov", "muon")},
 }
+_TABLES = {"mlp4": _LEAST, "logreg": _LEAST_LOGREG}
 # Where the best rate was an end of the grid.
 _WIDER = {
   "MLP-4, 30 % wrong labels: adamw-ema, constant": 0.0003125,
@@ -61,12 +62,6 @@ PROBLEMS = {
 }
 
 
-def _least(problem: str) -> dict[str, float]:
-  """The optimizers of a problem, and their least learning rates."""
-  model, _ = PROBLEMS[problem]
-  return {"logreg": _LEAST_LOGREG, "mlp4": _LEAST}.get(model, _LEAST_PATCHES)
-
-
 def _cell(problem: str, optimizer: str, least: float) -> study.Cell:
   model, changes = PROBLEMS[problem]
   cell = study.cell(
@@ -87,8 +82,8 @@ def _cell(problem: str, optimizer: str, least: float) -> study.Cell:
 
 CELLS = {
   f"{problem}: {optimizer}": _cell(problem, optimizer, least)
-  for problem in PROBLEMS
-  for optimizer, least in _least(problem).items()
+  for problem, (model, _) in PROBLEMS.items()
+  for optimizer, least in _TABLES.get(model, _LEAST_PATCHES).items()
 }
 
 

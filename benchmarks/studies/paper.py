@@ -367,7 +367,6 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 _OF_THE_SCALE = "by default that of the scale."
-_LR = cli.Number(min=0, min_open=True)
 _METHODS = ",".join(METHODS)
 
 
@@ -392,7 +391,7 @@ _METHODS = ",".join(METHODS)
     "Of all devices, by default that of the scale, in full the largest power of"
     " two with 39 steps of an epoch, 4096 at most.",
   ),
-  ("--lr", _LR, 4e-3, "Peak learning rate."),
+  ("--lr", cli.rate, 4e-3, "Peak learning rate."),
   ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
   (
     *("--drop-path", cli.Number(0, 1, max_open=True), 0.0),

@@ -12,7 +12,7 @@ import click
 from benchmarks import cli, methods, models
 from benchmarks.data import arrays
 from benchmarks.harness import figures, report, store
-from benchmarks.harness.checkpoints import Checkpoints, difference
+from benchmarks.harness.checkpoints import check_identity, Checkpoints
 from benchmarks.harness.distributed import check_batch_size
 from benchmarks.harness.experiment import Experiment, Point, Run
 from benchmarks.harness.program import OPTIMIZERS
@@ -28,7 +28,6 @@ _NEEDED = {
   "alpha0": ("the method alpha-svrg", {"alpha-svrg"}),
   "snapshot_every": ("a method with snapshots", _SNAPSHOTS),
 }
-_RATE = cli.Number(min=0, min_open=True)
 _LRS = ", ".join(f"{name} {o.lr:g}" for name, o in OPTIMIZERS.items())
 _METHODS = ",".join(methods.MAIN)
 
@@ -44,7 +43,7 @@ _METHODS = ",".join(methods.MAIN)
   ("--methods", cli.Names(methods.MAIN), _METHODS, "Separated by commas."),
   ("--epochs", cli.positive, 30, ""),
   ("--batch-size", cli.positive, 128, ""),
-  ("--lr", _RATE, None, f"Peak learning rate; by default {_LRS}."),
+  ("--lr", cli.rate, None, f"Peak learning rate; by default {_LRS}."),
   ("--alpha0", cli.Number(min=0), 0.75, "First coefficient of alpha-svrg."),
   ("--snapshot-every", cli.positive, 1, "Epochs between snapshots."),
   (
@@ -101,8 +100,10 @@ def main(
   identity = {_flag(name): value for name, value in options.items()}
   identity["the SHA-256 of the data"] = dataset.sha256
   identity = json.loads(json.dumps(identity))
-  if not overwrite:
-    _check(out, identity)
+  path = out / "results.json"
+  if path.exists() and not overwrite:
+    hint = "Give another folder, or --overwrite."
+    check_identity(path, identity, "--out", hint)
   checkpoints = None
   if checkpoint_dir is not None:
     checkpoints = Checkpoints(checkpoint_dir, identity, resume)
@@ -115,7 +116,7 @@ def main(
       "runs": [run.as_json() for run in runs],
       "table": report.summarise(finished),
     }
-    store.write_json(out / "results.json", {**record, **results})
+    store.write_json(path, {**record, **results})
 
   write()
   status = 0
@@ -132,7 +133,7 @@ def main(
           checkpoints.load(run)
           progress.say(f"Goes on in {_where(run)}.")
         trainer.fit(run, on_epoch=progress, checkpoints=checkpoints)
-        finished[run.method].append(run.history)
+        finished[run.experiment.method].append(run.history)
         write()
   except KeyboardInterrupt:
     status = cli.INTERRUPTED
@@ -161,25 +162,6 @@ def _flag(name: str) -> str:
   return f"--{name.replace('_', '-')}"
 
 
-def _check(folder: Path, identity: Mapping[str, Any]) -> None:
-  """Raises if a folder has results of other options."""
-  path = folder / "results.json"
-  if not path.exists():
-    return
-  try:
-    found = json.loads(path.read_text("utf-8"))["identity"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise click.UsageError(
-      f"--out {folder}: results.json is not of this command; give another"
-      " folder, or --overwrite."
-    ) from error
-  if found != identity:
-    raise click.UsageError(
-      f"--out {folder} has results of other options:"
-      f" {difference(found, identity)}. Give another folder, or --overwrite."
-    )
-
-
 def experiments(
   methods: Sequence[str], seeds: int, alpha0: float, **common: Any
 ) -> list[Experiment]:
@@ -200,8 +182,8 @@ def experiments(
 def _where(run: Run) -> str:
   """Says how far a run has come."""
   # There is the state before the first epoch, too.
-  done, epochs = max(len(run.history) - 1, 0), run.experiment.epochs
-  return f"{run.method}, seed {run.seed}, after {done} of {epochs} epochs"
+  done, e = max(len(run.history) - 1, 0), run.experiment
+  return f"{e.method}, seed {e.seed}, after {done} of {e.epochs} epochs"
 
 
 def figure(title: str, finished: Finished) -> figures.Figure:

@@ -55,7 +55,7 @@ def results(runs: Iterable[Run]) -> Results:
   found: dict[Key, dict[str, Measured]] = {}
   for run in runs:
     key = run.experiment.model, run.experiment.optimizer
-    found.setdefault(key, {})[run.method] = {
+    found.setdefault(key, {})[run.experiment.method] = {
       name: np.array(values, float)
       for name, values in run.measured["variance"].items()
     }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cli
-from benchmarks.cost import hlo, problem, step_cost
+from benchmarks.cost import hlo, step_cost
 import optax_svrg
 
 pytestmark = pytest.mark.standard_promotion
@@ -23,8 +23,8 @@ ARRAY_BYTES = 4 * SIZE
 @pytest.fixture(scope="module")
 def task():
   """An MLP whose step is dominated by its gradient."""
-  model = problem.mlp(784, 64, 10)
-  return problem.Problem(model, 256, 3, jnp.float32)
+  model = step_cost.mlp(784, 64, 10)
+  return step_cost.Problem(model, 256, 3, jnp.float32)
 
 
 class TestLimit:
@@ -36,7 +36,7 @@ class TestLimit:
     assert products <= got <= 1.05 * products
 
   def test_epochs(self, task):
-    plain = step_cost.flops(task.lower_step(problem.TRANSFORMS["plain"]))
+    plain = step_cost.flops(task.lower_step(step_cost.TRANSFORMS["plain"]))
     gradient = step_cost.flops(task.lower_gradient())
     limits = {
       name: 1 + extra * gradient / plain
@@ -59,7 +59,7 @@ class TestLimit:
   def test_a_step_has_one_gradient_more(self, task, transform):
     plain, ours = (
       task.lower_step(t).compile()
-      for t in (problem.TRANSFORMS["plain"], transform)
+      for t in (step_cost.TRANSFORMS["plain"], transform)
     )
     gradient = step_cost.flops(task.lower_gradient())
     more = (
@@ -114,14 +114,14 @@ class TestBytes:
     activations = 256 * 64 * 4
     plain, ours = (
       task.lower_step(t).compile().memory_analysis().temp_size_in_bytes
-      for t in (problem.TRANSFORMS["plain"], transform)
+      for t in (step_cost.TRANSFORMS["plain"], transform)
     )
     assert ours - plain <= copies * size + activations
 
 
 def test_ratios_are_within_rounds():
   times = {"a": [9.0, 2.0, 4.0, 30.0], "b": [1.0, 1.0, 2.0, 10.0]}
-  assert problem.ratio(times, "a", "b") == 2
+  assert step_cost.ratio(times, "a", "b") == 2
 
 
 def test_programs_take_turns():
@@ -132,7 +132,7 @@ def test_programs_take_turns():
       order.append(name)
       yield name
 
-  times = problem.seconds({n: program(n) for n in "ab"}, rounds=2)
+  times = step_cost.seconds({n: program(n) for n in "ab"}, rounds=2)
   assert order == list("ababab")
   assert {name: len(x) for name, x in times.items()} == {"a": 3, "b": 3}
 
@@ -158,7 +158,7 @@ def test_methods_train_alike(task):
 class TestCommand:
   def test_tables(self, tmp_path, monkeypatch):
     monkeypatch.setattr(step_cost, "_SIZE", 1000)
-    small = (problem.mlp(784, 10), 128)
+    small = (step_cost.mlp(784, 10), 128)
     monkeypatch.setitem(step_cost.CASES, "mlp-256-batch-128", small)
     result = CliRunner().invoke(
       cli.main,

@@ -57,7 +57,8 @@ def test_architectures_train_with_each_method(model, names, images):
     assert math.isfinite(run.last.train_loss)
     assert math.isfinite(run.measured["clean_train_loss"])
     expected = {"svrg": 4, "adaptive": 4, "alpha-svrg": 3}
-    assert run.last.gradients_per_example == expected.get(run.method, 2)
+    want = expected.get(run.experiment.method, 2)
+    assert run.last.gradients_per_example == want
 
 
 def test_presets(images):

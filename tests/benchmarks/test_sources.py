@@ -153,9 +153,9 @@ def assert_data_error(message, function, *args):
 
 
 def test_names():
-  assert set(sources.TFDS_DATASETS) == {*TFDS, "eurosat"}
+  assert set(sources._SPLITS) == {*TFDS, "eurosat"}
   assert set(sources.DATASETS) == {
-    *sources.TFDS_DATASETS,
+    *sources._SPLITS,
     *data.DATASETS,
   }
 

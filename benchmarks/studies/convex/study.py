@@ -24,29 +24,25 @@ NOTES = """\
 Mean logistic loss without an intercept, in float64, from zero, with an l2 or an
 l1 penalty of strength 0.001. The gap is the objective less the minimum, which
 is that of the best point found; its bound, from the subgradient, is above each
-table. **Seconds** are those of the processor, on one core, for the whole call
-with all of its preparation; shorter ones are the lesser of two. In brackets
-are those of the first call, with compilation. **Passes** are products with the
-features and their transpose; liblinear and newton-cholesky do not count them.
-Every solver is called with more and more iterations, or smaller and smaller
-tolerances, and the numbers are interpolated between two calls, linearly in the
-logarithm of the gap. `not reached`: in 800 passes, 1,000 of ours, or 30 s.
+table. **Seconds** are those of the processor, on one core, for the whole call;
+shorter ones are the lesser of two. In brackets are those of the first call,
+with compilation. **Passes** are products with the features and their transpose;
+liblinear and newton-cholesky do not count them. Solvers are called with more
+and more iterations, or smaller and smaller tolerances; between two calls the
+logarithm of the gap is interpolated. `not reached`: in 800 passes, 1,000 of
+ours, or 30 s.
 
-`minimize` and `fit_linear` choose their steps themselves. scikit-learn's
 newton-cholesky is left out where its Hessian has more than 3,000 columns,
 liblinear where there are more than two classes. For l1, SciPy's L-BFGS-B has
-the positive and negative parts of weights. Rows of nemos and copt, which are no
-longer run: nemos, whose rule is for Poisson models, got a step of one over the
-largest curvature of eight batches, and batches of 8; copt, for two classes
-only, 1/(3 L) as in its examples.
+the positive and negative parts of weights. nemos and copt are no longer run:
+nemos had a step of one over the largest curvature of eight batches, and batches
+of 8; copt 1/(3 L), as in its examples.
 
-Where `fit_linear` is slow. **Compilation**: it compiles an epoch of SAGA, the
-derivatives of the outputs, and a direction of Newton's method, once for each
-loss and shape, which takes longer than small problems do; for these it leaves
-LLVM's optimisation out. **Passes**: an evaluation after each block of epochs
-and the products of Newton's method count, and are often the cheaper way to less
-time. **l1 alone**: the Hessian is singular, so that steps of Newton's method
-are short, or damped, until it is known which weights are 0."""
+Where `fit_linear` is slow. **Compilation**: it compiles an epoch of SAGA and a
+direction of Newton's method for each loss and shape, which takes longer than
+small problems do. **Passes**: evaluations and the products of Newton's method
+count, too. **l1 alone**: the Hessian is singular, so that Newton's steps are
+short until it is known which weights are 0."""
 
 
 def trace(
