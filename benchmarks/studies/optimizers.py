@@ -45,6 +45,7 @@ _WIDER = {
   "Mixer, 4,096 images: ademamix": 0.008,
   "Mixer, 4,096 images: momentum": 0.05,
   "Mixer, 4,096 images: nesterov": 0.05,
+  "ViT, 4,096 images: momentum": 0.05,
 }
 _BOTH = ("validation loss: alone / behind SAGA", "accuracy", "median seconds")
 _CONSTANT = ("schedule-free", "adamw-ema, constant")
