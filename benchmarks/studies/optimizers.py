@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers, each alone and behind adaptive SAGA, at the same gradients."""
 
-from collections.abc import Callable
 import dataclasses
 import statistics
 
@@ -65,20 +64,18 @@ PROBLEMS = {
 
 def _cell(problem: str, optimizer: str, least: float) -> study.Cell:
   model, changes = PROBLEMS[problem]
+  is_close = model in ("vit", "mixer")
   cell = study.cell(
     *("fashion-mnist", model, optimizer.partition(",")[0]),
     lr=least,
+    num_seeds=6 if is_close else 5,
     schedule="constant" if optimizer in _CONSTANT else "cosine",
     **{"train_examples": 10_240, **changes},
   )
   wider = _WIDER.get(f"{problem}: {optimizer}")
-  is_patches = model in ("vit", "mixer")
-  rates = [
-    (wider or least) * 2**k for k in range(5 if wider or is_patches else 4)
-  ]
-  # Cells of ViT and Mixer are close.
-  num_seeds = 6 if is_patches else cell.num_seeds
-  return dataclasses.replace(cell, learning_rates=rates, num_seeds=num_seeds)
+  num_rates = 5 if wider or is_close else 4
+  rates = [(wider or least) * 2**k for k in range(num_rates)]
+  return dataclasses.replace(cell, learning_rates=rates)
 
 
 CELLS = {
@@ -88,20 +85,11 @@ CELLS = {
 }
 
 
-def _both(
-  results: study.Results,
-  cell: str,
-  field: str,
-  spec: str,
-  average: Callable[[list[float]], float] = statistics.fmean,
-) -> str:
-  """The averages of a field alone and behind SAGA."""
-  values = [results.values(cell, name, field) for name in ARMS]
-  return " / ".join(f"{average(v):{spec}}" for v in values)
-
-
 def table(results: study.Results) -> str:
   """Loss and accuracy of each optimizer alone and behind SAGA, by problem."""
+  both = lambda cell, field, spec, average=statistics.fmean: " / ".join(
+    f"{average(results.values(cell, name, field)):{spec}}" for name in ARMS
+  )
   parts = []
   for problem in PROBLEMS:
     cells = [c for c in results.cells if c.startswith(f"{problem}: ")]
@@ -113,16 +101,18 @@ def table(results: study.Results) -> str:
         cell.partition(": ")[2],
         *(results.loss_text(cell, name) for name in ARMS),
         verdicts[cell, SAGA, PLAIN],
-        _both(results, cell, "validation_loss", ".3f"),
-        _both(results, cell, "validation_accuracy", ".1%"),
-        _both(results, cell, "seconds", ".1f", statistics.median),
+        both(cell, "validation_loss", ".3f"),
+        both(cell, "validation_accuracy", ".1%"),
+        both(cell, "seconds", ".1f", statistics.median),
       ]
       for cell in sorted(cells, key=lambda c: results.mean(c, PLAIN))
     ]
     columns = ("optimizer", *ARMS, "SAGA against plain", *_BOTH)
     parts.append(f"{problem}\n\n{report.markdown_table(columns, rows)}")
+    gradients = (results.gradients_text(cells[0], name) for name in ARMS)
     parts.append(
       f"SAGA against plain: {comparison.count([*verdicts.values()])}."
+      f" Gradients per example: {' / '.join(gradients)}."
     )
   return "\n\n".join(parts)
 
