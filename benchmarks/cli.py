@@ -183,7 +183,7 @@ def options(
 ) -> Callable[[Callable], Callable]:
   """The options of a command as a table.
 
-  A name may have that of the argument after it.
+  An option may name its argument, too: ``"--cell cells"``.
   """
 
   def decorate(command: Callable) -> Callable:

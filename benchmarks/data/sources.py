@@ -10,9 +10,9 @@ The nine data sets of the alpha-SVRG paper's tables are those of TensorFlow
 Datasets, divided as in the authors' ``datasets.py``, but for EuroSAT, of which
 they draw other 70 % for training. Reading them needs no TensorFlow. Preparing
 them does, once, with the packages ``tensorflow``, ``tensorflow-datasets``,
-``importlib_resources`` and, for some, ``scipy``. The error of a missing set has
-the command. ``MANUAL_DIR`` is that of ``ILSVRC2012_img_train.tar`` and
-``ILSVRC2012_img_val.tar``.
+``importlib_resources`` and, for some, ``scipy``. The error for a missing data
+set gives the command; its ``MANUAL_DIR`` is the folder of
+``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar``.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ class Mixed(NamedTuple):
 
 
 class _Subset:
-  """The same examples of a source, drawn: the first may be of one class."""
+  """Examples drawn from a source, as the first ones may be of one class."""
 
   def __init__(self, source: sources.Source, size: int | None):
     self._source = source

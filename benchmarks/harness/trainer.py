@@ -189,11 +189,14 @@ def run_all(
   """
   found = {experiment: store.get(experiment) for experiment in experiments}
   missing = [experiment for experiment, run in found.items() if run is None]
+  groups: dict[Experiment, list[Experiment]] = {}
+  for experiment in missing:
+    groups.setdefault(shared(experiment), []).append(experiment)
   with Progress(sum(experiment.epochs for experiment in missing)) as progress:
-    for common in dict.fromkeys(map(shared, missing)):
+    for common, group in groups.items():
       data = load(common.dataset, common.feed, data_dir)
       trainer = Trainer(common, data, **options)
-      for experiment in (e for e in missing if shared(e) == common):
+      for experiment in group:
         run = found[experiment] = Run(experiment)
         saved: Checkpoints | None = None
         if checkpoint_dir is not None:

@@ -428,5 +428,7 @@ def test_mlp():
 
 
 def test_images_that_do_not_suit_a_model():
-  with pytest.raises(benchmarks.UserError, match="patch_size, 7, got 32"):
+  with pytest.raises(
+    benchmarks.UserError, match=r"^image_size must be a .*, 7, got 32"
+  ):
     models.MODELS["vit"](32, 3, 10, rngs=nnx.Rngs(0))

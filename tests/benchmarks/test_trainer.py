@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+import benchmarks
 from benchmarks import methods
 from benchmarks.data import arrays, sources
 from benchmarks.harness import array_feed, stream_feed
 from benchmarks.harness import trainer as trainer_lib
 from benchmarks.harness.checkpoints import Checkpoints
 from benchmarks.harness.experiment import Experiment, Run
-from benchmarks.harness.program import is_decayed, optimizer
+from benchmarks.harness.program import Feed, is_decayed, optimizer
 from benchmarks.harness.store import Store
 from benchmarks.harness.trainer import Trainer
 import optax_svrg
@@ -419,6 +420,11 @@ def test_a_run_that_was_stopped_goes_on(
   assert epochs == list(range(1, experiment.epochs + 1))
   assert without_seconds(run) == without_seconds(whole)
   assert run.measured == whole.measured
+
+
+def test_images_must_be_square():
+  with pytest.raises(benchmarks.UserError, match="square, got 28 x 30"):
+    Feed(ARRAYS, 10, (1, 28, 30), 10)
 
 
 class TestRunAll:
